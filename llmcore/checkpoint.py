@@ -1,0 +1,278 @@
+"""Checkpoints: folders written whole or not at all, and checked by hash before they are used. No pickle anywhere.
+
+A checkpoint `<run>/step=000400_loss=3.214/` holds `model.safetensors`, `config.json`, `tokenizer.model`,
+`trainer_state.safetensors` and `trainer_state.json`, and, written last, `manifest.json` with the hash of each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmcore.config import ModelConfig
+from llmcore.files import fsync, resolve, sha256_file, shown, write_atomic
+from llmcore.model import Transformer
+from llmcore.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or made for something else. The message names the file or field."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: with its weights, in evaluation mode, on the device asked for.
+        tokenizer: the one it was trained with; None where training used none (the reversal task).
+        config: everything in `config.json`: model, train, data, step, tokens, losses.
+        step: optimizer steps taken.
+        path: the folder.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    config: dict[str, Any]
+    step: int
+    path: Path
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device meant: "auto" is CUDA where there is one, else Apple's MPS, else the CPU.
+
+    Raises:
+        ValueError: for a device that is unknown or that this machine lacks.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    kind = str(device).split(":")[0]
+    if kind not in available:
+        raise ValueError(f"device={device!r} must be auto, cpu, cuda or mps")
+    if not available[kind]:
+        raise ValueError(f"device={device!r} is not available here; use auto or cpu")
+    return torch.device(device)
+
+
+def save_checkpoint(
+    run_dir: str | os.PathLike[str],
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    *,
+    step: int,
+    loss: float,
+    config: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint into a run folder: to a temporary sibling, flushed to disk, then renamed.
+
+    Args:
+        run_dir: the run's folder.
+        model: whose weights to save, in their own dtype.
+        tokenizer: copied along.
+        step: optimizer steps taken.
+        loss: what to name the folder by, in nats per token.
+        config: more entries for `config.json`; JSON values.
+        tensors: the trainer's tensors (optimizer moments, random states).
+        state: the trainer's numbers; JSON values.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / f"step={step:06d}_loss={loss:.3f}"
+    temporary = run_dir / f".{path.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        if model.config.tie_embeddings:
+            del weights["output.weight"]  # the same tensor as tok_embeddings.weight
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        if tensors is not None:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+                      temporary / "trainer_state.safetensors")
+        if state is not None:
+            (temporary / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        content = {"format_version": FORMAT_VERSION, "step": step, "loss": loss, "model": model.config.to_dict(),
+                   **(config or {})}
+        (temporary / "config.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        if tokenizer is not None:
+            (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+        hashes = {}
+        for file in sorted(temporary.iterdir()):
+            fsync(file)
+            hashes[file.name] = sha256_file(file)
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "loss": loss, "saved_at": time.time(),
+                    "sha256": hashes}
+        write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+        fsync(run_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """A checkpoint folder's manifest; None if the folder is no finished checkpoint."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest, dict) and {"step", "loss", "sha256"} <= set(manifest) else None
+    except (OSError, ValueError):
+        return None
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest and return the manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing or differs.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise CheckpointError(f"{shown(path)} is not a checkpoint: it has no readable manifest.json")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{shown(path)} has format version {manifest.get('format_version')}; "
+                              f"this code reads {FORMAT_VERSION}: update llmcore")
+    for name, expected in manifest["sha256"].items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{shown(file)} is missing")
+        if sha256_file(file) != expected:
+            raise CheckpointError(f"{shown(file)} is damaged: its hash differs from the manifest's")
+    return manifest
+
+
+def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """The finished checkpoints of one run, oldest step first. Hashes are not checked here."""
+    found = [(manifest["step"], manifest.get("saved_at", 0), path)
+             for path in Path(run_dir).glob("step=*") if (manifest := read_manifest(path))]
+    return [path for _, _, path in sorted(found)]
+
+
+def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
+    """The newest whole checkpoint of a run, or of the newest run in a folder of runs.
+
+    Damaged checkpoints are passed over with a warning.
+
+    Raises:
+        CheckpointError: if there is none, saying where it looked.
+    """
+    return find_checkpoint(run_dir, "latest")
+
+
+def find_checkpoint(folder: str | os.PathLike[str], which: str = "latest") -> Path:
+    """The checkpoint meant by a folder: itself if it is one, else the latest or best of the run it is.
+
+    For a folder of runs, the run that saved last counts. Files are checked by hash.
+
+    Raises:
+        CheckpointError: if there is none, saying where it looked, or if the one named is damaged.
+        ValueError: if `which` is neither "latest" nor "best".
+    """
+    folder = resolve(folder)
+    if which not in ("latest", "best"):
+        raise ValueError(f"which={which!r} must be latest or best")
+    if (folder / "manifest.json").exists() or folder.name.startswith("step="):
+        verify_checkpoint(folder)
+        return folder
+    runs = {path.parent for pattern in ("step=*", "*/step=*", "*/*/step=*") for path in folder.glob(pattern)}
+    newest = sorted(runs, key=lambda run: max((read_manifest(p) or {}).get("saved_at", 0.0) for p in run.glob("step=*")))
+    for run in reversed(newest):
+        candidates = checkpoints(run)
+        if which == "best":
+            candidates.sort(key=lambda path: -float((read_manifest(path) or {})["loss"]))
+        for path in reversed(candidates):
+            try:
+                verify_checkpoint(path)
+                return path
+            except CheckpointError as error:
+                warnings.warn(f"passed over: {error}", stacklevel=2)
+    raise CheckpointError(f"no checkpoint in {shown(folder)} (looked for step=*/manifest.json in it and two levels "
+                          "below); train one with notebook 04_scifi_train, or name another folder")
+
+
+def load_checkpoint(folder_or_run: str | os.PathLike[str], which: str = "latest", device: str = "auto") -> Checkpoint:
+    """Load a model and its tokenizer from a checkpoint, a run or a folder of runs.
+
+    Args:
+        folder_or_run: see `find_checkpoint`.
+        which: "latest" or "best", where the folder holds several.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or its tensors are not those of its configuration.
+    """
+    path = find_checkpoint(folder_or_run, which)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):  # no time lost on initial values, nor the random state touched
+        model = Transformer(ModelConfig.from_dict(config["model"]))
+    model.reset_rope()
+    load_weights(model, path)
+    tokenizer_file = path / "tokenizer.model"
+    tokenizer = Tokenizer(tokenizer_file) if tokenizer_file.exists() else None
+    return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, int(config["step"]), path)
+
+
+def load_weights(model: Transformer, path: Path) -> None:
+    """Copy a checkpoint's weights into a model of the same shape.
+
+    Raises:
+        CheckpointError: naming tensors that are missing, too many or of another shape.
+    """
+    weights = read_tensors(path / "model.safetensors")
+    if model.config.tie_embeddings and "tok_embeddings.weight" in weights:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    own = model.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in weights]
+    wrong += [f"unexpected {name}" for name in weights if name not in own]
+    wrong += [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
+              for name in own if name in weights and weights[name].shape != own[name].shape]
+    if wrong:
+        raise CheckpointError(f"{shown(path / 'model.safetensors')} does not fit the model: " + "; ".join(wrong[:8]))
+    model.load_state_dict(weights, assign=model.tok_embeddings.weight.is_meta)
+    if model.config.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors, on the CPU.
+
+    Raises:
+        CheckpointError: if it is missing or no such file.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{shown(file)} cannot be read: {error}") from None
+
+
+def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    everything = checkpoints(run_dir)
+    if not everything:
+        return
+    best = min(everything, key=lambda path: (read_manifest(path) or {})["loss"])
+    for path in everything[:-keep]:
+        if path != best:
+            # without its manifest it is no checkpoint, should the deletion be cut short
+            (path / "manifest.json").unlink()
+            shutil.rmtree(path)

@@ -1,0 +1,293 @@
+"""What to build and how to train it: two dataclasses and five presets. No torch in here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. The message lists every field at fault and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: the closest known ones, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+class _JSONConfig:
+    """Strict conversion between a dataclass and JSON: unknown keys are errors."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from a dictionary. Raises ConfigError on unknown or missing keys."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = [f"unknown key {key!r}: {nearest(key, fields)}" for key in values if key not in fields]
+        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+        missing = [f"missing key {name!r}" for name in required if name not in values]
+        if unknown or missing:
+            raise ConfigError(f"{cls.__name__}: " + "; ".join(unknown + missing))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a plain dictionary, ready for JSON."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def to_json(self) -> str:
+        """All fields as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed (and checked again)."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+
+@dataclass(frozen=True)
+class ModelConfig(_JSONConfig):
+    """Shape of a Llama-like decoder. Field names are those of Meta's `params.json`.
+
+    Attributes:
+        vocab_size: number of token ids.
+        dim: width of the residual stream.
+        n_layers: number of blocks.
+        n_heads: query heads.
+        n_kv_heads: key and value heads; fewer than `n_heads` is grouped-query attention. None: as many.
+        head_dim: width of one head (even, since RoPE turns pairs). None: dim / n_heads.
+        hidden_dim: width inside the SwiGLU MLP. None: 8/3 dim, rounded up to a multiple of 64.
+        norm_eps: added to the mean square in RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        max_seq_len: longest window the model sees, in tokens.
+        tie_embeddings: use the token embedding as the output matrix too.
+
+    Raises:
+        ConfigError: at construction, with every field at fault.
+    """
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden_dim: int | None = None
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    max_seq_len: int = 1024
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        wrong = _check_types(self)
+        positive = ["vocab_size", "dim", "n_layers", "n_heads", "max_seq_len", "norm_eps", "rope_theta"]
+        positive += [n for n in ("n_kv_heads", "head_dim", "hidden_dim") if getattr(self, n) is not None]
+        if not wrong:
+            wrong = [f"{n}={getattr(self, n)} must be above 0" for n in positive if not getattr(self, n) > 0]
+        if not wrong:
+            if self.n_kv_heads is None:
+                object.__setattr__(self, "n_kv_heads", self.n_heads)
+            if self.head_dim is None:
+                if self.dim % self.n_heads:
+                    wrong.append(f"dim={self.dim} does not divide by n_heads={self.n_heads}; change one or set head_dim")
+                object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+            if self.hidden_dim is None:
+                object.__setattr__(self, "hidden_dim", math.ceil(8 * self.dim / 3 / 64) * 64)
+            if self.head_dim % 2:  # type: ignore[operator]
+                wrong.append(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+            if self.n_heads % self.n_kv_heads:  # type: ignore[operator]
+                wrong.append(f"n_heads={self.n_heads} does not divide by n_kv_heads={self.n_kv_heads}")
+        if wrong:
+            raise ConfigError("ModelConfig: " + "; ".join(wrong))
+
+    def n_params(self, embeddings: bool = True) -> int:
+        """Exact number of trainable parameters; without the embedding and output matrices if asked."""
+        assert self.head_dim and self.n_kv_heads and self.hidden_dim
+        attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
+        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        tables = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return self.n_layers * block + self.dim + (tables if embeddings else 0)
+
+    def flops_per_token(self, context_size: int | None = None) -> float:
+        """FLOPs to train on one token, forward and backward, without recomputation.
+
+        Six per weight that multiplies (PaLM, appendix B, arXiv:2204.02311), plus causal attention's two
+        products, which see half the context on average.
+        """
+        assert self.head_dim
+        multiplying = self.n_params(embeddings=False) + self.vocab_size * self.dim
+        context = context_size or self.max_seq_len
+        return 6.0 * multiplying + 6.0 * self.n_layers * self.n_heads * self.head_dim * context
+
+
+@dataclass(frozen=True)
+class TrainConfig(_JSONConfig):
+    """How to train. Sizes are in windows of `context_size` tokens, intervals in optimizer steps.
+
+    Attributes:
+        max_steps: optimizer steps in the whole run.
+        batch_size: windows per forward pass.
+        grad_accum_steps: forward passes per optimizer step.
+        context_size: tokens per window. None: the model's max_seq_len.
+        optimizer: "adamw", or "muon" (matrices by Muon, the rest by AdamW).
+        learning_rate: peak learning rate of AdamW.
+        muon_learning_rate: peak learning rate of Muon's matrices, in AdamW-like units.
+        schedule: "cosine", "wsd" (constant, then linear decay) or "plateau" (lower when validation stalls).
+        warmup_steps: linear warm-up.
+        min_lr_ratio: the last learning rate as a share of the peak.
+        decay_fraction: share of the run that "wsd" decays in.
+        plateau_patience: validations without a new best before "plateau" lowers the rate.
+        plateau_factor: what "plateau" multiplies the rate by.
+        weight_decay: on matrices only.
+        beta1: AdamW's first moment decay.
+        beta2: AdamW's second moment decay.
+        grad_clip: largest gradient norm; 0 turns clipping off.
+        precision: "auto", "bf16", "fp16" (CUDA only) or "fp32". Weights are always float32.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        compile: "auto" (when the run is long enough to win it back), "on" or "off".
+        eval_interval: steps between validations; 0: only at the end.
+        eval_batches: batches per validation; 0: the whole split.
+        checkpoint_interval: steps between checkpoints; 0: only at the end or a stop.
+        keep_checkpoints: how many of the newest are kept, besides the best (2 or more).
+        sample_interval: steps between samples; 0: none.
+        sample_prompt: what samples continue.
+        sample_tokens: length of a sample.
+        max_skipped_steps: stop after so many non-finite steps in a row.
+        seed: of the order of the data.
+
+    Raises:
+        ConfigError: at construction, with every field at fault.
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 8
+    grad_accum_steps: int = 1
+    context_size: int | None = None
+    optimizer: str = "adamw"
+    learning_rate: float = 6e-4
+    muon_learning_rate: float = 2e-2
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.1
+    decay_fraction: float = 0.2
+    plateau_patience: int = 5
+    plateau_factor: float = 0.5
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    compile: str = "auto"
+    eval_interval: int = 200
+    eval_batches: int = 0
+    checkpoint_interval: int = 200
+    keep_checkpoints: int = 2
+    sample_interval: int = 0
+    sample_prompt: str = ""
+    sample_tokens: int = 64
+    max_skipped_steps: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = _check_types(self)
+        if not wrong:
+            for name in ("max_steps", "batch_size", "grad_accum_steps", "learning_rate", "muon_learning_rate",
+                         "plateau_patience", "max_skipped_steps"):
+                if not getattr(self, name) > 0:
+                    wrong.append(f"{name}={getattr(self, name)} must be above 0")
+            for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_interval", "eval_batches",
+                         "checkpoint_interval", "sample_interval", "sample_tokens", "seed"):
+                if not getattr(self, name) >= 0:
+                    wrong.append(f"{name}={getattr(self, name)} must be 0 or more")
+            for name in ("min_lr_ratio", "decay_fraction", "plateau_factor"):
+                if not 0 <= getattr(self, name) <= 1:
+                    wrong.append(f"{name}={getattr(self, name)} must be between 0 and 1")
+            for name in ("beta1", "beta2"):
+                if not 0 <= getattr(self, name) < 1:
+                    wrong.append(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+            if self.context_size is not None and self.context_size < 1:
+                wrong.append(f"context_size={self.context_size} must be above 0")
+            if self.keep_checkpoints < 2:
+                wrong.append(f"keep_checkpoints={self.keep_checkpoints} must be 2 or more: one may be unreadable")
+            for name, choices in _CHOICES.items():
+                if getattr(self, name) not in choices:
+                    wrong.append(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        if wrong:
+            raise ConfigError("TrainConfig: " + "; ".join(wrong))
+
+
+_CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "wsd", "plateau"),
+    "precision": ("auto", "bf16", "fp16", "fp32"),
+    "compile": ("auto", "on", "off"),
+}
+
+
+def _check_types(config: Any) -> list[str]:
+    """Types as annotated. An int is a fine float; a bool is no int; NaN and infinity are no numbers."""
+    wrong = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kind = str(field.type)
+        if value is None and "None" in kind:
+            continue
+        base = {"int": int, "float": float, "str": str, "bool": bool}[kind.split(" ")[0]]
+        if base is float and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(config, field.name, float(value))
+        elif not isinstance(value, base) or (base is int and isinstance(value, bool)):
+            wrong.append(f"{field.name}={value!r} must be of type {kind}")
+        elif base is float and not math.isfinite(value):
+            wrong.append(f"{field.name}={value} must be a finite number")
+    return wrong
+
+
+PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
+    # Reversing strings of letters and digits: notebook 03. 66 tokens: 62 symbols and four specials.
+    "toy-reverse": (
+        ModelConfig(vocab_size=66, dim=128, n_layers=2, n_heads=4, hidden_dim=352, max_seq_len=80, tie_embeddings=True),
+        TrainConfig(max_steps=800, batch_size=64, learning_rate=4e-3, warmup_steps=50, min_lr_ratio=0.0,
+                    weight_decay=0.01, eval_interval=100, checkpoint_interval=0),
+    ),
+    # One classical novel on a laptop CPU in minutes: the default.
+    "scifi-mini": (
+        ModelConfig(vocab_size=4000, dim=192, n_layers=4, n_heads=6, hidden_dim=512, max_seq_len=256,
+                    tie_embeddings=True),
+        TrainConfig(max_steps=1600, batch_size=4, learning_rate=2e-3, warmup_steps=50, min_lr_ratio=0.0,
+                    eval_interval=200, checkpoint_interval=400, sample_interval=400),
+    ),
+    # The real sizes, each on one 80 GB GPU. Batch x accumulation x context is about half a million tokens a step.
+    "scifi-117M": (
+        ModelConfig(vocab_size=16_000, dim=768, n_layers=12, n_heads=12, hidden_dim=2304, max_seq_len=1024),
+        TrainConfig(max_steps=20_000, batch_size=64, grad_accum_steps=8, learning_rate=6e-4, warmup_steps=500,
+                    eval_interval=500, eval_batches=20, checkpoint_interval=1000, sample_interval=1000),
+    ),
+    "scifi-1.5B": (
+        ModelConfig(vocab_size=16_000, dim=2048, n_layers=28, n_heads=16, hidden_dim=5632, max_seq_len=1024),
+        TrainConfig(max_steps=20_000, batch_size=16, grad_accum_steps=32, learning_rate=2.5e-4, warmup_steps=1000,
+                    gradient_checkpointing=True, eval_interval=500, eval_batches=20, checkpoint_interval=1000,
+                    sample_interval=1000),
+    ),
+    "zhwiki-2.46B": (
+        ModelConfig(vocab_size=16_000, dim=2560, n_layers=30, n_heads=20, hidden_dim=6912, max_seq_len=2048),
+        TrainConfig(max_steps=40_000, batch_size=8, grad_accum_steps=32, learning_rate=2e-4, warmup_steps=2000,
+                    gradient_checkpointing=True, eval_interval=500, eval_batches=20, checkpoint_interval=1000,
+                    sample_interval=1000),
+    ),
+}
+
+
+def preset(name: str) -> tuple[ModelConfig, TrainConfig]:
+    """The model and training configuration of a named preset.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest known ones.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset={name!r} is not known: {nearest(name, PRESETS)}")
+    return PRESETS[name]

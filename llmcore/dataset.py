@@ -1,0 +1,282 @@
+"""Text to token files to batches: NumPy memory maps, and batches that are a pure function of (seed, step).
+
+A data set is a folder: `train.bin` and `val.bin` (little-endian token ids, one document after the other, each ended
+by eos), `train.offsets` and `val.offsets` (little-endian uint64, where each document starts, and the end), and
+`meta.json`, written last.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from llmcore.files import find_texts, fsync, read_text, sha256_file, write_atomic
+from llmcore.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+IGNORED = -100  # a target that is left out of the loss
+
+
+class DatasetError(ValueError):
+    """A data set that is missing, damaged, too short or made for something else. The message says what to do."""
+
+
+def prepare_dataset(
+    data_dir: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    dataset_dir: str | os.PathLike[str],
+    val_fraction: float = 0.05,
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Turn a folder of texts into token files. Running it again on unchanged input does nothing.
+
+    The split is by document: each file's place follows from a hash of its name, so adding files moves none. A corpus
+    of one document is split by position instead, which the manifest's `split_by` says.
+
+    Args:
+        data_dir: folder of `.txt` files.
+        tokenizer: what turns text into ids.
+        dataset_dir: where the token files go.
+        val_fraction: share of the documents held out; above 0, below 1.
+        progress: show a bar.
+
+    Returns:
+        The manifest, as in `meta.json`: format_version, dtype, vocab_size, tokenizer (fingerprint), val_fraction,
+        split_by, splits (name -> documents, tokens, characters, bytes, sha256), sources (path, sha256, bytes,
+        tokens, split).
+
+    Raises:
+        FileNotFoundError: if there are no texts.
+        DatasetError: if the texts are all empty, or val_fraction is out of range.
+        ValueError: if a file is not UTF-8.
+    """
+    if not 0 < val_fraction < 1:
+        raise DatasetError(f"val_fraction={val_fraction} must be above 0 and below 1")
+    data_dir, dataset_dir = Path(data_dir), Path(dataset_dir)
+    files = find_texts(data_dir)
+    names = [_name(file, data_dir) for file in files]
+    hashes = [sha256_file(file) for file in files]
+    wanted = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "val_fraction": val_fraction}
+    existing = _read_manifest(dataset_dir)
+    if existing and all(existing.get(key) == value for key, value in wanted.items()):
+        if [(s["path"], s["sha256"]) for s in existing["sources"]] == list(zip(names, hashes, strict=True)):
+            return existing
+
+    dataset_dir.mkdir(parents=True, exist_ok=True)
+    (dataset_dir / "meta.json").unlink(missing_ok=True)  # what follows is no data set until it is written again
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    texts = [name for name, file in zip(names, files, strict=True) if file.stat().st_size]
+    by_position = len(texts) == 1
+    held_out = _held_out(texts, val_fraction)
+    writers = {split: _Writer(dataset_dir, split, dtype) for split in ("train", "val")}
+    sources = []
+    bar = tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="tokenize",
+               disable=not progress, leave=False)
+    for name, file, digest in zip(names, files, hashes, strict=True):
+        text = read_text(file)
+        split = "empty" if not text else "both" if by_position else "val" if name in held_out else "train"
+        tokens = 0
+        if split == "both":
+            cut = round(len(text) * (1 - val_fraction))
+            tokens = writers["train"].write(_encode(tokenizer, text[:cut]), text[:cut])
+            tokens += writers["val"].write([*_encode(tokenizer, text[cut:]), tokenizer.eos_id], text[cut:])
+        elif split != "empty":
+            tokens = writers[split].write([*_encode(tokenizer, text), tokenizer.eos_id], text)
+        sources.append({"path": name, "sha256": digest, "bytes": file.stat().st_size, "tokens": tokens, "split": split})
+        bar.update(file.stat().st_size)
+    bar.close()
+    manifest = {
+        **wanted, "dtype": dtype.str, "vocab_size": tokenizer.vocab_size,
+        "split_by": "position" if by_position else "document",
+        "splits": {split: writer.close() for split, writer in writers.items()}, "sources": sources,
+    }
+    if not any(split["tokens"] for split in manifest["splits"].values()):
+        raise DatasetError(f"the {len(files)} files in data_dir={str(data_dir)!r} hold no text")
+    write_atomic(dataset_dir / "meta.json", json.dumps(manifest, indent=1, ensure_ascii=False))
+    return manifest
+
+
+def _name(file: Path, data_dir: Path) -> str:
+    """Path inside the corpus; bytes that are no UTF-8 show as escapes."""
+    return os.fsencode(file.relative_to(data_dir).as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """One document's ids, its lines on all cores. A newline is a symbol of its own, so lines encode alone."""
+    *lines, last = text.split("\n")
+    batches = tokenizer.encode_batch([line + "\n" for line in lines] + [last])
+    return [id for ids in batches for id in ids]
+
+
+def _held_out(names: list[str], val_fraction: float) -> set[str]:
+    """The names whose hash falls below the fraction; the lowest one if none does."""
+    if len(names) < 2:
+        return set()
+    places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
+    chosen = {name for name, place in places.items() if place < val_fraction}
+    if len(chosen) in (0, len(names)):
+        chosen = {min(names, key=lambda name: places[name])}
+    return chosen
+
+
+class _Writer:
+    """One split's token file, offsets and counts."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any]) -> None:
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.temporary = folder / f".{split}.bin.tmp"
+        self.file = open(self.temporary, "wb")
+        self.hash = hashlib.sha256()
+        self.offsets = [0]
+        self.characters = self.bytes = 0
+
+    def write(self, ids: list[int], text: str) -> int:
+        """Append a document, given as ids and as the text they stand for; returns the number of ids."""
+        block = np.asarray(ids, dtype=self.dtype).tobytes()
+        self.file.write(block)
+        self.hash.update(block)
+        self.offsets.append(self.offsets[-1] + len(ids))
+        self.characters += len(text)
+        self.bytes += len(text.encode())
+        return len(ids)
+
+    def close(self) -> dict[str, Any]:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.temporary, self.folder / f"{self.split}.bin")
+        write_atomic(self.folder / f"{self.split}.offsets", np.asarray(self.offsets, dtype="<u8").tobytes())
+        fsync(self.folder)
+        return {"documents": len(self.offsets) - 1, "tokens": self.offsets[-1], "characters": self.characters,
+                "bytes": self.bytes, "sha256": self.hash.hexdigest()}
+
+
+def _read_manifest(dataset_dir: Path) -> dict[str, Any] | None:
+    """The manifest if there is a readable one whose files have the length it says."""
+    try:
+        manifest = json.loads((dataset_dir / "meta.json").read_text(encoding="utf-8"))
+        for split, counts in manifest["splits"].items():
+            size = (dataset_dir / f"{split}.bin").stat().st_size
+            if size != counts["tokens"] * np.dtype(manifest["dtype"]).itemsize:
+                return None
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+class TokenDataset:
+    """One split of a data set, read as windows of `context_size` tokens.
+
+    Every target token of an epoch is seen exactly once: windows tile the stream, in an order and from a starting
+    phase that change each epoch, and where a window overlaps its neighbour at an end of the stream, the targets that
+    belong to the neighbour are -100.
+
+    Args:
+        dataset_dir: folder written by `prepare_dataset`.
+        split: "train" or "val".
+        context_size: tokens per window.
+
+    Attributes:
+        tokens: memory map of all ids.
+        offsets: (documents + 1,) where each document starts, and the end.
+        n_windows: windows per epoch.
+        manifest: the data set's `meta.json`.
+        bytes_per_token: raw UTF-8 bytes of this split's text per token.
+
+    Raises:
+        DatasetError: if the files are missing, damaged or shorter than one window.
+    """
+
+    def __init__(self, dataset_dir: str | os.PathLike[str], split: str = "train", context_size: int = 1024) -> None:
+        dataset_dir = Path(dataset_dir)
+        if context_size < 1:
+            raise DatasetError(f"context_size={context_size} must be 1 or more")
+        if not (dataset_dir / "meta.json").is_file():
+            raise DatasetError(f"no data set in dataset_dir={str(dataset_dir)!r}; make one with notebook 02_dataset")
+        try:
+            self.manifest = json.loads((dataset_dir / "meta.json").read_text(encoding="utf-8"))
+            counts, version = self.manifest["splits"], self.manifest["format_version"]
+            dtype = np.dtype(self.manifest["dtype"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{dataset_dir / 'meta.json'} cannot be read ({error}); run 02_dataset again") from None
+        if version != FORMAT_VERSION:
+            raise DatasetError(f"{dataset_dir} has format version {version}; this code reads {FORMAT_VERSION}")
+        if split not in counts:
+            raise DatasetError(f"split={split!r} must be one of {', '.join(counts)}")
+        path = dataset_dir / f"{split}.bin"
+        size, expected = path.stat().st_size if path.is_file() else 0, counts[split]["tokens"] * dtype.itemsize
+        if size != expected:
+            raise DatasetError(f"{path} has {size} bytes instead of {expected}; run 02_dataset again")
+        if counts[split]["tokens"] < context_size + 1:
+            raise DatasetError(f"the {split} split has {counts[split]['tokens']} tokens; context_size={context_size} "
+                               f"needs {context_size + 1}: lower context_size, add text or raise val_fraction")
+        self.split, self.context_size = split, context_size
+        self.path = path
+        self.vocab_size = int(self.manifest["vocab_size"])
+        self.tokens: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r")
+        self.offsets: NDArray[Any] = np.fromfile(dataset_dir / f"{split}.offsets", dtype="<u8").astype(np.int64)
+        self.bytes_per_token = counts[split]["bytes"] / counts[split]["tokens"]
+        self.fingerprint: str = counts[split]["sha256"]
+        self.n_targets = len(self.tokens) - 1
+        self.n_windows = -(-self.n_targets // context_size)
+
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """The batch of a training step: a pure function of its arguments, with no state behind it.
+
+        Args:
+            step: number of the batch, from 0; the epoch follows from it.
+            batch_size: windows.
+            seed: of the order and phase.
+
+        Returns:
+            x and y, int64 (batch, time): y is what follows x, -100 where another window has that target.
+        """
+        numbers = range(step * batch_size, (step + 1) * batch_size)
+        return self._windows([self._segment(number, seed) for number in numbers])
+
+    def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The whole split once, in order: for validation."""
+        bounds = [*range(0, self.n_targets, self.context_size), self.n_targets]
+        segments = list(zip(bounds[:-1], bounds[1:], strict=True))
+        for first in range(0, len(segments), batch_size):
+            yield self._windows(segments[first:first + batch_size])
+
+    def _segment(self, number: int, seed: int) -> tuple[int, int]:
+        """First and last-plus-one target of a window, by its number counted over all epochs."""
+        epoch, index = divmod(number, self.n_windows)
+        last = self.n_targets - (self.n_windows - 1) * self.context_size  # what is left over for the last window
+        first, order = _epoch(seed, epoch, self.n_windows, last, self.context_size)
+        start = int(order[index] - 1) * self.context_size + first
+        return max(0, start), min(start + self.context_size, self.n_targets)
+
+    def _windows(self, segments: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        time = self.context_size
+        block = np.empty((len(segments), time + 1), dtype=np.int64)
+        y = torch.full((len(segments), time), IGNORED)
+        for row, (first, end) in enumerate(segments):
+            start = min(first, self.n_targets - time)
+            block[row] = self.tokens[start:start + time + 1]
+            y[row, first - start:end - start] = torch.from_numpy(block[row, first - start + 1:end - start + 1])
+        if int(block.max()) >= self.vocab_size:
+            raise DatasetError(f"{self.path} holds the id {block.max()}, but the vocabulary has {self.vocab_size}; "
+                               "the file is damaged: run 02_dataset again")
+        return torch.from_numpy(block[:, :-1].copy()), y
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, n_windows: int, shortest: int, longest: int) -> tuple[int, NDArray[np.int64]]:
+    """Length of an epoch's first window, which shifts all others, and their order. Cached: each window asks."""
+    generator = np.random.default_rng((seed, epoch))
+    return int(generator.integers(shortest, longest + 1)), generator.permutation(n_windows)

@@ -1,0 +1,117 @@
+"""Files: where the project is, which texts a folder holds, and writing without half-written results."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """A relative path is meant from the project's root, whatever the working folder.
+
+    JupyterLab and nbval run a notebook in its own folder, papermill in the caller's: this makes them agree.
+    """
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else PROJECT_ROOT / path
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as a notebook should print it: relative to the project where it lies inside."""
+    path = Path(path)
+    return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_texts(folder: Path) -> list[Path]:
+    """All `.txt` files below a folder, recursively, in sorted order; each folder is entered once.
+
+    Raises:
+        FileNotFoundError: if the folder is missing or holds no text.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data_dir={str(folder)!r} is not a folder; give one that holds .txt files")
+    found, seen = [], set()
+    for parent, names, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(parent)
+        if here in seen:  # a symbolic link back up: do not walk in circles
+            names.clear()
+            continue
+        seen.add(here)
+        found += [Path(parent, name) for name in files if name.lower().endswith(".txt")]
+    if not found:
+        raise FileNotFoundError(f"no file matches *.txt in data_dir={str(folder)!r} or its folders")
+    return sorted(found)
+
+
+def read_text(path: Path) -> str:
+    """A text file's content: UTF-8, a byte order mark dropped, CRLF and CR turned into newlines.
+
+    Raises:
+        ValueError: if the file is not UTF-8, naming it and the first bad byte.
+    """
+    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{os.fsencode(path).decode('utf-8', 'replace')} is not UTF-8: byte {error.start} is "
+            f"0x{raw[error.start]:02x}. Convert it, for example: iconv -f GB18030 -t UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def fsync(path: Path) -> None:
+    """Make sure that a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: to a temporary sibling, flushed to disk, then renamed over the old one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def split_long(line: str, max_bytes: int) -> Iterator[str]:
+    """Cut a line into pieces of at most `max_bytes` UTF-8 bytes that add up to the line.
+
+    Cuts fall after sentence ends (. ? ! 。 ？ ！) where there is one, else between two characters.
+    """
+    if len(line) * 4 <= max_bytes or len(line.encode()) <= max_bytes:
+        yield line
+        return
+    start = size = 0
+    sentence_end = 0  # index after the last sentence end in the current piece
+    for index, character in enumerate(line):
+        width = len(character.encode())
+        if size + width > max_bytes and index > start:
+            cut = sentence_end if sentence_end > start else index
+            yield line[start:cut]
+            size = len(line[cut:index].encode())
+            start = cut
+        size += width
+        if character in ".?!。？！":
+            sentence_end = index + 1
+    yield line[start:]

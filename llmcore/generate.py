@@ -1,0 +1,226 @@
+"""Sampling with the KV cache: whole texts, batches of prompts, or a stream of pieces."""
+
+from __future__ import annotations
+
+import codecs
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from llmcore.model import KVCache, Transformer
+from llmcore.tokenizer import Tokenizer
+
+
+def check_sampling(max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                   min_p: float | None = None, repetition_penalty: float = 1.0) -> None:
+    """Raise ValueError, naming the parameter and its range, for values that make no sense."""
+    wrong = []
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        wrong.append(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        wrong.append(f"temperature={temperature} must be 0 (greedy) or more")
+    if top_k is not None and not top_k >= 1:
+        wrong.append(f"top_k={top_k} must be 1 or more, or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        wrong.append(f"top_p={top_p} must be above 0 and at most 1, or None")
+    if min_p is not None and not 0 <= min_p <= 1:
+        wrong.append(f"min_p={min_p} must be between 0 and 1, or None")
+    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        wrong.append(f"repetition_penalty={repetition_penalty} must be above 0 (1 is off)")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def next_token_probabilities(logits: Tensor, seen: Tensor | None = None, *, temperature: float = 1.0,
+                             top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+                             repetition_penalty: float = 1.0) -> Tensor:
+    """Turn logits (batch, vocab) into the probabilities (batch, vocab) to sample from.
+
+    In this order: repetition penalty (Keskar et al., "CTRL", arXiv:1909.05858, section 4.1) on the ids in `seen`
+    (batch, time), temperature, top-k, top-p (nucleus: Holtzman et al., arXiv:1904.09751), min-p (Nguyen et al.,
+    arXiv:2407.01082). A temperature of 0 puts everything on the most likely id.
+    """
+    logits = logits.float()
+    if seen is not None and repetition_penalty != 1.0:
+        scores = logits.gather(1, seen)
+        scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
+        logits = logits.scatter(1, seen, scores)
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+    # the largest becomes 0 first, so that a tiny temperature cannot overflow
+    logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, 1e-6)
+    if top_k is not None and top_k < logits.shape[1]:
+        kth = logits.topk(top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(1)
+    if top_p is not None and top_p < 1:
+        ordered, ids = probabilities.sort(1, descending=True)
+        before = ordered.cumsum(1) - ordered  # mass of all that are more likely
+        kept = ordered.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(1, ids, kept)
+    if min_p:
+        floor = min_p * probabilities.amax(1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+    return probabilities / probabilities.sum(1, keepdim=True)
+
+
+def generate_ids(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
+                 eos_id: int | None = None, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
+                 seed: int | None = None) -> Iterator[list[int]]:
+    """Continue prompts of ids, one step at a time, with the KV cache.
+
+    Prompts are padded on the left to one length. When the context is full, the window slides: the newest half is
+    kept and read again, so a token always sees at least half a context.
+
+    Args:
+        model: the language model.
+        prompts: one or more ids each.
+        max_new_tokens: steps at most.
+        eos_id: a row that has produced it goes on producing it; when all have, generation ends.
+        seed: of the sampling. None: a different one each time.
+
+    Yields:
+        The next id of every prompt.
+
+    Raises:
+        ValueError: for a parameter out of range or an empty prompt.
+    """
+    check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
+    if max_new_tokens:
+        yield from _generate(model, prompts, max_new_tokens, eos_id, seed, temperature=temperature, top_k=top_k,
+                             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+
+
+def _generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_id: int | None,
+              seed: int | None, **sampling: float | None) -> Iterator[list[int]]:
+    device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
+    longest = max(map(len, prompts))
+    seen = torch.zeros((len(prompts), longest), dtype=torch.int64)
+    padding = torch.ones((len(prompts), longest), dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, longest - len(prompt):] = torch.as_tensor(prompt)
+        padding[row, longest - len(prompt):] = False
+    padded = bool(padding.any())
+    # a padded place repeats the row's first token, so that the repetition penalty sees nothing new
+    seen = torch.where(padding, torch.as_tensor([[prompt[0]] for prompt in prompts]), seen)
+    seen, padding = seen.to(device), padding.to(device)
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    cache = KVCache(model.config, len(prompts), device, model.tok_embeddings.weight.dtype)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    new = seen[:, -context:]
+    for step in range(max_new_tokens):
+        if cache.length + new.shape[1] > context:
+            cache.length, new = 0, seen[:, -max(1, context // 2):]
+        # Not a decorator: inference mode must not leak into the caller between two yields.
+        with torch.inference_mode():
+            columns = cache.length + new.shape[1]
+            mask = padding[:, -columns:] if padded else None
+            logits = model.output(model.hidden_states(new, cache, mask)[:, -1])
+            probabilities = next_token_probabilities(logits, seen, **sampling)  # type: ignore[arg-type]
+            new = torch.multinomial(probabilities, 1, generator=generator)
+            if eos_id is not None:
+                new = torch.where(finished[:, None], eos_id, new)
+                finished |= new[:, 0] == eos_id
+            seen = torch.cat((seen, new), dim=1)
+            padding = torch.cat((padding, torch.zeros_like(new, dtype=torch.bool)), dim=1) if padded else padding
+        yield new[:, 0].tolist()
+        if finished.all():
+            return
+
+
+def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt. An empty one starts a new document: that is what follows eos in training.
+
+    A prompt longer than the context is cut from the left, with a warning.
+    """
+    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    context = model.config.max_seq_len
+    if len(ids) > context:
+        warnings.warn(f"the prompt has {len(ids)} tokens; only the last {context} fit into the context", stacklevel=3)
+    return ids[-context:]
+
+
+@overload
+def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+             repetition_penalty: float = 1.0, seed: int | None = None) -> str: ...
+@overload
+def generate(model: Transformer, tokenizer: Tokenizer, prompt: Sequence[str], max_new_tokens: int,
+             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+             repetition_penalty: float = 1.0, seed: int | None = None) -> list[str]: ...
+def generate(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], max_new_tokens: int,
+             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+             repetition_penalty: float = 1.0, seed: int | None = None) -> str | list[str]:
+    """What the model writes after a prompt, without the prompt; for a list of prompts, a list.
+
+    Args:
+        model: the language model.
+        tokenizer: the one it was trained with.
+        prompt: text, or several texts, continued together.
+        max_new_tokens: tokens at most; generation ends before at eos.
+        temperature: 0 is greedy, 1 the model's own distribution.
+        top_k: only the k most likely tokens.
+        top_p: only the most likely tokens that together have this probability.
+        min_p: only tokens at least this share as likely as the most likely one.
+        repetition_penalty: above 1, tokens seen before become less likely.
+        seed: makes the result repeatable.
+
+    Raises:
+        ValueError: for a parameter out of range, naming it.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    steps = generate_ids(model, [prompt_ids(model, tokenizer, text) for text in prompts], max_new_tokens,
+                         eos_id=tokenizer.eos_id, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                         repetition_penalty=repetition_penalty, seed=seed)
+    rows = list(zip(*steps, strict=True)) or [() for _ in prompts]
+    texts = [tokenizer.decode(row) for row in rows]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, temperature: float = 1.0,
+           top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+           repetition_penalty: float = 1.0, seed: int | None = None) -> Iterator[str]:
+    """The text of `generate`, piece by piece as it comes, never half a character.
+
+    Arguments and errors are those of `generate`; the pieces add up to its result.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for [id] in generate_ids(model, [prompt_ids(model, tokenizer, prompt)], max_new_tokens, eos_id=tokenizer.eos_id,
+                             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                             repetition_penalty=repetition_penalty, seed=seed):
+        piece = decoder.decode(tokenizer.id_to_bytes(id))
+        if piece:
+            yield piece
+    rest = decoder.decode(b"", final=True)
+    if rest:
+        yield rest
+
+
+@torch.inference_mode()
+def surprise(model: Transformer, ids: Sequence[int]) -> list[float]:
+    """Nats of surprise at each id but the first, given the ones before it in the same context window.
+
+    Raises:
+        ValueError: if there are fewer than two ids.
+    """
+    if len(ids) < 2:
+        raise ValueError("surprise needs at least two tokens")
+    nats: list[float] = []
+    context = model.config.max_seq_len
+    device = model.tok_embeddings.weight.device
+    for start in range(0, len(ids) - 1, context):
+        window = torch.as_tensor(ids[start:start + context + 1], device=device)
+        logits = model(window[None, :-1])[0].float()
+        nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
+    return nats

@@ -1,0 +1,263 @@
+"""A Llama-like decoder, small enough to read in one sitting.
+
+Pre-norm blocks (RMSNorm), rotary position embedding on interleaved pairs, SwiGLU, no biases, grouped-query
+attention and tied embeddings on request. Parameter names are Meta's, so its weights load without renaming.
+
+Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", arXiv:2302.13971.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmcore.config import ModelConfig
+
+
+def rope_table(head_dim: int, max_seq_len: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every (position, pair): two float32 tensors (max_seq_len, head_dim / 2).
+
+    Pair i turns by position * theta^(-2i / head_dim): Su et al., "RoFormer", arXiv:2104.09864, equation 15.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angles = torch.outer(torch.arange(max_seq_len).float(), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the interleaved pairs (x0, x1), (x2, x3), … of each head.
+
+    Real arithmetic, in float32: complex numbers would be shorter, but the compiler cannot fuse them.
+
+    Args:
+        x: (batch, time, heads, head_dim).
+        cos: (time, head_dim / 2), as is sin.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]  # the same for every head
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+CHUNK_ABOVE = 2**25  # logits in a batch from which on the loss is computed in chunks: 128 MiB of float32
+
+
+@torch.compiler.disable  # the chunked operator works outside the compiler only
+def _chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of (tokens, dim) hidden states without the (tokens, vocab) logits."""
+    if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return F.linear_cross_entropy(hidden, weight, targets, options=nn.LinearCrossEntropyOptions())
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers allocated once.
+
+    Args:
+        config: of the model.
+        batch_size: rows.
+        device: of the model.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
+        shape = (config.n_layers, batch_size, config.n_kv_heads, config.max_seq_len, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0  # tokens held
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (batch, kv_heads, time, head_dim) to a layer; returns all keys and values held, newest last."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        return self.keys[layer, :, :, :end].type_as(k), self.values[layer, :, :, :end].type_as(v)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and optional grouped queries."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.head_dim and config.n_kv_heads
+        self.layer, self.head_dim = layer, config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, time, dim) -> queries, keys (both rotated) and values, (batch, heads, time, head_dim)."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None,
+                cache: KVCache | None = None) -> Tensor:
+        """(batch, time, dim) -> the same shape. `mask` (True: may look) replaces the plain causal one."""
+        q, k, v = self.project(x, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        causal = mask is None and x.shape[1] > 1  # a single new token may look at everything held
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                           enable_gqa=self.n_kv_heads != self.n_heads)
+        return self.wo(y.transpose(1, 2).flatten(-2))
+
+    def weights(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The attention pattern itself, (batch, heads, time, time), for pictures: `forward` never builds it."""
+        q, k, _ = self.project(x, cos, sin)
+        k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x). Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.hidden_dim
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, dim) -> the same shape."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a normalised copy of the stream and added back to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None,
+                cache: KVCache | None = None) -> Tensor:
+        """(batch, time, dim) -> the same shape."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The language model: `model(tokens)` gives logits, `model(tokens, targets)` the mean loss.
+
+    Args:
+        config: the shape. Set `gradient_checkpointing` on the model to trade time for memory in training.
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.reset_rope()
+        self.init_weights()
+
+    def reset_rope(self) -> None:
+        """Compute the rotary table (again: after a start on the meta device it is still to be filled)."""
+        assert self.config.head_dim
+        cos, sin = rope_table(self.config.head_dim, self.config.max_seq_len, self.config.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def init_weights(self) -> None:
+        """Normal(0, 0.02); what writes to the residual stream (wo, w2) smaller, by 1 / sqrt(2 n_layers).
+
+        Radford et al., "Language Models are Unsupervised Multitask Learners", section 2.3.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
+
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+        """The stream after the last norm, (batch, time, dim).
+
+        Args:
+            tokens: (batch, time) ids; with a cache they follow the tokens it holds.
+            cache: filled with the new keys and values.
+            padding: (batch, held + time) bool, True where a token is only padding on the left.
+
+        Raises:
+            ValueError: if the tokens do not fit into max_seq_len.
+        """
+        past = cache.length if cache is not None else 0
+        time = tokens.shape[1]
+        if past + time > self.config.max_seq_len:
+            raise ValueError(f"{past} cached + {time} new tokens exceed max_seq_len={self.config.max_seq_len}")
+        cos, sin = self.rope_cos[past:past + time], self.rope_sin[past:past + time]
+        mask = None
+        if padding is not None or (past and time > 1):  # else SDPA's own causal mask serves
+            mask = torch.ones(time, past + time, dtype=torch.bool, device=tokens.device).tril(past)
+            if padding is not None:
+                # a padding row may look at itself, lest its softmax be over nothing
+                own = torch.eye(time, past + time, dtype=torch.bool, device=tokens.device).roll(past, 1)
+                mask = (mask & ~padding[:, None, None, :]) | own
+        x = self.tok_embeddings(tokens)
+        for block in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += time
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the loss.
+
+        Args:
+            tokens: (batch, time) int64 ids.
+            targets: (batch, time) int64: what follows each token; -100 is left out of the mean.
+
+        Returns:
+            Without targets, logits (batch, time, vocab_size). With targets, the mean cross-entropy, a scalar in nats.
+        """
+        hidden = self.hidden_states(tokens)
+        if targets is None:
+            return self.output(hidden)
+        return self.loss(hidden, targets)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats from hidden states (batch, time, dim).
+
+        Large batches are computed in chunks, so that their logits, often the largest tensor of all, never exist;
+        small ones at once, which the compiler can fuse.
+        """
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        if targets.numel() * self.config.vocab_size > CHUNK_ABOVE:
+            return _chunked_loss(hidden, self.output.weight, targets)
+        return F.cross_entropy(self.output(hidden).float(), targets)
+
+    @torch.no_grad()
+    def attention_weights(self, tokens: Tensor) -> Tensor:
+        """Every head's attention pattern for (batch, time) ids: (layers, batch, heads, time, time)."""
+        cos, sin = self.rope_cos[:tokens.shape[1]], self.rope_sin[:tokens.shape[1]]
+        x, patterns = self.tok_embeddings(tokens), []
+        for block in self.layers:
+            patterns.append(block.attention.weights(block.attention_norm(x), cos, sin))
+            x = block(x, cos, sin)
+        return torch.stack(patterns)

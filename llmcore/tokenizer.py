@@ -1,0 +1,212 @@
+"""SentencePiece, set up to lose nothing: `decode(encode(text)) == text` for any text.
+
+Kudo and Richardson, "SentencePiece", arXiv:1808.06226. Its defaults are made for translation: they turn full-width
+punctuation into ASCII, drop newlines, squeeze spaces and add one in front. Here they are all off, characters
+outside the vocabulary fall back to bytes, and the newline is a symbol of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import sentencepiece
+
+from llmcore.files import read_text, split_long, write_atomic
+
+MIN_COVERAGE = 0.98  # SentencePiece accepts no less
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+_SPACE = "▁"  # U+2581: SentencePiece's own sign for a space
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be trained or read. The message says which parameter to change, and to what."""
+
+
+class Tokenizer:
+    """A SentencePiece model read from a file.
+
+    Args:
+        tokenizer_model_file: a `.model` file.
+
+    Attributes:
+        vocab_size: number of ids.
+        pad_id, unk_id, bos_id, eos_id: the special ids.
+        fingerprint: SHA-256 of the model, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TokenizerError: if it is no SentencePiece model.
+    """
+
+    def __init__(self, tokenizer_model_file: str | os.PathLike[str]) -> None:
+        path = Path(tokenizer_model_file)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"tokenizer_model_file={str(path)!r} does not exist; train one with notebook 01_tokenize")
+        self.model_bytes = path.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+            self.vocab_size = int(self._processor.vocab_size())
+        except Exception as error:  # SentencePiece raises whatever its parser meets
+            raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: {error}") from None
+        if not self.vocab_size:
+            raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: no pieces")
+        self.pad_id, self.unk_id = self._processor.pad_id(), self._processor.unk_id()
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        self.fingerprint = hashlib.sha256(self.model_bytes).hexdigest()
+        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        self._space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+
+    def _piece_bytes(self, id: int) -> bytes:
+        if self._processor.is_control(id) or self._processor.is_unknown(id):
+            return b""
+        piece = self._processor.id_to_piece(id)
+        if self._processor.is_byte(id):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Text to ids; with bos in front and eos behind on request.
+
+        Raises:
+            ValueError: for half a surrogate pair, which no UTF-8 text can hold.
+        """
+        ids = [self.bos_id] if bos else []
+        # U+2581 in the text itself would come back as a space, so it goes in as its bytes.
+        for index, part in enumerate(text.split(_SPACE)):
+            if index:
+                ids += self._space_ids
+            ids += self._encode(part)
+        return ids + [self.eos_id] if eos else ids
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._processor.encode(text)
+        except RuntimeError:
+            raise ValueError("the text holds half a surrogate pair, which no UTF-8 file can") from None
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
+        """`encode` for many texts, on all cores (`num_threads=-1`) at once."""
+        if any(_SPACE in text for text in texts):
+            return [self.encode(text) for text in texts]
+        return self._processor.encode(list(texts), num_threads=num_threads)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text. Special ids give nothing; bytes that are no UTF-8 give U+FFFD."""
+        return b"".join(map(self.id_to_bytes, ids)).decode("utf-8", errors="replace")
+
+    def id_to_bytes(self, id: int) -> bytes:
+        """The UTF-8 bytes of one id: half a character where it is a byte piece, none where it is special.
+
+        Raises:
+            ValueError: if the id is not in the vocabulary.
+        """
+        if not 0 <= id < self.vocab_size:
+            raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
+        return self._bytes[id]
+
+    def id_to_piece(self, id: int) -> str:
+        """The piece as SentencePiece writes it: "▁" for a space, "<0x0A>" for a byte."""
+        return self._processor.id_to_piece(id)
+
+    def is_byte(self, id: int) -> bool:
+        """Whether the id stands for one raw byte."""
+        return self._processor.is_byte(id)
+
+
+def sentences(files: Iterable[str | os.PathLike[str]], max_sentence_length: int) -> Iterator[str]:
+    """The lines of text files, longer ones split at sentence ends: SentencePiece skips what is too long for it."""
+    for file in files:
+        for line in read_text(Path(file)).split("\n"):
+            # Tabs and U+2585 are marks of the trainer's own; it would drop the whole line.
+            for part in re.split("[\t\u2585\0]", line):
+                if part:
+                    yield from split_long(part, max_sentence_length)
+
+
+def train_tokenizer(
+    files: Iterable[str | os.PathLike[str]],
+    model_prefix: str | os.PathLike[str],
+    vocab_size: int = 8000,
+    *,
+    model_type: str = "bpe",
+    character_coverage: float = 0.9995,
+    max_sentence_length: int = 4192,
+    input_sentence_size: int = 2_000_000,
+    seed: int = 0,
+    num_threads: int | None = None,
+) -> Tokenizer:
+    """Learn pieces from text files and write `<model_prefix>.model` and `.vocab`.
+
+    Args:
+        files: text files, UTF-8.
+        model_prefix: path without the ending.
+        vocab_size: number of ids, the 4 special and 256 byte pieces included.
+        model_type: "bpe" or "unigram".
+        character_coverage: share of the text's characters that get a piece, from 0.98 to 1; the rest are spelled in bytes.
+        max_sentence_length: in bytes; longer lines are split, never dropped.
+        input_sentence_size: at most so many lines are sampled, which bounds memory on a large corpus.
+        seed: of that sampling.
+        num_threads: of the trainer. None: one a core.
+
+    Raises:
+        TokenizerError: if the vocabulary is too small for the characters, or too large for the text.
+    """
+    if not MIN_COVERAGE <= character_coverage <= 1:
+        raise TokenizerError(f"character_coverage={character_coverage} must be between {MIN_COVERAGE} and 1")
+    files = [Path(file) for file in files]
+    prefix = Path(model_prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(files, max_sentence_length), model_writer=model,
+            vocab_size=vocab_size, model_type=model_type, character_coverage=character_coverage,
+            max_sentence_length=max_sentence_length, input_sentence_size=input_sentence_size,
+            shuffle_input_sentence=True, num_threads=num_threads or os.cpu_count() or 1,
+            pad_id=PAD_ID, unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID,
+            normalization_rule_name="identity", byte_fallback=True, add_dummy_prefix=False,
+            remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise TokenizerError(_advice(str(error), files, vocab_size, character_coverage)) from None
+    write_atomic(prefix.with_name(prefix.name + ".model"), model.getvalue())
+    tokenizer = Tokenizer(prefix.with_name(prefix.name + ".model"))
+    rows = (f"{tokenizer.id_to_piece(i)!r}\t{tokenizer._processor.get_score(i):g}\n" for i in range(vocab_size))
+    write_atomic(prefix.with_name(prefix.name + ".vocab"), "".join(rows))
+    return tokenizer
+
+
+def _advice(message: str, files: list[Path], vocab_size: int, character_coverage: float) -> str:
+    """SentencePiece's complaint in plain words, with numbers that would work."""
+    too_large = re.search(r"value <= (\d+)", message)
+    if too_large:
+        return (f"vocab_size={vocab_size} is more than this text supports; "
+                f"set vocab_size to {too_large[1]} or less, or add text")
+    if "required_chars" in message or "vocab_size" in message.lower():
+        counts = Counter(c for file in files for line in sentences([file], 1 << 20) for c in line)
+        shares = list(accumulate(count / counts.total() for _, count in counts.most_common()))
+        needed = bisect_left(shares, character_coverage) + 1
+        fewest = bisect_left(shares, MIN_COVERAGE) + 1
+        room = vocab_size - 256 - 4 - 1  # bytes, special ids and the newline
+        lower = ""
+        if fewest < room:
+            coverage = max(MIN_COVERAGE, int(10_000 * shares[room - 2]) / 10_000)
+            lower = f", or character_coverage to {coverage:g} or less"
+        elif needed > fewest:
+            lower = f", or to {fewest + 262} or more with character_coverage={MIN_COVERAGE}"
+        return (f"vocab_size={vocab_size} is too small: at character_coverage={character_coverage:g} the text needs "
+                f"{needed} characters besides 256 bytes and 5 special symbols. "
+                f"Set vocab_size to {needed + 262} or more{lower} (rarer characters are then spelled in bytes)")
+    if "Input corpus" in message or "empty" in message.lower() or "sentences_" in message:
+        return f"the {len(files)} text files hold no text to learn from"
+    return message

@@ -1,0 +1,503 @@
+"""The training loop: mixed precision, accumulation, validation, samples, checkpoints, and an exact resume.
+
+`Trainer.steps()` is a plain generator that takes one optimizer step at a time and yields what happened, so that a
+notebook can draw, pause or stop between two steps; `fit()` runs it to the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
+
+from llmcore.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    load_weights,
+    pick_device,
+    prune_checkpoints,
+    read_tensors,
+    save_checkpoint,
+)
+from llmcore.config import TrainConfig
+from llmcore.dataset import IGNORED
+from llmcore.files import resolve, shown, write_atomic
+from llmcore.generate import generate
+from llmcore.model import Transformer
+from llmcore.tokenizer import Tokenizer
+
+Event = dict[str, Any]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or go on. The message says why and what to change."""
+
+
+class TrainData(Protocol):
+    """What the trainer asks of its data: batches that are a pure function of (step, seed)."""
+
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """x and y, int64 (batch, time)."""
+
+
+class ValData(Protocol):
+    """What the trainer asks of its validation data: the whole split, once, in order."""
+
+    bytes_per_token: float
+
+    def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Batches of x and y, int64 (batch, time)."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimizer steps taken in all.
+        val_loss: of the last validation, nats per token; None without validation data.
+        stopped_early: whether it was stopped before max_steps.
+        checkpoint: the last checkpoint written.
+    """
+
+    step: int
+    val_loss: float | None
+    stopped_early: bool
+    checkpoint: Path | None
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """The learning rate of a step as a share of its peak: a pure function, warm-up included.
+
+    "plateau" is flat here; the trainer multiplies what validation has lowered it to.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "plateau":
+        return 1.0
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    decay_steps = max(1, round(config.decay_fraction * config.max_steps))
+    left = (config.max_steps - step) / decay_steps
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * min(1.0, left)
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """The precision meant by "auto": bf16 where the device computes in it, fp16 on older GPUs, else fp32.
+
+    Raises:
+        TrainingError: for fp16 or bf16 on a device without it.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has_bf16 = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    else:
+        has_bf16 = False
+    if precision == "auto":
+        return "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "fp32"
+    if precision == "fp16" and device.type != "cuda":
+        raise TrainingError(f"precision='fp16' needs a CUDA device, not {device}; use auto, bf16 or fp32")
+    if precision == "bf16" and device.type == "mps":
+        raise TrainingError(f"precision='bf16' is not supported on {device}; use auto or fp32")
+    return precision
+
+
+def build_optimizers(model: Transformer, config: TrainConfig) -> list[Optimizer]:
+    """AdamW with decay on matrices only; or Muon for the blocks' matrices and AdamW for the rest.
+
+    Loshchilov and Hutter, arXiv:1711.05101; Jordan et al., "Muon", 2024 (as in torch.optim). Each group's
+    `peak` is what the schedule multiplies.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = [p for name, p in named if config.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
+    taken = {id(p) for p in muon}
+    matrices = [p for _, p in named if p.dim() >= 2 and id(p) not in taken]
+    vectors = [p for _, p in named if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    optimizers: list[Optimizer] = [AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)]
+    if muon:
+        optimizers.append(Muon(muon, config.muon_learning_rate, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def new_run_dir(output_dir: str | os.PathLike[str], name: str) -> Path:
+    """A folder for a new run: `<output_dir>/<name>`, or `<name>-2`, … where a run is there already."""
+    parent = resolve(output_dir)
+    number = 1
+    while (path := parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return path
+
+
+class Trainer:
+    """One training run in one folder.
+
+    Args:
+        model: moved to the device.
+        train_data: batches by (step, seed).
+        val_data: None for no validation.
+        config: how to train.
+        output_dir: the run's folder; `metrics.jsonl` and checkpoints go there.
+        tokenizer: copied into checkpoints and used for samples.
+        callbacks: each is called with every event.
+        device: "auto", "cpu", "cuda" or "mps".
+        resume: a checkpoint to go on from: its folder, or "latest" or "best" of this run.
+
+    Attributes:
+        step: optimizer steps taken.
+        stop_requested: set by `stop()`: the current step is finished, then the run saves and ends.
+
+    Raises:
+        TrainingError: before anything is built, if this cannot work.
+        CheckpointError: if the checkpoint to resume from is missing, damaged or does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        train_data: TrainData,
+        val_data: ValData | None,
+        config: TrainConfig,
+        output_dir: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        callbacks: Sequence[Callable[[Event], None]] = (),
+        device: str = "auto",
+        resume: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.device = pick_device(device)
+        self.precision = pick_precision(config.precision, self.device)
+        self.run_dir = resolve(output_dir)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"output_dir={shown(self.run_dir)!r} cannot be written: {error.strerror}") from None
+        if not os.access(self.run_dir, os.W_OK):
+            raise TrainingError(f"output_dir={shown(self.run_dir)!r} is read-only; choose another")
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise TrainingError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
+                                f"vocab_size={model.config.vocab_size}")
+        if resume is None and (self.run_dir / "metrics.jsonl").exists():
+            raise TrainingError(f"{shown(self.run_dir)} holds a run already; resume it (resume='latest') or choose "
+                                "another output_dir")
+        self.model, self.train_data, self.val_data = model.to(self.device), train_data, val_data
+        self.config, self.tokenizer, self.callbacks = config, tokenizer, list(callbacks)
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.optimizers = build_optimizers(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.step = self.tokens = self.skipped = self._skipped_in_a_row = 0
+        self.val_loss: float | None = None
+        self.best_loss = math.inf
+        self.last_checkpoint: Path | None = None
+        self.stop_requested = False
+        self._save_requested = self._sample_requested = False
+        self._plateau = {"scale": 1.0, "best": math.inf, "bad": 0}
+        self._loss_and_backward: Callable[..., Tensor] = self.model
+        self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        if resume is not None:
+            self._resume(resume)
+
+    # Running
+
+    def fit(self) -> TrainResult:
+        """Train to the end, or until stopped, and say how it went."""
+        for _ in self.steps():
+            pass
+        return self.result()
+
+    def result(self) -> TrainResult:
+        """How the run stands."""
+        return TrainResult(self.step, self.val_loss, self.step < self.config.max_steps, self.last_checkpoint)
+
+    def stop(self) -> None:
+        """Finish the current step, save and end."""
+        self.stop_requested = True
+
+    def save(self) -> None:
+        """Write a checkpoint after the current step."""
+        self._save_requested = True
+
+    def sample(self) -> None:
+        """Write a sample after the current step."""
+        self._sample_requested = True
+
+    def steps(self) -> Iterator[Event]:
+        """Train step by step, yielding one event per optimizer step; saves at the end, or when closed.
+
+        An event has step, tokens, loss (nats per token), learning_rate, grad_norm, skipped (steps so far),
+        seconds (of this step) and tokens_per_second; after a validation also val_loss, val_perplexity and
+        val_bits_per_byte; after a sample, sample; after a save, checkpoint.
+
+        SIGINT and SIGTERM end the run after the current step as `stop()` does; a second one raises at once.
+
+        Raises:
+            TrainingError: after `max_skipped_steps` steps without a finite gradient in a row.
+        """
+        config = self.config
+        self.stop_requested = False
+        write_atomic(self.run_dir / "config.json", json.dumps(self._description(), indent=1, ensure_ascii=False))
+        self._loss_and_backward = self._compiled()
+        saved_at = self.step if self.last_checkpoint else -1
+        with self._signals_stop(), open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+            try:
+                while self.step < config.max_steps and not self.stop_requested:
+                    event = self._train_step()
+                    last = self.step == config.max_steps or self.stop_requested
+                    new_best = False
+                    if self.val_data is not None and (last or _due(self.step, config.eval_interval)):
+                        event |= self.validate()
+                        new_best = event["val_loss"] < self.best_loss
+                        self.best_loss = min(self.best_loss, event["val_loss"])
+                        self._update_plateau(event["val_loss"])
+                    if self._sample_requested or (
+                            self.tokenizer and (_due(self.step, config.sample_interval)
+                                                or (last and config.sample_interval))):
+                        event["sample"] = self._sample()
+                    metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
+                    metrics.flush()
+                    due = _due(self.step, config.checkpoint_interval)
+                    if last or new_best or due or self._save_requested:
+                        event["checkpoint"] = str(self._save(event["loss"]))
+                        saved_at = self.step
+                    for callback in self.callbacks:
+                        callback(event)
+                    yield event
+            finally:
+                # reached early when the consumer closes the generator or an error ends it
+                if self.step > saved_at and not self._skipped_in_a_row:
+                    self._save(self.val_loss if self.val_loss is not None else math.nan)
+
+    @contextlib.contextmanager
+    def _signals_stop(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the run after the current step. Only the main thread may set handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous: dict[int, Any] = {}
+
+        def handle(number: int, frame: Any) -> None:
+            if self.stop_requested:
+                signal.signal(number, previous[number])
+                raise KeyboardInterrupt
+            self.stop_requested = True
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    # One step
+
+    def _train_step(self) -> Event:
+        config, started = self.config, time.perf_counter()
+        rate = learning_rate_at(self.step, config) * self._plateau["scale"]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["peak"]
+        first = self.step * config.grad_accum_steps
+        batches = [self.train_data.batch(first + i, config.batch_size, config.seed)
+                   for i in range(config.grad_accum_steps)]
+        counts = [int((y != IGNORED).sum()) for _, y in batches]
+        self.model.train()
+        loss = torch.zeros((), device=self.device)
+        for (x, y), count in zip(batches, counts, strict=True):
+            if not count:
+                continue
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            with self._autocast():
+                part = self._loss_and_backward(x, y) * (count / sum(counts))
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        values = torch.stack((loss, norm)).tolist()
+        finite = all(map(math.isfinite, values))
+        if finite or self.scaler.is_enabled():  # the scaler itself leaves out what is not finite, and backs off
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+            self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += sum(x.numel() for x, _ in batches)
+        self._count_skipped(finite)
+        seconds = time.perf_counter() - started
+        return {"step": self.step, "tokens": self.tokens, "loss": values[0], "learning_rate": rate * config.learning_rate,
+                "grad_norm": values[1], "skipped": self.skipped, "seconds": seconds,
+                "tokens_per_second": sum(x.numel() for x, _ in batches) / seconds}
+
+    def _count_skipped(self, finite: bool) -> None:
+        self.skipped += not finite
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= self.config.max_skipped_steps:
+            raise TrainingError(
+                f"loss or gradient was not finite {self._skipped_in_a_row} steps in a row, up to step {self.step}. "
+                f"Last good checkpoint: {shown(self.last_checkpoint) if self.last_checkpoint else 'none'}. "
+                "Lower learning_rate, raise warmup_steps, or use precision='fp32'")
+
+    def _autocast(self) -> torch.autocast:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        """The model, compiled where that is asked for or pays: about ten seconds to win back on a CPU."""
+        wanted = self.config.compile == "on"
+        if self.config.compile == "auto":
+            left = (self.config.max_steps - self.step) * self.config.batch_size * self.config.grad_accum_steps
+            work = left * self.model.config.max_seq_len * self.model.config.flops_per_token()
+            wanted = work > (2e12 if self.device.type == "cpu" else 2e16) and has_compiler()
+            wanted = wanted and self.device.type != "mps"
+        return torch.compile(self.model) if wanted else self.model
+
+    def _update_plateau(self, val_loss: float) -> None:
+        """Lower the rate when validation has not improved for `plateau_patience` validations."""
+        state = self._plateau
+        if self.config.schedule != "plateau":
+            return
+        if val_loss < state["best"]:
+            state["best"], state["bad"] = val_loss, 0
+        else:
+            state["bad"] += 1
+        if state["bad"] >= self.config.plateau_patience:
+            state["scale"], state["bad"] = max(state["scale"] * self.config.plateau_factor, self.config.min_lr_ratio), 0
+
+    # Looking at the model
+
+    @torch.no_grad()
+    def validate(self) -> Event:
+        """Loss on the validation data: nats per token, perplexity, and bits per byte of raw text."""
+        assert self.val_data is not None
+        self.model.eval()
+        total, count = 0.0, 0
+        for number, (x, y) in enumerate(self.val_data.sequential(self.config.batch_size)):
+            if self.config.eval_batches and number >= self.config.eval_batches:
+                break
+            targets = int((y != IGNORED).sum())
+            with self._autocast():
+                total += float(self.model(x.to(self.device), y.to(self.device))) * targets
+            count += targets
+        self.val_loss = total / count
+        return {"val_loss": self.val_loss, "val_perplexity": math.exp(min(self.val_loss, 700.0)),
+                "val_bits_per_byte": self.val_loss / math.log(2) / self.val_data.bytes_per_token}
+
+    def _sample(self) -> str:
+        self._sample_requested = False
+        if self.tokenizer is None:
+            return ""
+        self.model.eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return generate(self.model, self.tokenizer, self.config.sample_prompt, self.config.sample_tokens,
+                            temperature=0.8, top_p=0.95, seed=self.config.seed)
+
+    # Saving and resuming
+
+    def _description(self) -> Event:
+        """What `config.json` says besides the model: how and on what it is trained."""
+        data = {name: getattr(part, "fingerprint", None)
+                for name, part in (("train", self.train_data), ("val", self.val_data))}
+        return {"model": self.model.config.to_dict(), "train": self.config.to_dict(), "data": data,
+                "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
+                "bytes_per_token": getattr(self.val_data, "bytes_per_token", None),
+                "precision": self.precision, "device": str(self.device), "torch": torch.__version__}
+
+    def _save(self, train_loss: float) -> Path:
+        """Write a checkpoint named by the validation loss (or the training loss where there is none)."""
+        self._save_requested = False
+        tensors = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        for optimizer in self.optimizers:
+            for parameter, values in optimizer.state.items():
+                for key, value in values.items():
+                    tensors[f"{self._names[id(parameter)]}/{key}"] = torch.as_tensor(value)
+        state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "val_loss": self.val_loss,
+                 "best_loss": self.best_loss, "plateau": self._plateau, "scaler": self.scaler.state_dict()}
+        loss = self.val_loss if self.val_loss is not None else train_loss
+        self.last_checkpoint = save_checkpoint(self.run_dir, self.model, self.tokenizer, step=self.step, loss=loss,
+                                               config={**self._description(), "tokens": self.tokens},
+                                               tensors=tensors, state=state)
+        prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
+        return self.last_checkpoint
+
+    def _resume(self, resume: str | os.PathLike[str]) -> None:
+        """Take over a checkpoint's weights, optimizer, counts and random state, and cut later metrics off."""
+        name = os.fspath(resume)
+        path = find_checkpoint(self.run_dir, name) if name in ("latest", "best") else find_checkpoint(name)
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        now = self._description()
+        differing = [f"model.{key}: {config['model'].get(key)} there, {value} here"
+                     for key, value in now["model"].items() if config["model"].get(key) != value]
+        differing += [f"{key}: {config.get(key)} there, {now[key]} here"
+                      for key in ("tokenizer", "data") if config.get(key) != now[key]]
+        if differing:
+            raise CheckpointError(f"{shown(path)} is of another run: " + "; ".join(differing))
+        load_weights(self.model, path)
+        tensors = read_tensors(path / "trainer_state.safetensors")
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    prefix = self._names[id(parameter)] + "/"
+                    values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                    if not values:
+                        raise CheckpointError(f"{shown(path)} has no optimizer state for {prefix[:-1]}; "
+                                              "was it trained with another optimizer?")
+                    # "step" stays where the optimizer wants it: on the CPU unless fused on a GPU
+                    optimizer.state[parameter] = {
+                        key: value.to(self.device) if key != "step" or group.get("fused") else value
+                        for key, value in values.items()}
+        self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
+        self.val_loss, self.best_loss, self._plateau = state["val_loss"], state["best_loss"], state["plateau"]
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.last_checkpoint = path
+        if path.parent == self.run_dir:
+            kept = [line for line in read_metrics(self.run_dir) if line["step"] <= self.step]
+            write_atomic(self.run_dir / "metrics.jsonl",
+                         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def read_metrics(run_dir: str | os.PathLike[str]) -> list[Event]:
+    """The events in a run's `metrics.jsonl`; a last line cut short by a crash is left out."""
+    path = resolve(run_dir) / "metrics.jsonl"
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return events
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
