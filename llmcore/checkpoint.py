@@ -106,12 +106,19 @@ def save_checkpoint(
             del weights["output.weight"]  # the same tensor as tok_embeddings.weight
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         if tensors is not None:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-                      temporary / "trainer_state.safetensors")
+            save_file(
+                {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+                temporary / "trainer_state.safetensors",
+            )
         if state is not None:
             (temporary / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        content = {"format_version": FORMAT_VERSION, "step": step, "loss": loss, "model": model.config.to_dict(),
-                   **(config or {})}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "loss": loss,
+            "model": model.config.to_dict(),
+            **(config or {}),
+        }
         (temporary / "config.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         if tokenizer is not None:
             (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
@@ -119,8 +126,13 @@ def save_checkpoint(
         for file in sorted(temporary.iterdir()):
             fsync(file)
             hashes[file.name] = sha256_file(file)
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "loss": loss, "saved_at": time.time(),
-                    "sha256": hashes}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "loss": loss,
+            "saved_at": time.time(),
+            "sha256": hashes,
+        }
         write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1))
         if path.exists():
             shutil.rmtree(path)
@@ -150,8 +162,10 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     if manifest is None:
         raise CheckpointError(f"{shown(path)} is not a checkpoint: it has no readable manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{shown(path)} has format version {manifest.get('format_version')}; "
-                              f"this code reads {FORMAT_VERSION}: update llmcore")
+        raise CheckpointError(
+            f"{shown(path)} has format version {manifest.get('format_version')}; "
+            f"this code reads {FORMAT_VERSION}: update llmcore"
+        )
     for name, expected in manifest["sha256"].items():
         file = path / name
         if Path(name).name != name or not file.is_file():
@@ -163,8 +177,11 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     """The finished checkpoints of one run, oldest step first. Hashes are not checked here."""
-    found = [(manifest["step"], manifest.get("saved_at", 0), path)
-             for path in Path(run_dir).glob("step=*") if (manifest := read_manifest(path))]
+    found = [
+        (manifest["step"], manifest.get("saved_at", 0), path)
+        for path in Path(run_dir).glob("step=*")
+        if (manifest := read_manifest(path))
+    ]
     return [path for _, _, path in sorted(found)]
 
 
@@ -184,18 +201,23 @@ def find_checkpoint(folder: str | os.PathLike[str], which: str = "latest") -> Pa
 
     For a folder of runs, the run that saved last counts. Files are checked by hash.
 
+    Args:
+        folder: a checkpoint, a run or a folder of runs.
+        which: "latest", "best", or another folder to look in instead, as a notebook's `checkpoint_dir` may be.
+
     Raises:
         CheckpointError: if there is none, saying where it looked, or if the one named is damaged.
-        ValueError: if `which` is neither "latest" nor "best".
     """
-    folder = resolve(folder)
     if which not in ("latest", "best"):
-        raise ValueError(f"which={which!r} must be latest or best")
+        folder, which = which, "latest"
+    folder = resolve(folder)
     if (folder / "manifest.json").exists() or folder.name.startswith("step="):
         verify_checkpoint(folder)
         return folder
     runs = {path.parent for pattern in ("step=*", "*/step=*", "*/*/step=*") for path in folder.glob(pattern)}
-    newest = sorted(runs, key=lambda run: max((read_manifest(p) or {}).get("saved_at", 0.0) for p in run.glob("step=*")))
+    newest = sorted(
+        runs, key=lambda run: max((read_manifest(p) or {}).get("saved_at", 0.0) for p in run.glob("step=*"))
+    )
     for run in reversed(newest):
         candidates = checkpoints(run)
         if which == "best":
@@ -206,8 +228,10 @@ def find_checkpoint(folder: str | os.PathLike[str], which: str = "latest") -> Pa
                 return path
             except CheckpointError as error:
                 warnings.warn(f"passed over: {error}", stacklevel=2)
-    raise CheckpointError(f"no checkpoint in {shown(folder)} (looked for step=*/manifest.json in it and two levels "
-                          "below); train one with notebook 04_scifi_train, or name another folder")
+    raise CheckpointError(
+        f"no checkpoint in {shown(folder)} (looked for step=*/manifest.json in it and two levels "
+        "below); train one with notebook 04_scifi_train, or name another folder"
+    )
 
 
 def load_checkpoint(folder_or_run: str | os.PathLike[str], which: str = "latest", device: str = "auto") -> Checkpoint:
@@ -215,7 +239,7 @@ def load_checkpoint(folder_or_run: str | os.PathLike[str], which: str = "latest"
 
     Args:
         folder_or_run: see `find_checkpoint`.
-        which: "latest" or "best", where the folder holds several.
+        which: "latest" or "best" where the folder holds several, or another folder to use instead.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
@@ -244,8 +268,11 @@ def load_weights(model: Transformer, path: Path) -> None:
     own = model.state_dict()
     wrong = [f"missing {name}" for name in own if name not in weights]
     wrong += [f"unexpected {name}" for name in weights if name not in own]
-    wrong += [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
-              for name in own if name in weights and weights[name].shape != own[name].shape]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
     if wrong:
         raise CheckpointError(f"{shown(path / 'model.safetensors')} does not fit the model: " + "; ".join(wrong[:8]))
     model.load_state_dict(weights, assign=model.tok_embeddings.weight.is_meta)

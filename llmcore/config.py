@@ -93,7 +93,9 @@ class ModelConfig(_JSONConfig):
                 object.__setattr__(self, "n_kv_heads", self.n_heads)
             if self.head_dim is None:
                 if self.dim % self.n_heads:
-                    wrong.append(f"dim={self.dim} does not divide by n_heads={self.n_heads}; change one or set head_dim")
+                    wrong.append(
+                        f"dim={self.dim} does not divide by n_heads={self.n_heads}; change one or set head_dim"
+                    )
                 object.__setattr__(self, "head_dim", self.dim // self.n_heads)
             if self.hidden_dim is None:
                 object.__setattr__(self, "hidden_dim", math.ceil(8 * self.dim / 3 / 64) * 64)
@@ -196,12 +198,28 @@ class TrainConfig(_JSONConfig):
     def __post_init__(self) -> None:
         wrong = _check_types(self)
         if not wrong:
-            for name in ("max_steps", "batch_size", "grad_accum_steps", "learning_rate", "muon_learning_rate",
-                         "plateau_patience", "max_skipped_steps"):
+            for name in (
+                "max_steps",
+                "batch_size",
+                "grad_accum_steps",
+                "learning_rate",
+                "muon_learning_rate",
+                "plateau_patience",
+                "max_skipped_steps",
+            ):
                 if not getattr(self, name) > 0:
                     wrong.append(f"{name}={getattr(self, name)} must be above 0")
-            for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_interval", "eval_batches",
-                         "checkpoint_interval", "sample_interval", "sample_tokens", "seed"):
+            for name in (
+                "warmup_steps",
+                "weight_decay",
+                "grad_clip",
+                "eval_interval",
+                "eval_batches",
+                "checkpoint_interval",
+                "sample_interval",
+                "sample_tokens",
+                "seed",
+            ):
                 if not getattr(self, name) >= 0:
                     wrong.append(f"{name}={getattr(self, name)} must be 0 or more")
             for name in ("min_lr_ratio", "decay_fraction", "plateau_factor"):
@@ -242,7 +260,7 @@ def _check_types(config: Any) -> list[str]:
             object.__setattr__(config, field.name, float(value))
         elif not isinstance(value, base) or (base is int and isinstance(value, bool)):
             wrong.append(f"{field.name}={value!r} must be of type {kind}")
-        elif base is float and not math.isfinite(value):
+        elif isinstance(value, float) and not math.isfinite(value):
             wrong.append(f"{field.name}={value} must be a finite number")
     return wrong
 
@@ -251,33 +269,77 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     # Reversing strings of letters and digits: notebook 03. 66 tokens: 62 symbols and four specials.
     "toy-reverse": (
         ModelConfig(vocab_size=66, dim=128, n_layers=2, n_heads=4, hidden_dim=352, max_seq_len=80, tie_embeddings=True),
-        TrainConfig(max_steps=800, batch_size=64, learning_rate=4e-3, warmup_steps=50, min_lr_ratio=0.0,
-                    weight_decay=0.01, eval_interval=100, checkpoint_interval=0),
+        TrainConfig(
+            max_steps=800,
+            batch_size=64,
+            learning_rate=4e-3,
+            warmup_steps=50,
+            min_lr_ratio=0.0,
+            weight_decay=0.01,
+            eval_interval=100,
+            checkpoint_interval=0,
+        ),
     ),
     # One classical novel on a laptop CPU in minutes: the default.
     "scifi-mini": (
-        ModelConfig(vocab_size=4000, dim=192, n_layers=4, n_heads=6, hidden_dim=512, max_seq_len=256,
-                    tie_embeddings=True),
-        TrainConfig(max_steps=1600, batch_size=4, learning_rate=2e-3, warmup_steps=50, min_lr_ratio=0.0,
-                    eval_interval=200, checkpoint_interval=400, sample_interval=400),
+        ModelConfig(
+            vocab_size=4000, dim=192, n_layers=4, n_heads=6, hidden_dim=512, max_seq_len=256, tie_embeddings=True
+        ),
+        TrainConfig(
+            max_steps=1600,
+            batch_size=4,
+            learning_rate=2e-3,
+            warmup_steps=50,
+            min_lr_ratio=0.0,
+            eval_interval=200,
+            checkpoint_interval=400,
+            sample_interval=400,
+        ),
     ),
     # The real sizes, each on one 80 GB GPU. Batch x accumulation x context is about half a million tokens a step.
     "scifi-117M": (
         ModelConfig(vocab_size=16_000, dim=768, n_layers=12, n_heads=12, hidden_dim=2304, max_seq_len=1024),
-        TrainConfig(max_steps=20_000, batch_size=64, grad_accum_steps=8, learning_rate=6e-4, warmup_steps=500,
-                    eval_interval=500, eval_batches=20, checkpoint_interval=1000, sample_interval=1000),
+        TrainConfig(
+            max_steps=20_000,
+            batch_size=64,
+            grad_accum_steps=8,
+            learning_rate=6e-4,
+            warmup_steps=500,
+            eval_interval=500,
+            eval_batches=20,
+            checkpoint_interval=1000,
+            sample_interval=1000,
+        ),
     ),
     "scifi-1.5B": (
         ModelConfig(vocab_size=16_000, dim=2048, n_layers=28, n_heads=16, hidden_dim=5632, max_seq_len=1024),
-        TrainConfig(max_steps=20_000, batch_size=16, grad_accum_steps=32, learning_rate=2.5e-4, warmup_steps=1000,
-                    gradient_checkpointing=True, eval_interval=500, eval_batches=20, checkpoint_interval=1000,
-                    sample_interval=1000),
+        TrainConfig(
+            max_steps=20_000,
+            batch_size=16,
+            grad_accum_steps=32,
+            learning_rate=2.5e-4,
+            warmup_steps=1000,
+            gradient_checkpointing=True,
+            eval_interval=500,
+            eval_batches=20,
+            checkpoint_interval=1000,
+            sample_interval=1000,
+        ),
     ),
     "zhwiki-2.46B": (
         ModelConfig(vocab_size=16_000, dim=2560, n_layers=30, n_heads=20, hidden_dim=6912, max_seq_len=2048),
-        TrainConfig(max_steps=40_000, batch_size=8, grad_accum_steps=32, learning_rate=2e-4, warmup_steps=2000,
-                    gradient_checkpointing=True, eval_interval=500, eval_batches=20, checkpoint_interval=1000,
-                    sample_interval=1000),
+        TrainConfig(
+            max_steps=40_000,
+            batch_size=8,
+            grad_accum_steps=32,
+            learning_rate=2e-4,
+            warmup_steps=2000,
+            gradient_checkpointing=True,
+            eval_interval=500,
+            eval_batches=20,
+            checkpoint_interval=1000,
+            sample_interval=1000,
+        ),
     ),
 }
 

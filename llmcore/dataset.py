@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -71,7 +72,8 @@ def prepare_dataset(
     wanted = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "val_fraction": val_fraction}
     existing = _read_manifest(dataset_dir)
     if existing and all(existing.get(key) == value for key, value in wanted.items()):
-        if [(s["path"], s["sha256"]) for s in existing["sources"]] == list(zip(names, hashes, strict=True)):
+        unchanged = [(s["path"], s["sha256"]) for s in existing["sources"]] == list(zip(names, hashes, strict=True))
+        if unchanged:
             return existing
 
     dataset_dir.mkdir(parents=True, exist_ok=True)
@@ -82,8 +84,14 @@ def prepare_dataset(
     held_out = _held_out(texts, val_fraction)
     writers = {split: _Writer(dataset_dir, split, dtype) for split in ("train", "val")}
     sources = []
-    bar = tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, desc="tokenize",
-               disable=not progress, leave=False)
+    bar = tqdm(
+        total=sum(file.stat().st_size for file in files),
+        unit="B",
+        unit_scale=True,
+        desc="tokenize",
+        disable=not progress,
+        leave=False,
+    )
     for name, file, digest in zip(names, files, hashes, strict=True):
         text = read_text(file)
         split = "empty" if not text else "both" if by_position else "val" if name in held_out else "train"
@@ -97,10 +105,13 @@ def prepare_dataset(
         sources.append({"path": name, "sha256": digest, "bytes": file.stat().st_size, "tokens": tokens, "split": split})
         bar.update(file.stat().st_size)
     bar.close()
-    manifest = {
-        **wanted, "dtype": dtype.str, "vocab_size": tokenizer.vocab_size,
+    manifest: dict[str, Any] = {
+        **wanted,
+        "dtype": dtype.str,
+        "vocab_size": tokenizer.vocab_size,
         "split_by": "position" if by_position else "document",
-        "splits": {split: writer.close() for split, writer in writers.items()}, "sources": sources,
+        "splits": {split: writer.close() for split, writer in writers.items()},
+        "sources": sources,
     }
     if not any(split["tokens"] for split in manifest["splits"].values()):
         raise DatasetError(f"the {len(files)} files in data_dir={str(data_dir)!r} hold no text")
@@ -159,8 +170,13 @@ class _Writer:
         os.replace(self.temporary, self.folder / f"{self.split}.bin")
         write_atomic(self.folder / f"{self.split}.offsets", np.asarray(self.offsets, dtype="<u8").tobytes())
         fsync(self.folder)
-        return {"documents": len(self.offsets) - 1, "tokens": self.offsets[-1], "characters": self.characters,
-                "bytes": self.bytes, "sha256": self.hash.hexdigest()}
+        return {
+            "documents": len(self.offsets) - 1,
+            "tokens": self.offsets[-1],
+            "characters": self.characters,
+            "bytes": self.bytes,
+            "sha256": self.hash.hexdigest(),
+        }
 
 
 def _read_manifest(dataset_dir: Path) -> dict[str, Any] | None:
@@ -220,8 +236,10 @@ class TokenDataset:
         if size != expected:
             raise DatasetError(f"{path} has {size} bytes instead of {expected}; run 02_dataset again")
         if counts[split]["tokens"] < context_size + 1:
-            raise DatasetError(f"the {split} split has {counts[split]['tokens']} tokens; context_size={context_size} "
-                               f"needs {context_size + 1}: lower context_size, add text or raise val_fraction")
+            raise DatasetError(
+                f"the {split} split has {counts[split]['tokens']} tokens; context_size={context_size} "
+                f"needs {context_size + 1}: lower context_size, add text or raise val_fraction"
+            )
         self.split, self.context_size = split, context_size
         self.path = path
         self.vocab_size = int(self.manifest["vocab_size"])
@@ -249,9 +267,9 @@ class TokenDataset:
     def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The whole split once, in order: for validation."""
         bounds = [*range(0, self.n_targets, self.context_size), self.n_targets]
-        segments = list(zip(bounds[:-1], bounds[1:], strict=True))
+        segments = list(itertools.pairwise(bounds))
         for first in range(0, len(segments), batch_size):
-            yield self._windows(segments[first:first + batch_size])
+            yield self._windows(segments[first : first + batch_size])
 
     def _segment(self, number: int, seed: int) -> tuple[int, int]:
         """First and last-plus-one target of a window, by its number counted over all epochs."""
@@ -267,11 +285,13 @@ class TokenDataset:
         y = torch.full((len(segments), time), IGNORED)
         for row, (first, end) in enumerate(segments):
             start = min(first, self.n_targets - time)
-            block[row] = self.tokens[start:start + time + 1]
-            y[row, first - start:end - start] = torch.from_numpy(block[row, first - start + 1:end - start + 1])
+            block[row] = self.tokens[start : start + time + 1]
+            y[row, first - start : end - start] = torch.from_numpy(block[row, first - start + 1 : end - start + 1])
         if int(block.max()) >= self.vocab_size:
-            raise DatasetError(f"{self.path} holds the id {block.max()}, but the vocabulary has {self.vocab_size}; "
-                               "the file is damaged: run 02_dataset again")
+            raise DatasetError(
+                f"{self.path} holds the id {block.max()}, but the vocabulary has {self.vocab_size}; "
+                "the file is damaged: run 02_dataset again"
+            )
         return torch.from_numpy(block[:, :-1].copy()), y
 
 

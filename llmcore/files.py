@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+# Relative paths start here; tests and parallel runs set the variable to keep their files apart.
+PROJECT_ROOT = Path(os.environ.get("LLM_WORKBOOK_ROOT") or Path(__file__).parent.parent).resolve()
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:

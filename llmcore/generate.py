@@ -6,7 +6,6 @@ import codecs
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,8 +14,14 @@ from llmcore.model import KVCache, Transformer
 from llmcore.tokenizer import Tokenizer
 
 
-def check_sampling(max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                   min_p: float | None = None, repetition_penalty: float = 1.0) -> None:
+def check_sampling(
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> None:
     """Raise ValueError, naming the parameter and its range, for values that make no sense."""
     wrong = []
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -35,9 +40,16 @@ def check_sampling(max_new_tokens: int, temperature: float = 1.0, top_k: int | N
         raise ValueError("; ".join(wrong))
 
 
-def next_token_probabilities(logits: Tensor, seen: Tensor | None = None, *, temperature: float = 1.0,
-                             top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-                             repetition_penalty: float = 1.0) -> Tensor:
+def next_token_probabilities(
+    logits: Tensor,
+    seen: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> Tensor:
     """Turn logits (batch, vocab) into the probabilities (batch, vocab) to sample from.
 
     In this order: repetition penalty (Keskar et al., "CTRL", arXiv:1909.05858, section 4.1) on the ids in `seen`
@@ -68,10 +80,19 @@ def next_token_probabilities(logits: Tensor, seen: Tensor | None = None, *, temp
     return probabilities / probabilities.sum(1, keepdim=True)
 
 
-def generate_ids(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
-                 eos_id: int | None = None, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
-                 seed: int | None = None) -> Iterator[list[int]]:
+def generate_ids(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    eos_id: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[list[int]]:
     """Continue prompts of ids, one step at a time, with the KV cache.
 
     Prompts are padded on the left to one length. When the context is full, the window slides: the newest half is
@@ -94,19 +115,35 @@ def generate_ids(model: Transformer, prompts: Sequence[Sequence[int]], max_new_t
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
     if max_new_tokens:
-        yield from _generate(model, prompts, max_new_tokens, eos_id, seed, temperature=temperature, top_k=top_k,
-                             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+        yield from _generate(
+            model,
+            prompts,
+            max_new_tokens,
+            eos_id,
+            seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
 
 
-def _generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_id: int | None,
-              seed: int | None, **sampling: float | None) -> Iterator[list[int]]:
+def _generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_id: int | None,
+    seed: int | None,
+    **sampling: float | None,
+) -> Iterator[list[int]]:
     device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
     longest = max(map(len, prompts))
     seen = torch.zeros((len(prompts), longest), dtype=torch.int64)
     padding = torch.ones((len(prompts), longest), dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        seen[row, longest - len(prompt):] = torch.as_tensor(prompt)
-        padding[row, longest - len(prompt):] = False
+        seen[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+        padding[row, longest - len(prompt) :] = False
     padded = bool(padding.any())
     # a padded place repeats the row's first token, so that the repetition penalty sees nothing new
     seen = torch.where(padding, torch.as_tensor([[prompt[0]] for prompt in prompts]), seen)
@@ -119,9 +156,9 @@ def _generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_toke
     cache = KVCache(model.config, len(prompts), device, model.tok_embeddings.weight.dtype)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     new = seen[:, -context:]
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         if cache.length + new.shape[1] > context:
-            cache.length, new = 0, seen[:, -max(1, context // 2):]
+            cache.length, new = 0, seen[:, -max(1, context // 2) :]
         # Not a decorator: inference mode must not leak into the caller between two yields.
         with torch.inference_mode():
             columns = cache.length + new.shape[1]
@@ -151,17 +188,18 @@ def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[in
     return ids[-context:]
 
 
-@overload
-def generate(model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, temperature: float = 1.0,
-             top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-             repetition_penalty: float = 1.0, seed: int | None = None) -> str: ...
-@overload
-def generate(model: Transformer, tokenizer: Tokenizer, prompt: Sequence[str], max_new_tokens: int,
-             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-             repetition_penalty: float = 1.0, seed: int | None = None) -> list[str]: ...
-def generate(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[str], max_new_tokens: int,
-             temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-             repetition_penalty: float = 1.0, seed: int | None = None) -> str | list[str]:
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[str],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> str | list[str]:
     """What the model writes after a prompt, without the prompt; for a list of prompts, a list.
 
     Args:
@@ -180,25 +218,52 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[st
         ValueError: for a parameter out of range, naming it.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    steps = generate_ids(model, [prompt_ids(model, tokenizer, text) for text in prompts], max_new_tokens,
-                         eos_id=tokenizer.eos_id, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                         repetition_penalty=repetition_penalty, seed=seed)
+    steps = generate_ids(
+        model,
+        [prompt_ids(model, tokenizer, text) for text in prompts],
+        max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     rows = list(zip(*steps, strict=True)) or [() for _ in prompts]
     texts = [tokenizer.decode(row) for row in rows]
     return texts[0] if isinstance(prompt, str) else texts
 
 
-def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, temperature: float = 1.0,
-           top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-           repetition_penalty: float = 1.0, seed: int | None = None) -> Iterator[str]:
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[str]:
     """The text of `generate`, piece by piece as it comes, never half a character.
 
     Arguments and errors are those of `generate`; the pieces add up to its result.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for [id] in generate_ids(model, [prompt_ids(model, tokenizer, prompt)], max_new_tokens, eos_id=tokenizer.eos_id,
-                             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                             repetition_penalty=repetition_penalty, seed=seed):
+    for [id] in generate_ids(
+        model,
+        [prompt_ids(model, tokenizer, prompt)],
+        max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    ):
         piece = decoder.decode(tokenizer.id_to_bytes(id))
         if piece:
             yield piece
@@ -220,7 +285,7 @@ def surprise(model: Transformer, ids: Sequence[int]) -> list[float]:
     context = model.config.max_seq_len
     device = model.tok_embeddings.weight.device
     for start in range(0, len(ids) - 1, context):
-        window = torch.as_tensor(ids[start:start + context + 1], device=device)
+        window = torch.as_tensor(ids[start : start + context + 1], device=device)
         logits = model(window[None, :-1])[0].float()
         nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
     return nats

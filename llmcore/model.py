@@ -65,8 +65,13 @@ class KVCache:
         dtype: of keys and values.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         shape = (config.n_layers, batch_size, config.n_kv_heads, config.max_seq_len, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
         self.values = torch.zeros_like(self.keys)
@@ -75,8 +80,8 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append (batch, kv_heads, time, head_dim) to a layer; returns all keys and values held, newest last."""
         end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end].type_as(k), self.values[layer, :, :, :end].type_as(v)
 
 
@@ -101,15 +106,17 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(batch, time, dim) -> the same shape. `mask` (True: may look) replaces the plain causal one."""
         q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         causal = mask is None and x.shape[1] > 1  # a single new token may look at everything held
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                           enable_gqa=self.n_kv_heads != self.n_heads)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.n_kv_heads != self.n_heads
+        )
         return self.wo(y.transpose(1, 2).flatten(-2))
 
     def weights(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -146,8 +153,9 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(batch, time, dim) -> the same shape."""
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -208,7 +216,7 @@ class Transformer(nn.Module):
         time = tokens.shape[1]
         if past + time > self.config.max_seq_len:
             raise ValueError(f"{past} cached + {time} new tokens exceed max_seq_len={self.config.max_seq_len}")
-        cos, sin = self.rope_cos[past:past + time], self.rope_sin[past:past + time]
+        cos, sin = self.rope_cos[past : past + time], self.rope_sin[past : past + time]
         mask = None
         if padding is not None or (past and time > 1):  # else SDPA's own causal mask serves
             mask = torch.ones(time, past + time, dtype=torch.bool, device=tokens.device).tril(past)
@@ -255,9 +263,10 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def attention_weights(self, tokens: Tensor) -> Tensor:
         """Every head's attention pattern for (batch, time) ids: (layers, batch, heads, time, time)."""
-        cos, sin = self.rope_cos[:tokens.shape[1]], self.rope_sin[:tokens.shape[1]]
+        cos, sin = self.rope_cos[: tokens.shape[1]], self.rope_sin[: tokens.shape[1]]
         x, patterns = self.tok_embeddings(tokens), []
         for block in self.layers:
+            assert isinstance(block, Block)
             patterns.append(block.attention.weights(block.attention_norm(x), cos, sin))
             x = block(x, cos, sin)
         return torch.stack(patterns)

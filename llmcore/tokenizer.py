@@ -50,7 +50,8 @@ class Tokenizer:
         path = Path(tokenizer_model_file)
         if not path.is_file():
             raise FileNotFoundError(
-                f"tokenizer_model_file={str(path)!r} does not exist; train one with notebook 01_tokenize")
+                f"tokenizer_model_file={str(path)!r} does not exist; train one with notebook 01_tokenize"
+            )
         self.model_bytes = path.read_bytes()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
@@ -85,7 +86,7 @@ class Tokenizer:
             if index:
                 ids += self._space_ids
             ids += self._encode(part)
-        return ids + [self.eos_id] if eos else ids
+        return [*ids, self.eos_id] if eos else ids
 
     def _encode(self, text: str) -> list[int]:
         try:
@@ -151,7 +152,8 @@ def train_tokenizer(
         model_prefix: path without the ending.
         vocab_size: number of ids, the 4 special and 256 byte pieces included.
         model_type: "bpe" or "unigram".
-        character_coverage: share of the text's characters that get a piece, from 0.98 to 1; the rest are spelled in bytes.
+        character_coverage: share of the text's characters that get a piece, from 0.98 to 1; the rest are spelled
+            in bytes.
         max_sentence_length: in bytes; longer lines are split, never dropped.
         input_sentence_size: at most so many lines are sampled, which bounds memory on a large corpus.
         seed: of that sampling.
@@ -162,23 +164,35 @@ def train_tokenizer(
     """
     if not MIN_COVERAGE <= character_coverage <= 1:
         raise TokenizerError(f"character_coverage={character_coverage} must be between {MIN_COVERAGE} and 1")
-    files = [Path(file) for file in files]
+    paths = [Path(file) for file in files]
     prefix = Path(model_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(files, max_sentence_length), model_writer=model,
-            vocab_size=vocab_size, model_type=model_type, character_coverage=character_coverage,
-            max_sentence_length=max_sentence_length, input_sentence_size=input_sentence_size,
-            shuffle_input_sentence=True, num_threads=num_threads or os.cpu_count() or 1,
-            pad_id=PAD_ID, unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID,
-            normalization_rule_name="identity", byte_fallback=True, add_dummy_prefix=False,
-            remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2,
+            sentence_iterator=sentences(paths, max_sentence_length),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            max_sentence_length=max_sentence_length,
+            input_sentence_size=input_sentence_size,
+            shuffle_input_sentence=True,
+            num_threads=num_threads or os.cpu_count() or 1,
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            normalization_rule_name="identity",
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            user_defined_symbols=["\n"],
+            minloglevel=2,
         )
     except RuntimeError as error:
-        raise TokenizerError(_advice(str(error), files, vocab_size, character_coverage)) from None
+        raise TokenizerError(_advice(str(error), paths, vocab_size, character_coverage)) from None
     write_atomic(prefix.with_name(prefix.name + ".model"), model.getvalue())
     tokenizer = Tokenizer(prefix.with_name(prefix.name + ".model"))
     rows = (f"{tokenizer.id_to_piece(i)!r}\t{tokenizer._processor.get_score(i):g}\n" for i in range(vocab_size))
@@ -190,8 +204,10 @@ def _advice(message: str, files: list[Path], vocab_size: int, character_coverage
     """SentencePiece's complaint in plain words, with numbers that would work."""
     too_large = re.search(r"value <= (\d+)", message)
     if too_large:
-        return (f"vocab_size={vocab_size} is more than this text supports; "
-                f"set vocab_size to {too_large[1]} or less, or add text")
+        return (
+            f"vocab_size={vocab_size} is more than this text supports; "
+            f"set vocab_size to {too_large[1]} or less, or add text"
+        )
     if "required_chars" in message or "vocab_size" in message.lower():
         counts = Counter(c for file in files for line in sentences([file], 1 << 20) for c in line)
         shares = list(accumulate(count / counts.total() for _, count in counts.most_common()))
@@ -204,9 +220,29 @@ def _advice(message: str, files: list[Path], vocab_size: int, character_coverage
             lower = f", or character_coverage to {coverage:g} or less"
         elif needed > fewest:
             lower = f", or to {fewest + 262} or more with character_coverage={MIN_COVERAGE}"
-        return (f"vocab_size={vocab_size} is too small: at character_coverage={character_coverage:g} the text needs "
-                f"{needed} characters besides 256 bytes and 5 special symbols. "
-                f"Set vocab_size to {needed + 262} or more{lower} (rarer characters are then spelled in bytes)")
+        return (
+            f"vocab_size={vocab_size} is too small: at character_coverage={character_coverage:g} the text needs "
+            f"{needed} characters besides 256 bytes and 5 special symbols. "
+            f"Set vocab_size to {needed + 262} or more{lower} (rarer characters are then spelled in bytes)"
+        )
     if "Input corpus" in message or "empty" in message.lower() or "sentences_" in message:
         return f"the {len(files)} text files hold no text to learn from"
     return message
+
+
+def compression_by_vocab_size(
+    files: Sequence[Path], vocab_sizes: Iterable[int], folder: Path, **options: float | int | str
+) -> dict[int, float]:
+    """Characters per token of tokenizers of several sizes, trained on and measured over the same files.
+
+    Sizes that this text cannot support are left out.
+    """
+    texts = [read_text(file) for file in files]
+    ratios = {}
+    for size in vocab_sizes:
+        try:
+            tokenizer = train_tokenizer(files, folder / f"vocab-{size}", size, **options)  # type: ignore[arg-type]
+        except TokenizerError:
+            continue
+        ratios[size] = sum(map(len, texts)) / sum(map(len, tokenizer.encode_batch(texts)))
+    return ratios

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ from llmcore.checkpoint import (
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED
 from llmcore.files import resolve, shown, write_atomic
-from llmcore.generate import generate
+from llmcore.generate import stream
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
@@ -195,11 +195,13 @@ class Trainer:
         if not os.access(self.run_dir, os.W_OK):
             raise TrainingError(f"output_dir={shown(self.run_dir)!r} is read-only; choose another")
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-            raise TrainingError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
-                                f"vocab_size={model.config.vocab_size}")
+            raise TrainingError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model only vocab_size={model.config.vocab_size}"
+            )
         if resume is None and (self.run_dir / "metrics.jsonl").exists():
-            raise TrainingError(f"{shown(self.run_dir)} holds a run already; resume it (resume='latest') or choose "
-                                "another output_dir")
+            raise TrainingError(
+                f"{shown(self.run_dir)} holds a run already; resume it (resume='latest') or choose another output_dir"
+            )
         self.model, self.train_data, self.val_data = model.to(self.device), train_data, val_data
         self.config, self.tokenizer, self.callbacks = config, tokenizer, list(callbacks)
         self.model.gradient_checkpointing = config.gradient_checkpointing
@@ -212,7 +214,7 @@ class Trainer:
         self.stop_requested = False
         self._save_requested = self._sample_requested = False
         self._plateau = {"scale": 1.0, "best": math.inf, "bad": 0}
-        self._loss_and_backward: Callable[..., Tensor] = self.model
+        self._loss: Callable[..., Tensor] = self.model
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         if resume is not None:
             self._resume(resume)
@@ -241,7 +243,7 @@ class Trainer:
         """Write a sample after the current step."""
         self._sample_requested = True
 
-    def steps(self) -> Iterator[Event]:
+    def steps(self) -> Generator[Event]:
         """Train step by step, yielding one event per optimizer step; saves at the end, or when closed.
 
         An event has step, tokens, loss (nats per token), learning_rate, grad_norm, skipped (steps so far),
@@ -256,7 +258,7 @@ class Trainer:
         config = self.config
         self.stop_requested = False
         write_atomic(self.run_dir / "config.json", json.dumps(self._description(), indent=1, ensure_ascii=False))
-        self._loss_and_backward = self._compiled()
+        self._loss = self._compiled()
         saved_at = self.step if self.last_checkpoint else -1
         with self._signals_stop(), open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as metrics:
             try:
@@ -270,8 +272,9 @@ class Trainer:
                         self.best_loss = min(self.best_loss, event["val_loss"])
                         self._update_plateau(event["val_loss"])
                     if self._sample_requested or (
-                            self.tokenizer and (_due(self.step, config.sample_interval)
-                                                or (last and config.sample_interval))):
+                        self.tokenizer
+                        and (_due(self.step, config.sample_interval) or (last and config.sample_interval))
+                    ):
                         event["sample"] = self._sample()
                     metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
                     metrics.flush()
@@ -287,6 +290,11 @@ class Trainer:
                 if self.step > saved_at and not self._skipped_in_a_row:
                     self._save(self.val_loss if self.val_loss is not None else math.nan)
 
+    def measured_steps(self, count: int) -> list[Event]:
+        """Take a few steps just as a run would, compiled or not, but write nothing: for measuring speed."""
+        self._loss = self._compiled()
+        return [self._train_step() for _ in range(count)]
+
     @contextlib.contextmanager
     def _signals_stop(self) -> Iterator[None]:
         """Let SIGINT and SIGTERM end the run after the current step. Only the main thread may set handlers."""
@@ -301,8 +309,8 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop_requested = True
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            previous[caught] = signal.signal(caught, handle)
         try:
             yield
         finally:
@@ -318,8 +326,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["peak"]
         first = self.step * config.grad_accum_steps
-        batches = [self.train_data.batch(first + i, config.batch_size, config.seed)
-                   for i in range(config.grad_accum_steps)]
+        batches = [
+            self.train_data.batch(first + i, config.batch_size, config.seed) for i in range(config.grad_accum_steps)
+        ]
         counts = [int((y != IGNORED).sum()) for _, y in batches]
         self.model.train()
         loss = torch.zeros((), device=self.device)
@@ -328,7 +337,7 @@ class Trainer:
                 continue
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             with self._autocast():
-                part = self._loss_and_backward(x, y) * (count / sum(counts))
+                part = self._loss(x, y) * (count / sum(counts))
             self.scaler.scale(part).backward()
             loss += part.detach()
         for optimizer in self.optimizers:
@@ -346,9 +355,16 @@ class Trainer:
         self.tokens += sum(x.numel() for x, _ in batches)
         self._count_skipped(finite)
         seconds = time.perf_counter() - started
-        return {"step": self.step, "tokens": self.tokens, "loss": values[0], "learning_rate": rate * config.learning_rate,
-                "grad_norm": values[1], "skipped": self.skipped, "seconds": seconds,
-                "tokens_per_second": sum(x.numel() for x, _ in batches) / seconds}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": values[0],
+            "learning_rate": rate * config.learning_rate,
+            "grad_norm": values[1],
+            "skipped": self.skipped,
+            "seconds": seconds,
+            "tokens_per_second": sum(x.numel() for x, _ in batches) / seconds,
+        }
 
     def _count_skipped(self, finite: bool) -> None:
         self.skipped += not finite
@@ -357,7 +373,8 @@ class Trainer:
             raise TrainingError(
                 f"loss or gradient was not finite {self._skipped_in_a_row} steps in a row, up to step {self.step}. "
                 f"Last good checkpoint: {shown(self.last_checkpoint) if self.last_checkpoint else 'none'}. "
-                "Lower learning_rate, raise warmup_steps, or use precision='fp32'")
+                "Lower learning_rate, raise warmup_steps, or use precision='fp32'"
+            )
 
     def _autocast(self) -> torch.autocast:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}[self.precision]
@@ -401,8 +418,11 @@ class Trainer:
                 total += float(self.model(x.to(self.device), y.to(self.device))) * targets
             count += targets
         self.val_loss = total / count
-        return {"val_loss": self.val_loss, "val_perplexity": math.exp(min(self.val_loss, 700.0)),
-                "val_bits_per_byte": self.val_loss / math.log(2) / self.val_data.bytes_per_token}
+        return {
+            "val_loss": self.val_loss,
+            "val_perplexity": math.exp(min(self.val_loss, 700.0)),
+            "val_bits_per_byte": self.val_loss / math.log(2) / self.val_data.bytes_per_token,
+        }
 
     def _sample(self) -> str:
         self._sample_requested = False
@@ -411,19 +431,36 @@ class Trainer:
         self.model.eval()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return generate(self.model, self.tokenizer, self.config.sample_prompt, self.config.sample_tokens,
-                            temperature=0.8, top_p=0.95, seed=self.config.seed)
+            return "".join(
+                stream(
+                    self.model,
+                    self.tokenizer,
+                    self.config.sample_prompt,
+                    self.config.sample_tokens,
+                    temperature=0.8,
+                    top_p=0.95,
+                    seed=self.config.seed,
+                )
+            )
 
     # Saving and resuming
 
     def _description(self) -> Event:
         """What `config.json` says besides the model: how and on what it is trained."""
-        data = {name: getattr(part, "fingerprint", None)
-                for name, part in (("train", self.train_data), ("val", self.val_data))}
-        return {"model": self.model.config.to_dict(), "train": self.config.to_dict(), "data": data,
-                "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
-                "bytes_per_token": getattr(self.val_data, "bytes_per_token", None),
-                "precision": self.precision, "device": str(self.device), "torch": torch.__version__}
+        data = {
+            name: getattr(part, "fingerprint", None)
+            for name, part in (("train", self.train_data), ("val", self.val_data))
+        }
+        return {
+            "model": self.model.config.to_dict(),
+            "train": self.config.to_dict(),
+            "data": data,
+            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
+            "bytes_per_token": getattr(self.val_data, "bytes_per_token", None),
+            "precision": self.precision,
+            "device": str(self.device),
+            "torch": torch.__version__,
+        }
 
     def _save(self, train_loss: float) -> Path:
         """Write a checkpoint named by the validation loss (or the training loss where there is none)."""
@@ -435,25 +472,44 @@ class Trainer:
             for parameter, values in optimizer.state.items():
                 for key, value in values.items():
                     tensors[f"{self._names[id(parameter)]}/{key}"] = torch.as_tensor(value)
-        state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "val_loss": self.val_loss,
-                 "best_loss": self.best_loss, "plateau": self._plateau, "scaler": self.scaler.state_dict()}
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "val_loss": self.val_loss,
+            "best_loss": self.best_loss,
+            "plateau": self._plateau,
+            "scaler": self.scaler.state_dict(),
+        }
         loss = self.val_loss if self.val_loss is not None else train_loss
-        self.last_checkpoint = save_checkpoint(self.run_dir, self.model, self.tokenizer, step=self.step, loss=loss,
-                                               config={**self._description(), "tokens": self.tokens},
-                                               tensors=tensors, state=state)
+        self.last_checkpoint = save_checkpoint(
+            self.run_dir,
+            self.model,
+            self.tokenizer,
+            step=self.step,
+            loss=loss,
+            config={**self._description(), "tokens": self.tokens},
+            tensors=tensors,
+            state=state,
+        )
         prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
         return self.last_checkpoint
 
     def _resume(self, resume: str | os.PathLike[str]) -> None:
         """Take over a checkpoint's weights, optimizer, counts and random state, and cut later metrics off."""
-        name = os.fspath(resume)
-        path = find_checkpoint(self.run_dir, name) if name in ("latest", "best") else find_checkpoint(name)
+        path = find_checkpoint(self.run_dir, os.fspath(resume))
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         now = self._description()
-        differing = [f"model.{key}: {config['model'].get(key)} there, {value} here"
-                     for key, value in now["model"].items() if config["model"].get(key) != value]
-        differing += [f"{key}: {config.get(key)} there, {now[key]} here"
-                      for key in ("tokenizer", "data") if config.get(key) != now[key]]
+        differing = [
+            f"model.{key}: {config['model'].get(key)} there, {value} here"
+            for key, value in now["model"].items()
+            if config["model"].get(key) != value
+        ]
+        differing += [
+            f"{key}: {config.get(key)} there, {now[key]} here"
+            for key in ("tokenizer", "data")
+            if config.get(key) != now[key]
+        ]
         if differing:
             raise CheckpointError(f"{shown(path)} is of another run: " + "; ".join(differing))
         load_weights(self.model, path)
@@ -463,14 +519,19 @@ class Trainer:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     prefix = self._names[id(parameter)] + "/"
-                    values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                    values = {
+                        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+                    }
                     if not values:
-                        raise CheckpointError(f"{shown(path)} has no optimizer state for {prefix[:-1]}; "
-                                              "was it trained with another optimizer?")
+                        raise CheckpointError(
+                            f"{shown(path)} has no optimizer state for {prefix[:-1]}; "
+                            "was it trained with another optimizer?"
+                        )
                     # "step" stays where the optimizer wants it: on the CPU unless fused on a GPU
                     optimizer.state[parameter] = {
                         key: value.to(self.device) if key != "step" or group.get("fused") else value
-                        for key, value in values.items()}
+                        for key, value in values.items()
+                    }
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
         self.val_loss, self.best_loss, self._plateau = state["val_loss"], state["best_loss"], state["plateau"]
         self.scaler.load_state_dict(state["scaler"])
@@ -480,8 +541,9 @@ class Trainer:
         self.last_checkpoint = path
         if path.parent == self.run_dir:
             kept = [line for line in read_metrics(self.run_dir) if line["step"] <= self.step]
-            write_atomic(self.run_dir / "metrics.jsonl",
-                         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+            write_atomic(
+                self.run_dir / "metrics.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+            )
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[Event]:

@@ -1,0 +1,139 @@
+"""Notebook parameters: one table of names, kinds and ranges, checked in the cell after they are set.
+
+papermill passes `3e-4` from a YAML file as a string, `-p flag true` as the word, and only warns of a name that the
+notebook does not know. Here wrong values and unknown names end the run in its first seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmcore.config import PRESETS, nearest
+from llmcore.corpus import CORPORA
+from llmcore.files import resolve
+
+
+class ParameterError(ValueError):
+    """Notebook parameters that cannot work; the message names each one."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a parameter may be: a type and a range, or a list of choices; a path, perhaps one that must exist."""
+
+    type: type
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    must_exist: bool = False
+
+    def read(self, name: str, value: Any) -> Any:
+        """The value in its right type. Raises ValueError with a sentence about it."""
+        if value is None or (isinstance(value, str) and value.strip().lower() == "none" and self.optional):
+            if self.optional:
+                return None
+            raise ValueError(f"{name} must be set")
+        if self.type is Path:
+            return self._read_path(name, value)
+        if self.type is str:
+            if not isinstance(value, str):
+                raise ValueError(f"{name}={value!r} must be text")
+            if self.choices and value not in self.choices:
+                raise ValueError(f"{name}={value!r}: {nearest(value, self.choices)}")
+            return value
+        return self._read_number(name, value)
+
+    def _read_path(self, name: str, value: Any) -> Path:
+        if not isinstance(value, str | os.PathLike) or not os.fspath(value).strip():
+            raise ValueError(f"{name}={value!r} must be a path")
+        path = resolve(value)
+        if self.must_exist and not path.exists() and path.name not in CORPORA:
+            raise ValueError(f"{name}={os.fspath(value)!r} does not exist")
+        return path
+
+    def _read_number(self, name: str, value: Any) -> int | float | bool:
+        if self.type is bool:
+            words = {"true": True, "false": False}
+            value = words.get(value.lower(), value) if isinstance(value, str) else value
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be True or False")
+            return value
+        kind = "a whole number" if self.type is int else "a number"
+        try:
+            number = float(value)
+            wrong = isinstance(value, bool) or not math.isfinite(number) or (self.type is int and number % 1 != 0)
+        except (TypeError, ValueError):
+            wrong = True
+        if wrong:
+            raise ValueError(f"{name}={value!r} must be {kind}")
+        if not self.low <= number <= self.high:
+            raise ValueError(f"{name}={value!r} must be between {self.low:g} and {self.high:g}")
+        return int(value) if self.type is int else number
+
+
+PARAMETERS: dict[str, Kind] = {
+    "batch_size": Kind(int, 1, 1_000_000, optional=True),
+    "character_coverage": Kind(float, 0.98, 1.0),
+    "checkpoint_dir": Kind(str, optional=True),
+    "context_size": Kind(int, 1, 1_048_576, optional=True),
+    "data_dir": Kind(Path, must_exist=True),
+    "dataset_dir": Kind(Path),
+    "device": Kind(str, choices=("auto", "cpu", "cuda", "mps")),
+    "init_step": Kind(int, 0, 1e9, optional=True),
+    "learning_rate": Kind(float, 1e-8, 10, optional=True),
+    "max_new_tokens": Kind(int, 0, 1_000_000),
+    "max_steps": Kind(int, 1, 1e9, optional=True),
+    "min_p": Kind(float, 0, 1, optional=True),
+    "model_prefix": Kind(Path),
+    "output_dir": Kind(Path),
+    "precision": Kind(str, choices=("auto", "bf16", "fp16", "fp32")),
+    "preset": Kind(str, choices=tuple(PRESETS)),
+    "project": Kind(str),
+    "prompt": Kind(str),
+    "repetition_penalty": Kind(float, 0.01, 100),
+    "seed": Kind(int, 0, 2**31 - 1),
+    "temperature": Kind(float, 0, 100),
+    "tokenizer_model_file": Kind(Path, must_exist=True),
+    "top_k": Kind(int, 1, 1_000_000, optional=True),
+    "top_p": Kind(float, 1e-9, 1, optional=True),
+    "val_fraction": Kind(float, 1e-6, 0.999999),
+    "vocab_size": Kind(int, 262, 1_000_000),
+}
+
+
+def check_parameters(namespace: MutableMapping[str, Any], names: str) -> None:
+    """Check a notebook's parameters and put the values, in their right types, back into its namespace.
+
+    Paths become absolute, from the project's root. Parameters that papermill injected must be among the names.
+
+    Args:
+        namespace: the notebook's `globals()`.
+        names: its parameters, separated by spaces.
+
+    Raises:
+        ParameterError: listing every parameter that is wrong or unknown.
+    """
+    wrong = []
+    known = names.split()
+    for name in known:
+        try:
+            namespace[name] = PARAMETERS[name].read(name, namespace[name])
+        except ValueError as error:
+            wrong.append(str(error))
+    wrong += [f"unknown parameter {name}: {nearest(name, known)}" for name in _injected(namespace) if name not in known]
+    if wrong:
+        raise ParameterError("; ".join(wrong))
+
+
+def _injected(namespace: MutableMapping[str, Any]) -> list[str]:
+    """Names set in the cell that papermill injects, which begins with `# Parameters`."""
+    cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
+    assigned = (node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign))
+    return [target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)]

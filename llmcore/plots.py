@@ -1,0 +1,334 @@
+"""Figures: each function takes data and returns a matplotlib Figure, in one style, with Chinese glyphs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
+
+P = ParamSpec("P")
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#666666"
+SYSTEM_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "WenQuanYi Zen Hei",
+    "SimHei",
+)
+
+
+@functools.cache
+def chinese_font() -> str | None:
+    """Name of a font with Chinese glyphs: the one installed as a package, else one of the system's."""
+    try:
+        file = importlib.resources.files("pylopdf_fonts_zh_cn") / "NotoSansSC-Regular.otf"
+        font_manager.fontManager.addfont(str(file))
+        return "Noto Sans SC"
+    except (ModuleNotFoundError, FileNotFoundError):
+        installed = {font.name for font in font_manager.fontManager.ttflist}
+        found = next((name for name in SYSTEM_FONTS if name in installed), None)
+        if found is None:
+            warnings.warn("no font with Chinese glyphs: pip install pylopdf-fonts-zh-cn", stacklevel=2)
+        return found
+
+
+def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw with the workbook's style, and leave the caller's settings alone."""
+
+    @functools.wraps(function)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        chinese = chinese_font()
+        style: Any = {
+            "font.family": ["DejaVu Sans", *([chinese] if chinese else [])],
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "figure.facecolor": "white",
+            "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY]),
+        }
+        with matplotlib.rc_context(style):
+            return function(*args, **kwargs)
+
+    return draw
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
+    return figure, list(np.atleast_1d(figure.subplots(rows, columns)).ravel())
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+
+
+@styled
+def length_histogram(lengths: Sequence[int], unit: str, title: str) -> Figure:
+    """How long the documents are, with the median marked."""
+    figure, [axes] = _figure(7, 2.8)
+    axes.hist(lengths, bins=min(30, max(5, len(lengths) // 3)), color=BLUE)
+    median = float(np.median(lengths))
+    axes.axvline(median, color=RED, linestyle="--", label=f"median {median:,.0f}")
+    axes.legend()
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, title, f"length of a document ({unit})", "documents")
+    return figure
+
+
+@styled
+def piece_lengths(counts: Mapping[int, int], title: str) -> Figure:
+    """How many pieces of the vocabulary have how many characters."""
+    figure, [axes] = _figure(7, 2.8)
+    lengths = sorted(counts)
+    bars = axes.bar([str(n) for n in lengths], [counts[n] for n in lengths], color=BLUE)
+    axes.bar_label(bars, [f"{counts[n]:,}" for n in lengths], fontsize=9)
+    axes.margins(y=0.15)
+    _label(axes, title, "characters in a piece", "pieces")
+    return figure
+
+
+@styled
+def compression(
+    vocab_sizes: Sequence[int], characters_per_token: Sequence[float], title: str, chosen: int | None = None
+) -> Figure:
+    """Characters per token against vocabulary size."""
+    figure, [axes] = _figure(7, 3.2)
+    axes.plot(vocab_sizes, characters_per_token, marker="o", color=BLUE)
+    for size, ratio in zip(vocab_sizes, characters_per_token, strict=True):
+        axes.annotate(f"{ratio:.2f}", (size, ratio), textcoords="offset points", xytext=(0, 7), ha="center")
+    if chosen is not None and chosen in vocab_sizes:
+        at = list(vocab_sizes).index(chosen)
+        axes.plot([chosen], [characters_per_token[at]], marker="o", markersize=11, color=RED, label="chosen here")
+        axes.legend(loc="lower right")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(vocab_sizes), [f"{size:,}" for size in vocab_sizes])
+    axes.minorticks_off()
+    axes.margins(y=0.2)
+    _label(axes, title, "vocabulary size (pieces, log scale)", "characters per token")
+    return figure
+
+
+@styled
+def text_pieces(
+    pieces: Sequence[str], title: str, values: Sequence[float] | None = None, unit: str = "", columns: float = 34
+) -> Figure:
+    """A text cut into its pieces, one box each; coloured in turns, or by a value with a scale beside it.
+
+    Args:
+        pieces: the text of each token; "⏎" stands for a newline, and ends the line.
+        title: what to see.
+        values: one per piece, as its surprise in nats.
+        unit: of the values.
+        columns: width of a line, in full-width characters.
+    """
+    boxes, x, line = [], 0.0, 0
+    for piece in pieces:
+        width = max(0.6, sum(1.0 if ord(c) > 0x2E7F else 0.62 for c in piece)) + 0.25
+        if x + width > columns:
+            x, line = 0.0, line + 1
+        boxes.append((x, line, width, piece))
+        x += width + 0.08
+        if "⏎" in piece:
+            x, line = 0.0, line + 1
+    height = 0.42 * (boxes[-1][1] + 1 if boxes else 1)
+    figure = Figure(figsize=(9, height + 0.7), layout="constrained", dpi=100)
+    axes = figure.add_subplot()
+    colors = ["#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6"]
+    scale = matplotlib.colormaps["YlOrRd"]
+    top = max(values) if values is not None and len(values) else 1.0
+    for index, (x, line, width, piece) in enumerate(boxes):
+        color = scale(0.8 * values[index] / top) if values is not None else colors[index % len(colors)]
+        axes.add_patch(
+            FancyBboxPatch(
+                (x, -line - 0.8),
+                width,
+                0.76,
+                boxstyle="round,pad=0,rounding_size=0.12",
+                facecolor=color,
+                edgecolor="none",
+            )
+        )
+        axes.text(x + width / 2, -line - 0.43, piece, ha="center", va="center", color="black", fontsize=11)
+    axes.set(xlim=(0, columns), ylim=(-(boxes[-1][1] + 1) if boxes else -1, 0.1))
+    axes.set_title(title)
+    axes.axis("off")
+    if values is not None:
+        shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, top / 0.8), scale)
+        bar = figure.colorbar(shades, ax=axes, fraction=0.02, pad=0.01, label=unit)
+        bar.ax.set_ylim(0, top)
+    return figure
+
+
+@styled
+def rank_frequency(counts: ArrayLike, title: str) -> Figure:
+    """Token counts by rank, both logarithmic, with Zipf's line of slope -1."""
+    ordered = np.sort(np.asarray(counts))[::-1]
+    ordered = ordered[ordered > 0]
+    ranks = np.arange(1, len(ordered) + 1)
+    figure, [axes] = _figure(7, 3.4)
+    axes.loglog(ranks, ordered, color=BLUE, linewidth=2, label="tokens of this corpus")
+    middle = len(ordered) // 10
+    axes.loglog(
+        ranks, ordered[middle] * (middle + 1) / ranks, color=RED, linestyle="--", label="Zipf: count ∝ 1 / rank"
+    )
+    axes.legend()
+    _label(axes, title, "rank of the token (log scale)", "occurrences (log scale)")
+    return figure
+
+
+@styled
+def training_curves(
+    events: Sequence[Mapping[str, Any]],
+    title: str = "",
+    metric: str = "val_loss",
+    metric_label: str = "validation loss (nats per token)",
+) -> Figure:
+    """Loss, learning rate, gradient norm and speed of a run, from the trainer's events.
+
+    Args:
+        events: one a step, as in `metrics.jsonl`.
+        title: of the whole picture.
+        metric: what to draw beside the training loss: "val_loss", or "exact_match", which gets an axis of its own.
+        metric_label: its name and unit.
+    """
+    figure = Figure(figsize=(10, 4.6), layout="constrained", dpi=100)
+    axes = figure.subplot_mosaic([["loss", "loss", "rate"], ["loss", "loss", "norm"], ["loss", "loss", "speed"]])
+    events = list(events)
+    thin = events[:: max(1, len(events) // 2000)]
+    steps = np.array([event["step"] for event in thin])
+
+    def series(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array([event[name] for event in thin], dtype=float)
+
+    loss = series("loss") if thin else np.array([])
+    axes["loss"].plot(steps, loss, color=SKY, linewidth=0.8, alpha=0.7, label="training, each step")
+    if len(loss) > 20:
+        axes["loss"].plot(steps, smoothed(loss, len(loss) / 50), color=BLUE, linewidth=2, label="training, smoothed")
+    marked = [(event["step"], event[metric]) for event in events if metric in event]
+    target = axes["loss"]
+    if metric != "val_loss":
+        target = axes["loss"].twinx()
+        target.set(ylabel=metric_label, ylim=(0, 1.03))
+        target.yaxis.set_major_formatter(PercentFormatter(1.0))
+        target.grid(False)
+    if marked:
+        label = f"{metric_label}: {marked[-1][1]:.4g}"
+        lines = target.plot(*zip(*marked, strict=True), color=RED, marker="o", markersize=4, label=label)
+        handles = [*axes["loss"].get_lines(), *(lines if metric != "val_loss" else [])]
+        axes["loss"].legend(handles=handles)
+    else:
+        axes["loss"].legend()
+    finite = loss[np.isfinite(loss)]
+    if len(finite):
+        axes["loss"].set_ylim(min(0.0, finite.min()) if finite.min() < 1 else finite.min() * 0.95, finite.max() * 1.02)
+    _label(axes["loss"], title, "optimizer step", "loss (nats per token)")
+    for name, key, label, color in (
+        ("rate", "learning_rate", "learning rate", GREEN),
+        ("norm", "grad_norm", "gradient norm", PURPLE),
+        ("speed", "tokens_per_second", "tokens per second", GREY),
+    ):
+        axes[name].plot(steps, series(key) if thin else [], color=color, linewidth=1.2)
+        axes[name].set_ylabel(label, fontsize=8)
+        axes[name].tick_params(labelsize=8)
+    if thin:
+        norm = series("grad_norm")
+        axes["norm"].set_ylim(0, 1.2 * float(np.nanpercentile(norm[np.isfinite(norm)], 98)) if len(finite) else None)
+        axes["speed"].set_ylim(0, 1.3 * float(np.median(series("tokens_per_second"))))
+    axes["speed"].set_xlabel("optimizer step", fontsize=8)
+    return figure
+
+
+def smoothed(values: ArrayLike, span: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Exponential moving average over about `span` values, without the usual pull towards the first one."""
+    keep = 1 - 1 / max(1.0, span)
+    total = weight = 0.0
+    out = []
+    for value in np.asarray(values, dtype=float):
+        if math.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight if weight else math.nan)
+    return np.array(out)
+
+
+@styled
+def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | None = None) -> Figure:
+    """A few named values beside each other, as horizontal bars."""
+    figure, [axes] = _figure(7, 0.8 + 0.42 * len(values))
+    drawn = axes.barh(
+        list(values), list(values.values()), color=[RED if name == highlight else BLUE for name in values]
+    )
+    axes.bar_label(
+        drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values.values()], padding=4
+    )
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.grid(axis="y", visible=False)
+    _label(axes, title, unit, "")
+    return figure
+
+
+@styled
+def next_tokens(pieces: Sequence[str], probabilities: Sequence[float], title: str) -> Figure:
+    """The most likely next tokens and their probabilities."""
+    figure, [axes] = _figure(7, 0.9 + 0.32 * len(pieces))
+    places = np.arange(len(pieces))
+    drawn = axes.barh(places, probabilities, color=BLUE)
+    axes.bar_label(drawn, [f"{p:.1%}" for p in probabilities], padding=4, fontsize=9)
+    axes.set_yticks(places, list(pieces), fontsize=12)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.margins(x=0.15)
+    axes.grid(axis="y", visible=False)
+    _label(axes, title, "probability", "next token")
+    return figure
+
+
+@styled
+def attention_maps(weights: ArrayLike, labels: Sequence[str], title: str) -> Figure:
+    """Every head's attention pattern, a row per layer: who (down) looks at whom (across).
+
+    Args:
+        weights: (layers, heads, time, time).
+        labels: the token at each position.
+        title: what to see.
+    """
+    patterns = np.asarray(weights)
+    layers, heads, time, _ = patterns.shape
+    figure, axes = _figure(2.9 * heads, 3.1 * layers + 0.4, layers, heads)
+    for index, axis in enumerate(axes):
+        layer, head = divmod(index, heads)
+        axis.imshow(patterns[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+        axis.grid(False)
+        axis.set_xticks(range(time), list(labels), fontsize=6)
+        axis.set_yticks(range(time), list(labels), fontsize=6)
+        if head == 0:
+            axis.set_ylabel("token that looks", fontsize=8)
+        if layer == layers - 1:
+            axis.set_xlabel("token looked at", fontsize=8)
+    figure.suptitle(title, fontweight="bold", fontsize=11)
+    return figure
