@@ -7,6 +7,7 @@ A checkpoint `<run>/step=000400_loss=3.214/` holds `model.safetensors`, `config.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -94,16 +95,19 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointError: if the disk is full or cannot be written; what was there before is as it was.
     """
     run_dir = Path(run_dir)
     path = run_dir / f"step={step:06d}_loss={loss:.3f}"
     temporary = run_dir / f".{path.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del weights["output.weight"]  # the same tensor as tok_embeddings.weight
     try:
-        weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-        if model.config.tie_embeddings:
-            del weights["output.weight"]  # the same tensor as tok_embeddings.weight
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         if tensors is not None:
             save_file(
@@ -129,27 +133,48 @@ def save_checkpoint(
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
-            "loss": loss,
+            "loss": float(loss),
             "saved_at": time.time(),
             "sha256": hashes,
         }
         write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1))
         if path.exists():
-            shutil.rmtree(path)
+            _delete(path)
         os.rename(temporary, path)
         fsync(run_dir)
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in (*weights.values(), *(tensors or {}).values()))
+        raise CheckpointError(
+            f"{shown(path)} cannot be written: {error}. It needs {size / 1e6:,.1f} MB; "
+            "make room on the disk and save again"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint by a rename first, so that half of one is never taken for a whole."""
+    doomed = path.with_name(f".{path.name}.deleted.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """A checkpoint folder's manifest; None if the folder is no finished checkpoint."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest, dict) and {"step", "loss", "sha256"} <= set(manifest) else None
-    except (OSError, ValueError):
+        kinds = {"step": int, "loss": float, "saved_at": float, "sha256": dict}
+        return manifest if all(isinstance(manifest[key], kind) for key, kind in kinds.items()) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _loss(path: Path) -> float:
+    """The loss of a finished checkpoint, for finding the best: one that is not a number is the worst."""
+    loss = (read_manifest(path) or {}).get("loss", math.nan)
+    return math.inf if math.isnan(loss) else loss
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -166,11 +191,11 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             f"{shown(path)} has format version {manifest.get('format_version')}; "
             f"this code reads {FORMAT_VERSION}: update llmcore"
         )
-    for name, expected in manifest["sha256"].items():
+    for name in {"model.safetensors", "config.json", *manifest["sha256"]}:
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{shown(file)} is missing")
-        if sha256_file(file) != expected:
+        if sha256_file(file) != manifest["sha256"].get(name):
             raise CheckpointError(f"{shown(file)} is damaged: its hash differs from the manifest's")
     return manifest
 
@@ -178,7 +203,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     """The finished checkpoints of one run, oldest step first. Hashes are not checked here."""
     found = [
-        (manifest["step"], manifest.get("saved_at", 0), path)
+        (manifest["step"], manifest["saved_at"], path)
         for path in Path(run_dir).glob("step=*")
         if (manifest := read_manifest(path))
     ]
@@ -220,9 +245,9 @@ def find_checkpoint(folder: str | os.PathLike[str], which: str = "latest") -> Pa
     )
     for run in reversed(newest):
         candidates = checkpoints(run)
-        if which == "best":
-            candidates.sort(key=lambda path: -float((read_manifest(path) or {})["loss"]))
-        for path in reversed(candidates):
+        for path in sorted(set(run.glob("step=*")) - set(candidates)):
+            warnings.warn(f"passed over: {shown(path)} has no readable manifest.json", stacklevel=2)
+        for path in sorted(candidates, key=_loss) if which == "best" else reversed(candidates):
             try:
                 verify_checkpoint(path)
                 return path
@@ -293,13 +318,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
+    """Delete all but the newest `keep` checkpoints and the best one, and what an interrupted save or deletion left."""
     everything = checkpoints(run_dir)
-    if not everything:
-        return
-    best = min(everything, key=lambda path: (read_manifest(path) or {})["loss"])
+    best = min(everything, key=_loss, default=None)
     for path in everything[:-keep]:
         if path != best:
-            # without its manifest it is no checkpoint, should the deletion be cut short
-            (path / "manifest.json").unlink()
-            shutil.rmtree(path)
+            _delete(path)
+    for leftover in Path(run_dir).glob(".step=*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -84,27 +84,39 @@ class ModelConfig(_JSONConfig):
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
-        positive = ["vocab_size", "dim", "n_layers", "n_heads", "max_seq_len", "norm_eps", "rope_theta"]
-        positive += [n for n in ("n_kv_heads", "head_dim", "hidden_dim") if getattr(self, n) is not None]
-        if not wrong:
-            wrong = [f"{n}={getattr(self, n)} must be above 0" for n in positive if not getattr(self, n) > 0]
-        if not wrong:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len", "norm_eps", "rope_theta"):
+            if name not in wrong and not getattr(self, name) > 0:
+                wrong[name] = f"{name}={getattr(self, name)} must be above 0"
+        for name in ("n_kv_heads", "head_dim", "hidden_dim"):
+            if name not in wrong and getattr(self, name) is not None and not getattr(self, name) > 0:
+                wrong[name] = f"{name}={getattr(self, name)} must be above 0"
+        if not {"dim", "n_heads", "n_kv_heads"} & set(wrong):
             if self.n_kv_heads is None:
                 object.__setattr__(self, "n_kv_heads", self.n_heads)
             if self.head_dim is None:
                 if self.dim % self.n_heads:
-                    wrong.append(
+                    wrong["dim"] = (
                         f"dim={self.dim} does not divide by n_heads={self.n_heads}; change one or set head_dim"
                     )
                 object.__setattr__(self, "head_dim", self.dim // self.n_heads)
             if self.hidden_dim is None:
-                object.__setattr__(self, "hidden_dim", math.ceil(8 * self.dim / 3 / 64) * 64)
-            if self.head_dim % 2:  # type: ignore[operator]
-                wrong.append(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs")
+                object.__setattr__(self, "hidden_dim", -(-self.dim // 24) * 64)
             if self.n_heads % self.n_kv_heads:  # type: ignore[operator]
-                wrong.append(f"n_heads={self.n_heads} does not divide by n_kv_heads={self.n_kv_heads}")
+                wrong["n_kv_heads"] = f"n_heads={self.n_heads} does not divide by n_kv_heads={self.n_kv_heads}"
+        if self.head_dim is not None and "head_dim" not in wrong and self.head_dim % 2:
+            wrong["head_dim"] = f"head_dim={self.head_dim} must be even: rotary embedding turns pairs"
         if wrong:
-            raise ConfigError("ModelConfig: " + "; ".join(wrong))
+            raise ConfigError("ModelConfig: " + "; ".join(wrong.values()))
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; those left to follow from others follow again."""
+        plain = (
+            type(self)(self.vocab_size, self.dim, self.n_layers, self.n_heads) if not self.dim % self.n_heads else None
+        )
+        for name in ("n_kv_heads", "head_dim", "hidden_dim"):
+            if plain and name not in changes and getattr(self, name) == getattr(plain, name):
+                changes[name] = None
+        return super().replace(**changes)
 
     def n_params(self, embeddings: bool = True) -> int:
         """Exact number of trainable parameters; without the embedding and output matrices if asked."""
@@ -197,59 +209,39 @@ class TrainConfig(_JSONConfig):
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
-        if not wrong:
-            for name in (
-                "max_steps",
-                "batch_size",
-                "grad_accum_steps",
-                "learning_rate",
-                "muon_learning_rate",
-                "plateau_patience",
-                "max_skipped_steps",
-            ):
-                if not getattr(self, name) > 0:
-                    wrong.append(f"{name}={getattr(self, name)} must be above 0")
-            for name in (
-                "warmup_steps",
-                "weight_decay",
-                "grad_clip",
-                "eval_interval",
-                "eval_batches",
-                "checkpoint_interval",
-                "sample_interval",
-                "sample_tokens",
-                "seed",
-            ):
-                if not getattr(self, name) >= 0:
-                    wrong.append(f"{name}={getattr(self, name)} must be 0 or more")
-            for name in ("min_lr_ratio", "decay_fraction", "plateau_factor"):
-                if not 0 <= getattr(self, name) <= 1:
-                    wrong.append(f"{name}={getattr(self, name)} must be between 0 and 1")
-            for name in ("beta1", "beta2"):
-                if not 0 <= getattr(self, name) < 1:
-                    wrong.append(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-            if self.context_size is not None and self.context_size < 1:
-                wrong.append(f"context_size={self.context_size} must be above 0")
-            if self.keep_checkpoints < 2:
-                wrong.append(f"keep_checkpoints={self.keep_checkpoints} must be 2 or more: one may be unreadable")
-            for name, choices in _CHOICES.items():
-                if getattr(self, name) not in choices:
-                    wrong.append(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        for names, fits, range_ in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if name not in wrong and value is not None and not fits(value):
+                    wrong[name] = f"{name}={value!r} must be {range_}"
         if wrong:
-            raise ConfigError("TrainConfig: " + "; ".join(wrong))
+            raise ConfigError("TrainConfig: " + "; ".join(wrong.values()))
 
 
-_CHOICES = {
-    "optimizer": ("adamw", "muon"),
-    "schedule": ("cosine", "wsd", "plateau"),
-    "precision": ("auto", "bf16", "fp16", "fp32"),
-    "compile": ("auto", "on", "off"),
-}
+_ABOVE_0 = (
+    "max_steps batch_size grad_accum_steps context_size learning_rate muon_learning_rate plateau_patience "
+    "max_skipped_steps"
+)
+_FROM_0 = (
+    "warmup_steps weight_decay grad_clip eval_interval eval_batches checkpoint_interval sample_interval "
+    "sample_tokens seed"
+)
+_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (_ABOVE_0, lambda value: value > 0, "above 0"),
+    (_FROM_0, lambda value: value >= 0, "0 or more"),
+    ("min_lr_ratio decay_fraction plateau_factor", lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ("beta1 beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("keep_checkpoints", lambda value: value >= 2, "2 or more: one may be unreadable"),
+    ("optimizer", lambda value: value in ("adamw", "muon"), "adamw or muon"),
+    ("schedule", lambda value: value in ("cosine", "wsd", "plateau"), "cosine, wsd or plateau"),
+    ("precision", lambda value: value in ("auto", "bf16", "fp16", "fp32"), "auto, bf16, fp16 or fp32"),
+    ("compile", lambda value: value in ("auto", "on", "off"), "auto, on or off"),
+]
 
 
-def _check_types(config: Any) -> list[str]:
-    """Types as annotated. An int is a fine float; a bool is no int; NaN and infinity are no numbers."""
-    wrong = []
+def _check_types(config: Any) -> dict[str, str]:
+    """What is wrong with the type of which field. An int is a fine float; a bool is no int; NaN is no number."""
+    wrong = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kind = str(field.type)
@@ -257,11 +249,12 @@ def _check_types(config: Any) -> list[str]:
             continue
         base = {"int": int, "float": float, "str": str, "bool": bool}[kind.split(" ")[0]]
         if base is float and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, field.name, float(value))
-        elif not isinstance(value, base) or (base is int and isinstance(value, bool)):
-            wrong.append(f"{field.name}={value!r} must be of type {kind}")
+            value = float(value) if abs(value) < 1e300 else math.inf
+            object.__setattr__(config, field.name, value)
+        if not isinstance(value, base) or (base is int and isinstance(value, bool)):
+            wrong[field.name] = f"{field.name}={value!r} must be of type {kind}"
         elif isinstance(value, float) and not math.isfinite(value):
-            wrong.append(f"{field.name}={value} must be a finite number")
+            wrong[field.name] = f"{field.name}={value} must be a finite number"
     return wrong
 
 
@@ -286,14 +279,16 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             vocab_size=4000, dim=192, n_layers=4, n_heads=6, hidden_dim=512, max_seq_len=256, tie_embeddings=True
         ),
         TrainConfig(
-            max_steps=1600,
-            batch_size=4,
+            max_steps=1000,
+            batch_size=8,
+            optimizer="muon",
             learning_rate=2e-3,
             warmup_steps=50,
             min_lr_ratio=0.0,
-            eval_interval=200,
-            checkpoint_interval=400,
-            sample_interval=400,
+            eval_interval=100,
+            checkpoint_interval=250,
+            sample_interval=250,
+            sample_tokens=48,
         ),
     ),
     # The real sizes, each on one 80 GB GPU. Batch x accumulation x context is about half a million tokens a step.

@@ -6,6 +6,7 @@ import codecs
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -24,18 +25,18 @@ def check_sampling(
 ) -> None:
     """Raise ValueError, naming the parameter and its range, for values that make no sense."""
     wrong = []
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
         wrong.append(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        wrong.append(f"temperature={temperature} must be 0 (greedy) or more")
-    if top_k is not None and not top_k >= 1:
-        wrong.append(f"top_k={top_k} must be 1 or more, or None")
-    if top_p is not None and not 0 < top_p <= 1:
-        wrong.append(f"top_p={top_p} must be above 0 and at most 1, or None")
-    if min_p is not None and not 0 <= min_p <= 1:
-        wrong.append(f"min_p={min_p} must be between 0 and 1, or None")
-    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
-        wrong.append(f"repetition_penalty={repetition_penalty} must be above 0 (1 is off)")
+    if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
+        wrong.append(f"temperature={temperature!r} must be 0 (greedy) or more")
+    if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
+        wrong.append(f"top_k={top_k!r} must be a whole number, 1 or more, or None")
+    if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        wrong.append(f"top_p={top_p!r} must be above 0 and at most 1, or None")
+    if min_p is not None and not (isinstance(min_p, Real) and 0 <= min_p <= 1):
+        wrong.append(f"min_p={min_p!r} must be between 0 and 1, or None")
+    if not (isinstance(repetition_penalty, Real) and 0 < repetition_penalty < math.inf):
+        wrong.append(f"repetition_penalty={repetition_penalty!r} must be above 0 (1 is off)")
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -86,6 +87,7 @@ def generate_ids(
     max_new_tokens: int,
     *,
     eos_id: int | None = None,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -103,6 +105,7 @@ def generate_ids(
         prompts: one or more ids each.
         max_new_tokens: steps at most.
         eos_id: a row that has produced it goes on producing it; when all have, generation ends.
+        vocab_size: of the tokenizer, where the model has more ids: those are never drawn. None: all may be.
         seed: of the sampling. None: a different one each time.
 
     Yields:
@@ -120,6 +123,7 @@ def generate_ids(
             prompts,
             max_new_tokens,
             eos_id,
+            vocab_size,
             seed,
             temperature=temperature,
             top_k=top_k,
@@ -134,6 +138,7 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_id: int | None,
+    vocab_size: int | None,
     seed: int | None,
     **sampling: float | None,
 ) -> Iterator[list[int]]:
@@ -163,7 +168,7 @@ def _generate(
         with torch.inference_mode():
             columns = cache.length + new.shape[1]
             mask = padding[:, -columns:] if padded else None
-            logits = model.output(model.hidden_states(new, cache, mask)[:, -1])
+            logits = model.output(model.hidden_states(new, cache, mask)[:, -1])[:, :vocab_size]
             probabilities = next_token_probabilities(logits, seen, **sampling)  # type: ignore[arg-type]
             new = torch.multinomial(probabilities, 1, generator=generator)
             if eos_id is not None:
@@ -223,6 +228,7 @@ def generate(
         [prompt_ids(model, tokenizer, text) for text in prompts],
         max_new_tokens,
         eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -257,6 +263,7 @@ def stream(
         [prompt_ids(model, tokenizer, prompt)],
         max_new_tokens,
         eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

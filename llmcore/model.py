@@ -201,6 +201,12 @@ class Transformer(nn.Module):
                 residual = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02)
 
+    def _rope(self, past: int, time: int) -> tuple[Tensor, Tensor]:
+        """The rotary table's rows for `time` tokens that follow `past` others."""
+        if past + time > self.config.max_seq_len:
+            raise ValueError(f"{past} cached + {time} new tokens exceed max_seq_len={self.config.max_seq_len}")
+        return self.rope_cos[past : past + time], self.rope_sin[past : past + time]
+
     def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """The stream after the last norm, (batch, time, dim).
 
@@ -214,9 +220,7 @@ class Transformer(nn.Module):
         """
         past = cache.length if cache is not None else 0
         time = tokens.shape[1]
-        if past + time > self.config.max_seq_len:
-            raise ValueError(f"{past} cached + {time} new tokens exceed max_seq_len={self.config.max_seq_len}")
-        cos, sin = self.rope_cos[past : past + time], self.rope_sin[past : past + time]
+        cos, sin = self._rope(past, time)
         mask = None
         if padding is not None or (past and time > 1):  # else SDPA's own causal mask serves
             mask = torch.ones(time, past + time, dtype=torch.bool, device=tokens.device).tril(past)
@@ -226,8 +230,8 @@ class Transformer(nn.Module):
                 mask = (mask & ~padding[:, None, None, :]) | own
         x = self.tok_embeddings(tokens)
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache)
         if cache is not None:
@@ -263,7 +267,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def attention_weights(self, tokens: Tensor) -> Tensor:
         """Every head's attention pattern for (batch, time) ids: (layers, batch, heads, time, time)."""
-        cos, sin = self.rope_cos[: tokens.shape[1]], self.rope_sin[: tokens.shape[1]]
+        cos, sin = self._rope(0, tokens.shape[1])
         x, patterns = self.tok_embeddings(tokens), []
         for block in self.layers:
             assert isinstance(block, Block)

@@ -25,7 +25,7 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a parameter may be: a type and a range, or a list of choices; a path, perhaps one that must exist."""
+    """What a parameter may be: a number in a range, one of some choices, or a path, perhaps one that must exist."""
 
     type: type
     low: float = -math.inf
@@ -50,9 +50,11 @@ class Kind:
             return value
         return self._read_number(name, value)
 
-    def _read_path(self, name: str, value: Any) -> Path:
+    def _read_path(self, name: str, value: Any) -> Path | str:
         if not isinstance(value, str | os.PathLike) or not os.fspath(value).strip():
             raise ValueError(f"{name}={value!r} must be a path")
+        if value in self.choices:
+            return value
         path = resolve(value)
         if self.must_exist and not path.exists() and path.name not in CORPORA:
             raise ValueError(f"{name}={os.fspath(value)!r} does not exist")
@@ -81,7 +83,7 @@ class Kind:
 PARAMETERS: dict[str, Kind] = {
     "batch_size": Kind(int, 1, 1_000_000, optional=True),
     "character_coverage": Kind(float, 0.98, 1.0),
-    "checkpoint_dir": Kind(str, optional=True),
+    "checkpoint_dir": Kind(Path, choices=("latest", "best"), optional=True, must_exist=True),
     "context_size": Kind(int, 1, 1_048_576, optional=True),
     "data_dir": Kind(Path, must_exist=True),
     "dataset_dir": Kind(Path),

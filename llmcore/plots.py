@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.resources
 import math
@@ -16,7 +17,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 P = ParamSpec("P")
@@ -40,7 +41,10 @@ def chinese_font() -> str | None:
     try:
         file = importlib.resources.files("pylopdf_fonts_zh_cn") / "NotoSansSC-Regular.otf"
         font_manager.fontManager.addfont(str(file))
-        return "Noto Sans SC"
+        regular = font_manager.fontManager.ttflist[-1]
+        # only the regular weight is packaged: let it stand for the bold one too, lest each bold title warn
+        font_manager.fontManager.ttflist.append(dataclasses.replace(regular, weight=700))
+        return regular.name
     except (ModuleNotFoundError, FileNotFoundError):
         installed = {font.name for font in font_manager.fontManager.ttflist}
         found = next((name for name in SYSTEM_FONTS if name in installed), None)
@@ -285,7 +289,8 @@ def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | No
         drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values.values()], padding=4
     )
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", visible=False)
     _label(axes, title, unit, "")
     return figure

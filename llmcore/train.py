@@ -40,6 +40,11 @@ from llmcore.generate import stream
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
+try:
+    import fcntl
+except ImportError:  # Windows: runs there are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
 Event = dict[str, Any]
 
 
@@ -162,6 +167,7 @@ class Trainer:
         callbacks: each is called with every event.
         device: "auto", "cpu", "cuda" or "mps".
         resume: a checkpoint to go on from: its folder, or "latest" or "best" of this run.
+        init_step: if given, the step that the run must start from.
 
     Attributes:
         step: optimizer steps taken.
@@ -184,6 +190,7 @@ class Trainer:
         callbacks: Sequence[Callable[[Event], None]] = (),
         device: str = "auto",
         resume: str | os.PathLike[str] | None = None,
+        init_step: int | None = None,
     ) -> None:
         self.device = pick_device(device)
         self.precision = pick_precision(config.precision, self.device)
@@ -208,6 +215,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.tokens = self.skipped = self._skipped_in_a_row = 0
+        self._train_loss = math.nan  # the last that was finite
         self.val_loss: float | None = None
         self.best_loss = math.inf
         self.last_checkpoint: Path | None = None
@@ -216,8 +224,14 @@ class Trainer:
         self._plateau = {"scale": 1.0, "best": math.inf, "bad": 0}
         self._loss: Callable[..., Tensor] = self.model
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        if resume is not None:
-            self._resume(resume)
+        with self._only_run():
+            if resume is not None:
+                self._resume(resume)
+        if init_step is not None and init_step != self.step:
+            raise TrainingError(
+                f"init_step={init_step}, but training starts at step {self.step}; "
+                "leave it out, or name the checkpoint of that step"
+            )
 
     # Running
 
@@ -253,14 +267,20 @@ class Trainer:
         SIGINT and SIGTERM end the run after the current step as `stop()` does; a second one raises at once.
 
         Raises:
-            TrainingError: after `max_skipped_steps` steps without a finite gradient in a row.
+            TrainingError: after `max_skipped_steps` steps without a finite gradient in a row, or if another run is
+                at work in the same folder.
+            CheckpointError: if a checkpoint cannot be written. Once there is room, training may go on from here.
         """
         config = self.config
         self.stop_requested = False
-        write_atomic(self.run_dir / "config.json", json.dumps(self._description(), indent=1, ensure_ascii=False))
         self._loss = self._compiled()
         saved_at = self.step if self.last_checkpoint else -1
-        with self._signals_stop(), open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+        with (
+            self._only_run(),
+            self._signals_stop(),
+            open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as metrics,
+        ):
+            write_atomic(self.run_dir / "config.json", json.dumps(self._description(), indent=1, ensure_ascii=False))
             try:
                 while self.step < config.max_steps and not self.stop_requested:
                     event = self._train_step()
@@ -271,29 +291,51 @@ class Trainer:
                         new_best = event["val_loss"] < self.best_loss
                         self.best_loss = min(self.best_loss, event["val_loss"])
                         self._update_plateau(event["val_loss"])
-                    if self._sample_requested or (
-                        self.tokenizer
-                        and (_due(self.step, config.sample_interval) or (last and config.sample_interval))
-                    ):
+                    sound = self._sound()
+                    sample_due = _due(self.step, config.sample_interval) or (last and config.sample_interval)
+                    if sound and (self._sample_requested or (self.tokenizer and sample_due)):
                         event["sample"] = self._sample()
                     metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
                     metrics.flush()
                     due = _due(self.step, config.checkpoint_interval)
-                    if last or new_best or due or self._save_requested:
-                        event["checkpoint"] = str(self._save(event["loss"]))
+                    if sound and (last or new_best or due or self._save_requested):
+                        event["checkpoint"] = str(self._save())
                         saved_at = self.step
                     for callback in self.callbacks:
                         callback(event)
                     yield event
             finally:
                 # reached early when the consumer closes the generator or an error ends it
-                if self.step > saved_at and not self._skipped_in_a_row:
-                    self._save(self.val_loss if self.val_loss is not None else math.nan)
+                if self.step > saved_at and self._sound() and self._skipped_in_a_row < config.max_skipped_steps:
+                    self._save()
 
     def measured_steps(self, count: int) -> list[Event]:
         """Take a few steps just as a run would, compiled or not, but write nothing: for measuring speed."""
         self._loss = self._compiled()
         return [self._train_step() for _ in range(count)]
+
+    def _sound(self) -> bool:
+        """Whether the weights are worth keeping: a skipped step may mean that they themselves are broken."""
+        return not self._skipped_in_a_row or all(bool(p.isfinite().all()) for p in self.model.parameters())
+
+    @contextlib.contextmanager
+    def _only_run(self) -> Iterator[None]:
+        """Keep other runs out of the folder. The system drops the lock with the process, however that ends."""
+        with open(self.run_dir / ".lock", "a+", encoding="utf-8") as file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read()
+                raise TrainingError(
+                    f"output_dir={shown(self.run_dir)!r} is in use by a run of process {owner}"
+                    f"{' (this one)' if owner == str(os.getpid()) else ''}; let it end or choose another"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     @contextlib.contextmanager
     def _signals_stop(self) -> Iterator[None]:
@@ -323,6 +365,7 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         rate = learning_rate_at(self.step, config) * self._plateau["scale"]
         for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # a step that an error broke off may have left some
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["peak"]
         first = self.step * config.grad_accum_steps
@@ -353,6 +396,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += sum(x.numel() for x, _ in batches)
+        if finite:
+            self._train_loss = values[0]
         self._count_skipped(finite)
         seconds = time.perf_counter() - started
         return {
@@ -414,6 +459,8 @@ class Trainer:
             if self.config.eval_batches and number >= self.config.eval_batches:
                 break
             targets = int((y != IGNORED).sum())
+            if not targets:
+                continue
             with self._autocast():
                 total += float(self.model(x.to(self.device), y.to(self.device))) * targets
             count += targets
@@ -462,7 +509,7 @@ class Trainer:
             "torch": torch.__version__,
         }
 
-    def _save(self, train_loss: float) -> Path:
+    def _save(self) -> Path:
         """Write a checkpoint named by the validation loss (or the training loss where there is none)."""
         self._save_requested = False
         tensors = {"rng.cpu": torch.get_rng_state()}
@@ -476,12 +523,13 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
             "val_loss": self.val_loss,
             "best_loss": self.best_loss,
             "plateau": self._plateau,
             "scaler": self.scaler.state_dict(),
         }
-        loss = self.val_loss if self.val_loss is not None else train_loss
+        loss = self.val_loss if self.val_loss is not None else self._train_loss
         self.last_checkpoint = save_checkpoint(
             self.run_dir,
             self.model,
@@ -510,6 +558,10 @@ class Trainer:
             for key in ("tokenizer", "data")
             if config.get(key) != now[key]
         ]
+        if config.get("train", {}).get("optimizer") != self.config.optimizer:
+            differing.append(
+                f"optimizer: {config.get('train', {}).get('optimizer')} there, {self.config.optimizer} here"
+            )
         if differing:
             raise CheckpointError(f"{shown(path)} is of another run: " + "; ".join(differing))
         load_weights(self.model, path)
@@ -522,17 +574,15 @@ class Trainer:
                     values = {
                         key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
                     }
-                    if not values:
-                        raise CheckpointError(
-                            f"{shown(path)} has no optimizer state for {prefix[:-1]}; "
-                            "was it trained with another optimizer?"
-                        )
+                    if not values:  # no step taken yet that was not skipped
+                        continue
                     # "step" stays where the optimizer wants it: on the CPU unless fused on a GPU
                     optimizer.state[parameter] = {
                         key: value.to(self.device) if key != "step" or group.get("fused") else value
                         for key, value in values.items()
                     }
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
         self.val_loss, self.best_loss, self._plateau = state["val_loss"], state["best_loss"], state["plateau"]
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(tensors["rng.cpu"])

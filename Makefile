@@ -1,0 +1,54 @@
+# Targets make .venv themselves unless an environment is active (a virtual one or conda's).
+PYTHON ?= python3
+ifneq ($(VIRTUAL_ENV)$(CONDA_PREFIX),)
+BIN :=
+READY := build/.installed
+else
+BIN := .venv/bin/
+READY := .venv/.installed
+endif
+
+.PHONY: demo test test-fast lint lab notebooks clean
+
+# Five notebooks, one after the other, at their default parameters: about 8 minutes on two CPU cores.
+demo: $(READY)
+	$(BIN)python -m tests.demo
+
+# Everything: llmcore, the notebooks by nbval and papermill, the pairing.
+test: $(READY)
+	$(BIN)python -m pytest
+
+# Only what takes seconds.
+test-fast: $(READY)
+	$(BIN)python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
+
+lab: $(READY)
+	$(BIN)jupyter lab notebooks --LabApp.news_url=None \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+
+# Execute the notebooks and store their outputs, after an edit of their .py halves.
+notebooks: $(READY)
+	$(BIN)python -m tests.render
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first and alone: whatever else asks for it then finds it there, and takes no other build.
+.venv/.installed: requirements.lock pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+build/.installed: requirements.lock pyproject.toml
+	mkdir -p build
+	python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@

@@ -1,0 +1,155 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1 · From text to tokens
+#
+# *What is a token, and how many should there be?* A language model reads numbers, not letters. This notebook takes a
+# folder of texts, learns a vocabulary of frequent pieces from them with SentencePiece, and leaves a tokenizer behind.
+#
+# | in | out | time |
+# | --- | --- | --- |
+# | `data_dir`: a folder of `.txt` files | `<model_prefix>.model` and `.vocab` | 10 seconds for one novel |
+#
+# The default text is 三国演义 (*Romance of the Three Kingdoms*), **one** classical novel of 120 chapters. It shows that
+# everything works and learns; it is no stand-in for four thousand modern novels. For those, set `data_dir` to
+# `data/scifi` (fetched from the Hugging Face Hub), or to a folder of your own.
+#
+# Next: [2 · A data set](02_dataset.ipynb) · All notebooks:
+# [1](01_tokenize.ipynb) [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb)
+# [5](05_generate.ipynb)
+
+# %% tags=["parameters"]
+data_dir: str = "data/sanguo"  # folder of .txt files, or data/sanguo, data/scifi, data/zhwiki
+model_prefix: str = "outputs/tokenizer"  # the tokenizer becomes <model_prefix>.model
+vocab_size: int = 4000  # number of pieces, 256 single bytes and 4 special ones included
+character_coverage: float = 0.99  # share of characters that get a piece; rarer ones are spelled in bytes
+seed: int = 0  # of the sampling of lines in very large corpora
+
+# %%
+from llmcore.parameters import check_parameters
+
+check_parameters(globals(), "data_dir model_prefix vocab_size character_coverage seed")
+
+# %%
+# %matplotlib inline
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from llmcore import corpus, plots, tokenizer, widgets
+from llmcore.files import find_texts, read_text, shown
+
+# %% [markdown]
+# ## The text
+# One file is one document: here, a chapter.
+
+# %%
+folder = corpus.open_corpus(data_dir)
+files = find_texts(folder)
+texts = [read_text(file) for file in files]
+characters = sum(map(len, texts))
+print(texts[0][:220])
+
+# %% tags=["nbval-check-output"]
+print(f"{len(files)} files, {characters:,} characters, {sum(len(t.encode()) for t in texts):,} bytes")
+print(f"{len(set(''.join(texts))):,} different characters")
+
+# %%
+plots.length_histogram([len(t) for t in texts], "characters", f"{len(files)} documents, {characters:,} characters")
+
+# %% [markdown]
+# ## Learning the pieces
+# Byte-pair encoding starts from single characters and merges the most frequent neighbours, again and again, until the
+# vocabulary is full. Characters too rare for a place of their own will be spelled as UTF-8 bytes, so nothing is ever
+# unknown. If the vocabulary is too small for the characters, the error says what to change.
+
+# %%
+tok = tokenizer.train_tokenizer(files, model_prefix, vocab_size, character_coverage=character_coverage, seed=seed)
+print(f"wrote {shown(model_prefix)}.model and .vocab")
+
+# %% tags=["nbval-check-output"]
+print("pieces:", tok.vocab_size)
+print("pad, unk, bos, eos:", tok.pad_id, tok.unk_id, tok.bos_id, tok.eos_id)
+print("id of the newline:", tok.encode("\n"))
+
+# %% [markdown]
+# ## What it learned
+# Most pieces of a small Chinese vocabulary are single characters. The longer ones are the novel in a nutshell: names,
+# titles, and the turns of phrase that every chapter repeats.
+
+# %%
+pieces = [widgets.show_piece(tok, id) for id in range(tok.vocab_size) if not tok.is_byte(id) and id > 3]
+plots.piece_lengths(Counter(map(len, pieces)), f"{len(pieces):,} pieces that are no single bytes, by length")
+
+# %%
+longest = sorted(pieces, key=len, reverse=True)[:48]
+plots.text_pieces(longest, "The longest pieces")
+
+# %% [markdown]
+# How many characters have a piece of their own, and how often does the tokenizer have to spell one in bytes?
+
+# %% tags=["nbval-check-output"]
+ids = [id for document in tok.encode_batch(texts) for id in document]
+spelled = sum(map(tok.is_byte, ids))
+print(f"{len(ids):,} tokens, {characters / len(ids):.3f} characters per token")
+print(f"tokens that are single bytes: {spelled / len(ids):.2%}")
+print(f"unknown tokens: {ids.count(tok.unk_id)}")
+
+# %% [markdown]
+# ## How large should the vocabulary be?
+# More pieces mean fewer tokens for the same text, so the model sees more text in its window and does less work for it.
+# But each piece is a row in two large tables, and a rare piece is hard to learn: a small corpus wants a small
+# vocabulary. (Measured on the text it was trained on, which flatters the large ones a little.)
+
+# %%
+sizes = [int(vocab_size * factor) for factor in (0.7, 1, 1.5, 2, 3, 4)]
+with tempfile.TemporaryDirectory() as scratch:
+    ratios = tokenizer.compression_by_vocab_size(files, sizes, Path(scratch), character_coverage=character_coverage)
+
+# %%
+small, large = min(ratios), max(ratios)
+saved = 1 - ratios[small] / ratios[large]
+title = f"{large / small:.1f} times the pieces, {saved:.0%} fewer tokens"
+plots.compression(list(ratios), list(ratios.values()), title, chosen=vocab_size)
+
+# %% [markdown]
+# ## Nothing is lost
+# SentencePiece's defaults turn ， into a comma, drop newlines and squeeze spaces. Here they are off: text comes back
+# exactly as it went in, for every document and for whatever else one may type.
+
+# %% tags=["nbval-check-output"]
+same = [tok.decode(tok.encode(text)) == text for text in texts]
+print(f"documents that come back unchanged: {sum(same)} of {len(same)}")
+strange = ["ｆｕｌｌ－ｗｉｄｔｈ，，。", "  two  spaces\tand a tab\n\n", "🐉龘 <s> ▁ \x00", "\u3000ideographic space"]
+print("strange strings too:", all(tok.decode(tok.encode(text)) == text for text in strange))
+
+# %% [markdown]
+# ## A sentence in pieces
+# Each box is one token. ⟨E4⟩ would be a lone byte of a rare character, ␣ a space, ⏎ a newline.
+
+# %%
+sentence = texts[0].split("\n")[6 % len(texts[0].split("\n"))][:120]
+shown_pieces = [widgets.show_piece(tok, id) for id in tok.encode(sentence)]
+plots.text_pieces(shown_pieces, f"{len(sentence)} characters become {len(shown_pieces)} tokens")
+
+# %% [markdown]
+# ## Try it
+# In JupyterLab, a box to type in appears below; a headless run leaves it out.
+
+# %%
+if widgets.is_watched():
+    display(widgets.token_explorer(tok, sentence))
+
+# %% [markdown]
+# ## What to try next
+# - `vocab_size = 8000`: which names become one piece now?
+# - `character_coverage = 0.98`: more merges, more bytes. Which wins in characters per token?
+# - Your own texts: `data_dir = "data/mine"`; mixed languages make good pictures.
+#
+# **[Next: 2 · A data set](02_dataset.ipynb)**

@@ -1,0 +1,141 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2 · From tokens to batches
+#
+# *What exactly does the model see?* This notebook turns texts into files of token ids, holds some documents out for
+# validation, and looks at one batch with its own eyes.
+#
+# | in | out | time |
+# | --- | --- | --- |
+# | `data_dir`; `tokenizer_model_file` from notebook 1 | `dataset_dir`: token files | 5 seconds |
+#
+# Before: [1 · From text to tokens](01_tokenize.ipynb) · Next: [3 · A toy task](03_toyreverse.ipynb)
+
+# %% tags=["parameters"]
+data_dir: str = "data/sanguo"  # folder of .txt files
+tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
+dataset_dir: str = "outputs/dataset"  # where the token files go
+val_fraction: float = 0.05  # share of the documents held out
+context_size: int = 256  # tokens in a window
+preset: str = "scifi-mini"  # whose training plan to lay beside this corpus
+seed: int = 0  # of the order of the windows
+
+# %%
+from llmcore.parameters import check_parameters
+
+check_parameters(globals(), "data_dir tokenizer_model_file dataset_dir val_fraction context_size preset seed")
+
+# %%
+# %matplotlib inline
+import numpy as np
+
+from llmcore import config, corpus, plots
+from llmcore.dataset import TokenDataset, prepare_dataset
+from llmcore.files import read_text, shown
+from llmcore.planner import TOKENS_PER_PARAMETER, training_cost
+from llmcore.tokenizer import Tokenizer
+
+# %%
+tok = Tokenizer(tokenizer_model_file)
+folder = corpus.open_corpus(data_dir)
+
+# %% [markdown]
+# ## Text to token files
+# Each document is encoded and ended by one eos token; all lie one behind the other in a file of 16-bit numbers, which
+# training reads as a memory map, so a corpus may be larger than memory. Running this again on unchanged input does
+# nothing: the manifest knows the hash of every source file and of the tokenizer.
+
+# %%
+manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction)
+print(f"token files are in {shown(dataset_dir)}")
+
+# %% tags=["nbval-check-output"]
+for name, split in manifest["splits"].items():
+    print(f"{name}: {split['documents']} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes")
+print("split by", manifest["split_by"], "- stored as", np.dtype(manifest["dtype"]).name)
+
+# %% tags=["nbval-check-output"]
+for name, split in manifest["splits"].items():
+    print(name, "sha256", split["sha256"][:16])
+
+# %%
+train = TokenDataset(dataset_dir, "train", context_size)
+val = TokenDataset(dataset_dir, "val", context_size)
+lengths = np.concatenate([np.diff(train.offsets), np.diff(val.offsets)])
+plots.length_histogram(lengths, "tokens", f"{len(lengths)} documents, {lengths.sum():,} tokens")
+
+# %% [markdown]
+# ## Which documents are held out
+# A document's place follows from a hash of its name: adding files later moves none of the old ones, and whole documents
+# are held out, so the model cannot have read the other half of a validation sentence.
+
+# %% tags=["nbval-check-output"]
+held_out = [source["path"] for source in manifest["sources"] if source["split"] == "val"]
+print(len(held_out), "held out:", " ".join(held_out[:12]))
+
+# %% tags=["nbval-check-output"]
+document = train.tokens[train.offsets[0] : train.offsets[1]]
+first = next(source for source in manifest["sources"] if source["split"] in ("train", "both"))
+print("the first document decodes to its file:", read_text(folder / first["path"]).startswith(tok.decode(document)))
+print("eos tokens:", int((train.tokens == tok.eos_id).sum()), "- documents:", len(train.offsets) - 1)
+
+# %% [markdown]
+# ## A few tokens do most of the work
+# Sorted by how often they occur, tokens fall along a line on logarithmic axes (Zipf's law). The drop at the right is
+# the tail of pieces seen only a few times: the model will never learn them well.
+
+# %%
+counts = np.bincount(train.tokens, minlength=tok.vocab_size)
+rare = (counts < 10).mean()
+plots.rank_frequency(counts, f"{rare:.0%} of the vocabulary occurs fewer than ten times")
+
+# %% [markdown]
+# ## One batch, side by side
+# `x` is what the model reads, `y` what it has to say at each place: the same text, one token later. A batch is a pure
+# function of (step, seed), with no iterator to save or restore, which is why a run can go on exactly where it stopped.
+
+# %%
+x, y = train.batch(step=0, batch_size=4, seed=seed)
+for row in range(2):
+    print("x:", tok.decode(x[row, :24].tolist()).replace("\n", "⏎"))
+    print("y:", tok.decode(y[row, :24].clamp(min=0).tolist()).replace("\n", "⏎"), "\n")
+
+# %% tags=["nbval-check-output"]
+again, _ = train.batch(step=0, batch_size=4, seed=seed)
+print("x", tuple(x.shape), x.dtype, "- y", tuple(y.shape), y.dtype)
+print("y is x, one token later:", bool((x[:, 1:] == y[:, :-1])[y[:, :-1] >= 0].all()))
+print("the same step gives the same batch:", bool((x == again).all()))
+
+# %% [markdown]
+# ## Is this enough text?
+# Hoffmann et al. ("Chinchilla", 2022) found that for a given amount of compute a model is best trained on about twenty
+# tokens per parameter. One novel is far from enough for even a small model, so training reads it several times.
+
+# %%
+model_config, train_config = config.preset(preset)
+cost = training_cost(model_config.replace(vocab_size=tok.vocab_size), train_config)
+rows = {
+    "tokens in the training split": len(train.tokens),
+    f"tokens {preset} reads": cost["tokens"],
+    f"compute-optimal for {preset}": cost["compute_optimal_tokens"],
+}
+plots.bars(rows, f"{preset} reads the corpus {cost['tokens'] / len(train.tokens):.1f} times", "tokens")
+
+# %% tags=["nbval-check-output"]
+print(f"compute-optimal size for this corpus read once: {len(train.tokens) / TOKENS_PER_PARAMETER:,.0f} parameters")
+print(f"{preset} has {cost['parameters']:,.0f}")
+
+# %% [markdown]
+# ## What to try next
+# - `context_size = 64`: how does the number of windows per epoch change?
+# - Add a file to the folder and run again: only its own place in the split is new.
+# - A folder with a single file is split by position instead, and says so.
+#
+# **[Next: 3 · A toy task](03_toyreverse.ipynb)**, or straight to [4 · Training](04_scifi_train.ipynb)

@@ -1,0 +1,157 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5 · Writing
+#
+# *What does the model say, and how sure is it?* This notebook loads a trained run, lets it write, and looks at the
+# probabilities behind the words.
+#
+# | in | out | time |
+# | --- | --- | --- |
+# | a run of notebook 4 | text and pictures | half a minute on two CPU cores |
+#
+# Before: [4 · Training](04_scifi_train.ipynb) · First: [1 · From text to tokens](01_tokenize.ipynb)
+
+# %% tags=["parameters"]
+checkpoint_dir: str = "latest"  # latest or best of output_dir, or a folder: a run or one checkpoint
+output_dir: str = "outputs/runs"  # where the runs are
+prompt: str = "却说曹操"  # the text to continue
+max_new_tokens: int = 160  # length of the continuation
+temperature: float = 0.8  # 0 always takes the likeliest token; 1 the model's own odds
+top_k: int = None  # only the k likeliest tokens
+top_p: float = 0.95  # only the likeliest tokens that together have this probability
+min_p: float = None  # only tokens at least this share as likely as the likeliest
+repetition_penalty: float = 1.0  # above 1 avoids what was said before
+device: str = "auto"  # auto, cpu, cuda, mps
+seed: int = 0  # the same seed writes the same text
+
+# %%
+from llmcore.parameters import check_parameters
+
+names = "checkpoint_dir output_dir prompt max_new_tokens temperature top_k top_p min_p repetition_penalty device seed"
+check_parameters(globals(), names)
+
+# %%
+# %matplotlib inline
+import time
+
+import torch
+
+from llmcore import plots, widgets
+from llmcore.checkpoint import load_checkpoint, pick_device
+from llmcore.files import shown
+from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
+
+device = str(pick_device(device))
+
+# %%
+checkpoint = load_checkpoint(output_dir, which=checkpoint_dir or "latest", device=device)
+model, tok = checkpoint.model, checkpoint.tokenizer
+print(f"{shown(checkpoint.path)}: step {checkpoint.step:,}, {checkpoint.config['loss']:.3f} nats per token")
+
+# %% tags=["nbval-check-output"]
+print(f"{model.config.n_params():,} parameters, context of {model.config.max_seq_len} tokens")
+print("every parameter is finite:", all(bool(p.isfinite().all()) for p in model.parameters()))
+
+# %% [markdown]
+# ## Word by word
+# The text comes as it is sampled. Keys and values of earlier tokens are kept, so each new token costs one step, not a
+# walk over the whole text.
+
+# %%
+sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
+print(prompt, end="")
+for piece in stream(model, tok, prompt, max_new_tokens, temperature, **sampling):
+    print(piece, end="", flush=True)
+
+# %% tags=["nbval-check-output"]
+few = min(max_new_tokens, 40)
+whole = generate(model, tok, prompt, few, temperature, **sampling)
+print("streaming gives the same text:", "".join(stream(model, tok, prompt, few, temperature, **sampling)) == whole)
+print("the same seed gives the same text:", generate(model, tok, prompt, few, temperature, **sampling) == whole)
+
+# %% [markdown]
+# ## Cold and hot
+# A low temperature repeats the safest phrases; a high one invents, and then stumbles. Somewhere in between lies style.
+
+# %%
+for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
+    text = generate(model, tok, prompt, min(max_new_tokens, 80), degree, **sampling)
+    print(f"--- temperature {degree}\n{prompt}{text}\n")
+
+# %% [markdown]
+# ## The next token
+# What the model gives for its very next token, before anything is sampled.
+
+# %%
+ids = prompt_ids(model, tok, prompt)
+with torch.inference_mode():
+    logits = model(torch.tensor([ids], device=device))[:, -1]
+probabilities = next_token_probabilities(logits)[0]
+top = probabilities.topk(12)
+likely = [widgets.show_piece(tok, id) for id in top.indices.tolist()]
+plots.next_tokens(likely, top.values.tolist(), f"After “{prompt}”, “{likely[0]}” is the likeliest")
+
+# %% tags=["nbval-check-output"]
+greedy = generate(model, tok, prompt, 1, temperature=0)
+nucleus = next_token_probabilities(logits, top_p=0.5)[0]
+print("probabilities add up to one:", abs(float(probabilities.sum()) - 1) < 1e-4)
+print("temperature 0 takes the likeliest:", greedy == tok.decode([int(probabilities.argmax())]))
+print("top-p = 0.5 keeps no more tokens than it must:", int((nucleus > 0).sum()) <= int((probabilities > 0).sum()))
+
+# %% [markdown]
+# ## Surprise
+# The other way round: how surprised is the model by a real paragraph? Dark pieces are the ones it did not expect, often
+# the first character of a name; the second is easy once the first is known.
+
+# %%
+paragraph = (
+    "次日，于桃园中，备下乌牛白马祭礼等项，三人焚香再拜而说誓曰：“念刘备、关羽、张飞，虽然异姓，既结为兄弟，"
+    "则同心协力，救困扶危；上报国家，下安黎庶。”"
+)
+ids = [tok.eos_id, *tok.encode(paragraph)]
+nats = surprise(model, ids)
+shown_pieces = [widgets.show_piece(tok, id) for id in ids[1:]]
+mean = sum(nats) / len(nats)
+plots.text_pieces(shown_pieces, f"The oath in the peach garden: {mean:.2f} nats per token on average", nats, "nats")
+
+# %% tags=["nbval-check-output"]
+by_hand = torch.nn.functional.cross_entropy(
+    model(torch.tensor([ids[:-1]], device=device))[0], torch.tensor(ids[1:], device=device)
+)
+print("one surprise per token:", len(nats) == len(ids) - 1)
+print("their mean is the loss:", abs(mean - by_hand.item()) < 1e-3)
+
+# %% [markdown]
+# ## How fast
+# One text alone, and sixteen at once: reading the weights costs the same for both.
+
+# %%
+rates = {}
+for count in (1, 16):
+    started = time.perf_counter()
+    generate(model, tok, [prompt] * count, 64, seed=seed)
+    rates[f"{count} at once"] = count * 64 / (time.perf_counter() - started)
+plots.bars(rates, f"Many texts at once use {device} better", "tokens per second")
+
+# %% [markdown]
+# ## Try it
+# In JupyterLab, a panel to write with appears below; a headless run leaves it out.
+
+# %%
+if widgets.is_watched():
+    display(widgets.generation_panel(model, tok, prompt, max_new_tokens))
+
+# %% [markdown]
+# ## What to try next
+# - A prompt from another century, or in English: what does the model do with words it has never seen?
+# - `repetition_penalty = 1.2` at `temperature = 0`: does it still go round in circles?
+# - `checkpoint_dir = "best"`, or the folder of an earlier checkpoint: read the same prompt as the model grew up.
+#
+# **[Back to 1 · From text to tokens](01_tokenize.ipynb)**

@@ -1,0 +1,169 @@
+"""The notebooks themselves: pairs in sync, outputs fresh, headless runs with good and bad parameters.
+
+`make test` also runs nbval over all five at their default size.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import papermill
+import pytest
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+
+from tests.render import NOTEBOOKS, source_hash
+
+ALL = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+
+
+def read(name: str) -> NotebookNode:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_five_pairs() -> None:
+    assert ALL == ["01_tokenize", "02_dataset", "03_toyreverse", "04_scifi_train", "05_generate"]
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.py")) == ALL
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_both_halves_of_a_pair_agree(name: str) -> None:
+    halves = [jupytext.read(NOTEBOOKS / f"{name}{ending}") for ending in (".ipynb", ".py")]
+    notebook, script = ([(c.cell_type, c.source, sorted(c.metadata.get("tags", []))) for c in h.cells] for h in halves)
+    assert notebook == script
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_committed_outputs_come_from_these_sources_run_once_in_order(name: str) -> None:
+    notebook = read(name)
+    assert notebook.metadata.llmcore.source_hash == source_hash(notebook), "stale: run `make notebooks`"
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [o for cell in code_cells(notebook) for o in cell.outputs if o.output_type == "error"]
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_notebook_has_tagged_parameters_pictures_and_at_least_four_checked_facts(name: str) -> None:
+    cells = code_cells(read(name))
+    tags = [cell.metadata.get("tags", []) for cell in cells]
+    assert sum("parameters" in t for t in tags) == 1
+    checked = [cell for cell, t in zip(cells, tags, strict=True) if "nbval-check-output" in t]
+    assert len([cell for cell in checked if cell.outputs]) >= 4
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+
+
+def run_nbval(notebook: Path, root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
+    environment = {**os.environ, "LLM_WORKBOOK_ROOT": str(root)}
+    return subprocess.run([*command, str(notebook)], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def root(tmp_path: Path, sanguo: Path) -> Path:
+    """A project root of its own, with the corpus in it, so that a run leaves nothing in the real outputs."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sanguo").symlink_to(sanguo)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_nbval_notices_one_changed_output(root: Path) -> None:
+    notebook = read("01_tokenize")
+    cell = next(c for c in code_cells(notebook) if "nbval-check-output" in c.metadata.get("tags", []))
+    cell.outputs[0].text = cell.outputs[0].text.replace("120 files", "121 files")
+    changed = root / "changed.ipynb"
+    nbformat.write(notebook, changed)
+    result = run_nbval(changed, root)
+    assert result.returncode == 1
+    assert "1 failed" in result.stdout
+    assert "121 files" in result.stdout
+
+
+def papermill_run(name: str, root: Path, **parameters: object) -> NotebookNode:
+    """Run a notebook headless, as `papermill notebooks/<name>.ipynb ... -p key value` does."""
+    return papermill.execute_notebook(
+        NOTEBOOKS / f"{name}.ipynb", root / f"{name}.ipynb", parameters=parameters, progress_bar=False, cwd=root
+    )
+
+
+def output_of(notebook: NotebookNode) -> str:
+    return "".join(o.text for c in code_cells(notebook) for o in c.outputs if o.output_type == "stream")
+
+
+@pytest.mark.slow
+def test_the_whole_chain_runs_headless_on_other_texts_with_other_parameters(
+    tmp_path: Path, english: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_WORKBOOK_ROOT", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = {"data_dir": str(english)}
+    one = papermill_run("01_tokenize", tmp_path, **text, vocab_size=400, character_coverage=1.0, model_prefix="tok/en")
+    assert "5 files" in output_of(one)
+    assert (tmp_path / "tok" / "en.model").is_file()
+    files = {"tokenizer_model_file": "tok/en.model", "dataset_dir": "tokens"}
+    two = papermill_run("02_dataset", tmp_path, **text, **files, context_size=32, val_fraction=0.2)
+    assert "x (4, 32)" in output_of(two)
+    run = {"max_steps": 12, "context_size": 32, "project": "english", "output_dir": "runs", "prompt": "The "}
+    papermill_run("04_scifi_train", tmp_path, **text, **files, **run, preset="scifi-mini", device="cpu", batch_size="4")
+    run["max_steps"] = 14
+    more = {"checkpoint_dir": "runs/english", "init_step": 12}
+    four = papermill_run("04_scifi_train", tmp_path, **text, **files, **run, **more, batch_size=4, precision="fp32")
+    assert "every step is in the metrics once: True" in output_of(four)
+    five = papermill_run(
+        "05_generate", tmp_path, output_dir="runs", checkpoint_dir="best", max_new_tokens=8, prompt="The ", device="cpu"
+    )
+    assert "streaming gives the same text: True" in output_of(five)
+
+
+@pytest.mark.slow
+def test_the_toy_runs_headless_with_other_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_WORKBOOK_ROOT", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    toy = papermill_run("03_toyreverse", tmp_path, max_steps=10, test_strings=20, prompt="abc", seed=1)
+    assert "abc" in output_of(toy)
+
+
+WRONG = [
+    ("01_tokenize", "data_dir", "no/such/folder"),
+    ("01_tokenize", "vocab_size", 12),
+    ("01_tokenize", "vocab_size", "many"),
+    ("01_tokenize", "vocab_sise", 4000),
+    ("01_tokenize", "character_coverage", 1.5),
+    ("02_dataset", "context_size", 0),
+    ("02_dataset", "context_size", 100_000_000),
+    ("02_dataset", "val_fraction", float("nan")),
+    ("02_dataset", "tokenizer_model_file", "nothing.model"),
+    ("03_toyreverse", "max_steps", -1),
+    ("04_scifi_train", "preset", "scifi-117"),
+    ("04_scifi_train", "device", "gpu"),
+    ("04_scifi_train", "precision", "int8"),
+    ("04_scifi_train", "learning_rate", -0.1),
+    ("04_scifi_train", "checkpoint_dir", "no/such/run"),
+    ("05_generate", "checkpoint_dir", "no/such/run"),
+    ("05_generate", "max_new_tokens", -5),
+    ("05_generate", "temperature", "hot"),
+    ("05_generate", "top_p", 5),
+    ("05_generate", "device", "cuda:99"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "parameter", "value"), WRONG)
+def test_a_wrong_parameter_ends_the_run_at_once_and_is_named(
+    name: str, parameter: str, value: object, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_WORKBOOK_ROOT", str(root))
+    with pytest.raises(PapermillExecutionError) as error:
+        papermill_run(name, root, **{parameter: value})
+    assert parameter in error.value.evalue
+    assert not (root / "outputs").exists(), "something was written before the error"
