@@ -271,14 +271,18 @@ def load_checkpoint(folder_or_run: str | os.PathLike[str], which: str = "latest"
         CheckpointError: if it is missing, damaged, or its tensors are not those of its configuration.
     """
     path = find_checkpoint(folder_or_run, which)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        model_config, step = ModelConfig.from_dict(config["model"]), int(config["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{shown(path / 'config.json')} cannot be used: {error!r}") from None
     with torch.device("meta"):  # no time lost on initial values, nor the random state touched
-        model = Transformer(ModelConfig.from_dict(config["model"]))
+        model = Transformer(model_config)
     model.reset_rope()
     load_weights(model, path)
     tokenizer_file = path / "tokenizer.model"
     tokenizer = Tokenizer(tokenizer_file) if tokenizer_file.exists() else None
-    return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, int(config["step"]), path)
+    return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, step, path)
 
 
 def load_weights(model: Transformer, path: Path) -> None:

@@ -290,7 +290,8 @@ def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | No
     )
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if max(values.values()) >= 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", visible=False)
     _label(axes, title, unit, "")
     return figure

@@ -546,6 +546,10 @@ class Trainer:
     def _resume(self, resume: str | os.PathLike[str]) -> None:
         """Take over a checkpoint's weights, optimizer, counts and random state, and cut later metrics off."""
         path = find_checkpoint(self.run_dir, os.fspath(resume))
+        if path.parent != self.run_dir and (self.run_dir / "metrics.jsonl").exists():
+            raise TrainingError(
+                f"{shown(self.run_dir)} holds a run already, and {shown(path)} is of another; choose another output_dir"
+            )
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         now = self._description()
         differing = [

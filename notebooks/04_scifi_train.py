@@ -130,7 +130,8 @@ trainer.callbacks.append(lambda event: trainer.stop() if event["step"] == half e
 # %%
 dashboard = TrainingDashboard(f"{preset}: {cost['parameters'] / 1e6:.1f}M parameters, first half")
 await dashboard.run(trainer)
-print(trainer.result())
+result = trainer.result()
+print(f"step {result.step}, stopped early: {result.stopped_early}, saved as {result.checkpoint.name}")
 
 # %% [markdown]
 # ## Stopped, and on again

@@ -56,6 +56,12 @@ def edit_manifest(path: Path, **changes: Any) -> None:
     (path / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
+def edit_config(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    sign(path)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -64,6 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("tie", [False, True])
 def test_round_trip_keeps_every_bit(tie: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_model(std=0.3, tie_embeddings=tie, n_kv_heads=2).to(dtype)
+    model.reset_rope()  # angles stay float32
     before = torch.get_rng_state()
     loaded = load_checkpoint(save(tmp_path, model), device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
@@ -94,13 +101,15 @@ def test_folder_moves_anywhere_with_its_tokenizer(tokenizer: Tokenizer, tmp_path
     assert (loaded.step, loaded.path, loaded.config["note"], loaded.config["loss"]) == (7, copy, "三国", 2.5)
 
 
-def test_no_file_is_a_pickle_or_an_archive(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    save_checkpoint(
+def test_every_file_is_json_safetensors_or_the_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = save_checkpoint(
         tmp_path, tiny_model(), tokenizer, step=1, loss=1.0, tensors={"rng": torch.get_rng_state()}, state={"step": 1}
     )
-    files = contents(tmp_path)
-    assert len(files) == 6
-    assert not [name for name, content in files.items() if content.startswith((b"\x80", b"PK", b"\x1f\x8b"))]
+    names = {file.name for file in path.iterdir()}
+    assert names == {*FILES, "manifest.json", "tokenizer.model"}
+    assert all(load_file(path / name) for name in names if name.endswith(".safetensors"))
+    assert all(json.loads((path / name).read_text()) for name in names if name.endswith(".json"))
+    assert (path / "tokenizer.model").read_bytes() == tokenizer.model_bytes
 
 
 class Malicious:
@@ -251,6 +260,14 @@ def test_a_newer_format_is_refused_naming_both_versions(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("model", [None, {}, {"dim": 7}, [], {**tiny_model().config.to_dict(), "n_head": 3}])
+def test_a_configuration_of_another_kind_is_refused(model: Any, tmp_path: Path) -> None:
+    path = save(tmp_path)
+    edit_config(path, model=model)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used"):
+        load_checkpoint(path)
+
+
 def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     losses = {1: 5.0, 2: 1.5, 3: 4.0, 4: 3.0, 5: 3.5}
     paths = {step: save(tmp_path, step=step, loss=loss) for step, loss in losses.items()}
@@ -288,8 +305,11 @@ def test_a_folder_of_runs_means_the_run_that_saved_last(tmp_path: Path) -> None:
     for age, path in enumerate(reversed(paths)):
         edit_manifest(path, saved_at=1000.0 - age)
     assert find_checkpoint(tmp_path) == paths[2]
-    assert find_checkpoint(tmp_path.parent) == paths[2]  # a folder of folders of runs
-    shutil.rmtree(paths[2])
+    (tmp_path / "more").mkdir()
+    for run in ("a", "b"):
+        (tmp_path / run).rename(tmp_path / "more" / run)
+    assert find_checkpoint(tmp_path) == tmp_path / "more" / "a" / paths[2].name  # two levels below
+    shutil.rmtree(tmp_path / "more" / "a")
     assert find_checkpoint(tmp_path) == paths[1]
 
 
@@ -362,7 +382,7 @@ def test_an_error_while_saving_leaves_no_folder_behind(tmp_path: Path, monkeypat
     for name in ("fsync", "write_atomic", "save_file"):
         with monkeypatch.context() as patch:
             patch.setattr(llmcore.checkpoint, name, full)
-            with pytest.raises(CheckpointError, match="cannot be written: .*No space left on device"):
+            with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left on device"):
                 save(tmp_path, tiny_model(2), step=2)
     assert contents(tmp_path) == before
     assert latest_checkpoint(tmp_path) == path
@@ -388,9 +408,10 @@ while not finished:
 
         def count(event, arguments):
             global left
-            left -= event in watched
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if event in watched:
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
         save(run, models[3], step=3)
