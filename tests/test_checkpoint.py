@@ -372,6 +372,30 @@ print(message)
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_everything_is_on_disk_before_the_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str | int] = []
+    fsync, rename = os.fsync, os.rename
+
+    def logged_fsync(descriptor: int) -> None:
+        log.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def logged_rename(source: Path, target: Path) -> None:
+        log.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged_rename)
+    path = save(tmp_path)
+    before, after = log[: log.index("rename")], log[log.index("rename") :]
+    files = {name: (path / name).stat().st_ino for name in (*FILES, "manifest.json")}
+    assert set(files.values()) | {path.stat().st_ino} <= set(before)
+    assert all(before.index(files[name]) < before.index(files["manifest.json"]) for name in FILES)
+    assert tmp_path.stat().st_ino in after
+
+
 def test_an_error_while_saving_leaves_no_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, tiny_model(1))
     before = contents(tmp_path)
@@ -398,7 +422,7 @@ from tests.test_checkpoint import save, tiny_model
 run, watched = Path(sys.argv[1]), {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 models = {step: tiny_model(step) for step in (1, 2, 3)}
 save(run, models[1], step=1), save(run, models[2], step=2)
-warnings.simplefilter("ignore")
+warnings.simplefilter("error")  # nothing half-done is even met
 at, finished = 0, False
 while not finished:
     at += 1

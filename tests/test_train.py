@@ -111,6 +111,26 @@ def test_plateau_lowers_the_rate_when_validation_stalls(tmp_path: Path) -> None:
     assert rates == pytest.approx([1] * 3 + [0.5] * 2 + [0.3] * 7)
 
 
+def test_plateau_counts_validations_in_a_row(tmp_path: Path) -> None:
+    class Course(Batches):
+        """One window at each validation, chosen by how hard it is for a model that learns nothing."""
+
+        def sequential(self, batch_size: int) -> Any:
+            yield ranked[next(course)]
+
+    def hardness(window: tuple[Tensor, Tensor]) -> float:
+        with torch.no_grad():
+            return float(model(*window))
+
+    model, course = tiny_model(std=0.3), iter([7, 8, 6, 9, 5, 6, 7, 4])
+    ranked = sorted(Batches().sequential(1), key=hardness)
+    config = quick(schedule="plateau", max_steps=8, warmup_steps=0, eval_interval=1, plateau_patience=2)
+    config = config.replace(learning_rate=1e-30, weight_decay=0)
+    Trainer(model, Batches(), Course(), config, tmp_path, device="cpu").fit()
+    rates = [event["learning_rate"] / 1e-30 for event in read_metrics(tmp_path)]
+    assert rates == pytest.approx([1] * 7 + [0.5])
+
+
 # One step
 
 
@@ -228,7 +248,7 @@ def test_batches_without_targets_change_nothing(tmp_path: Path) -> None:
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "wsd-muon": {"schedule": "wsd", "optimizer": "muon", "decay_fraction": 0.5},
-    "plateau": {"schedule": "plateau", "eval_interval": 2, "plateau_patience": 1, "learning_rate": 0.3},
+    "plateau": {"schedule": "plateau", "eval_interval": 1, "plateau_patience": 2, "learning_rate": 0.3},
     "bf16-accumulated": {"precision": "bf16", "grad_accum_steps": 3, "batch_size": 2},
     "muon-checkpointed-bf16": {"precision": "bf16", "optimizer": "muon", "gradient_checkpointing": True},
 }
@@ -250,6 +270,9 @@ def test_resume_is_bit_exact(variant: str, at: int, tmp_path: Path) -> None:
         return one.fit()
 
     straight = run("straight", 0)
+    if variant == "plateau":
+        rates = [event["learning_rate"] for event in read_metrics(tmp_path / "straight")]
+        assert rates[4] < rates[1] == rates[2]  # lowered between the two stops
     first = run("resumed", 0, stop_at=at)
     assert first.stopped_early and first.step == at
     second = run("resumed", 5, resume="latest")
@@ -396,6 +419,20 @@ def test_steps_skipped_before_a_stop_are_resumed_exactly(tmp_path: Path) -> None
     resumed.fit()
     assert_same_tensors(state(find_checkpoint(tmp_path / "straight")), state(find_checkpoint(tmp_path / "resumed")))
     assert numbers(tmp_path / "resumed")[2:] == numbers(tmp_path / "straight")[2:]
+
+
+def test_a_row_of_skipped_steps_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
+    for resume in (None, "latest"):
+        model = tiny_model()
+        one = trainer(tmp_path, quick(max_skipped_steps=3), model, resume=resume)
+        poison(model, lambda one=one: one, range(1, 7), math.nan)  # type: ignore[misc]
+        steps = one.steps()
+        if resume:
+            with pytest.raises(TrainingError, match="3 steps in a row, up to step 3"):
+                next(steps)
+        else:
+            next(steps), next(steps)
+            steps.close()
 
 
 def test_broken_weights_end_the_run_and_are_never_saved(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -604,6 +641,15 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 def test_resume_without_a_checkpoint_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}"):
         trainer(tmp_path, quick(), resume="latest")
+
+
+def test_a_run_starts_from_the_step_it_is_told_to_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="init_step=3, but training starts at step 0"):
+        trainer(tmp_path, quick(), init_step=3)
+    trainer(tmp_path, quick(max_steps=2), init_step=0).fit()
+    with pytest.raises(TrainingError, match="init_step=0, but training starts at step 2"):
+        trainer(tmp_path, quick(), resume="latest", init_step=0)
+    assert trainer(tmp_path, quick(), resume="latest", init_step=2).fit().step == 6
 
 
 def test_fp16_on_a_cpu_is_refused_in_words(tmp_path: Path) -> None:
