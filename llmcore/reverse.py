@@ -8,7 +8,8 @@ look equally far, so the task is hard to cheat and its attention is easy to read
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ SYMBOLS = string.ascii_letters + string.digits
 PAD, SEPARATOR, EOS, FIRST_SYMBOL = 0, 1, 3, 4  # ids; 2 is the tokenizers' bos, not used here
 VOCAB_SIZE = FIRST_SYMBOL + len(SYMBOLS)
 MAX_LENGTH = 32
+DRAWS = 4
 
 
 def encode(text: str) -> list[int]:
@@ -77,7 +79,7 @@ class ReverseData:
             yield self._batch(np.random.default_rng((0, 2, number)), batch_size)
 
     def _batch(self, generator: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
-        lengths = generator.integers(1, MAX_LENGTH + 1, (2, batch_size)).max(axis=0)[:, None]
+        lengths = generator.integers(1, MAX_LENGTH + 1, (DRAWS, batch_size)).max(axis=0)[:, None]
         symbols = generator.integers(FIRST_SYMBOL, VOCAB_SIZE, (batch_size, MAX_LENGTH))
         place = np.arange(self.context_size + 1)[None, :]
         mirrored = np.where(place < lengths, place, 2 * lengths - place).clip(0, MAX_LENGTH - 1)
@@ -108,3 +110,19 @@ def exact_match(model: Transformer, texts: Sequence[str]) -> float:
     """Share of strings that come back reversed without a single mistake."""
     given = answers(model, texts)
     return sum(text[::-1] == answer for text, answer in zip(texts, given, strict=True)) / len(texts)
+
+
+def measure_exact_match(model: Transformer, texts: Sequence[str]) -> Callable[[dict[str, Any]], None]:
+    """A trainer's callback that adds `exact_match` on these strings to every event with a validation."""
+
+    def measure(event: dict[str, Any]) -> None:
+        if "val_loss" in event:
+            event["exact_match"] = exact_match(model, texts)
+
+    return measure
+
+
+def show(ids: Sequence[int]) -> list[str]:
+    """Each id as one sign: the symbol, "|" for the separator, "■" for eos, "·" for padding or an untrained place."""
+    special = {SEPARATOR: "|", EOS: "■"}
+    return [SYMBOLS[id - FIRST_SYMBOL] if id >= FIRST_SYMBOL else special.get(id, "·") for id in ids]

@@ -60,9 +60,10 @@ class TrainData(Protocol):
 
 
 class ValData(Protocol):
-    """What the trainer asks of its validation data: the whole split, once, in order."""
+    """What the trainer asks of its validation data: the whole split, once, in order.
 
-    bytes_per_token: float
+    Where it has `bytes_per_token`, the raw bytes of its text per token, losses are given in bits per byte too.
+    """
 
     def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of x and y, int64 (batch, time)."""
@@ -164,7 +165,7 @@ class Trainer:
         config: how to train.
         output_dir: the run's folder; `metrics.jsonl` and checkpoints go there.
         tokenizer: copied into checkpoints and used for samples.
-        callbacks: each is called with every event.
+        callbacks: each is called with every event before it is logged, and may add to it.
         device: "auto", "cpu", "cuda" or "mps".
         resume: a checkpoint to go on from: its folder, or "latest" or "best" of this run.
         init_step: if given, the step that the run must start from.
@@ -295,14 +296,14 @@ class Trainer:
                     sample_due = _due(self.step, config.sample_interval) or (last and config.sample_interval)
                     if sound and (self._sample_requested or (self.tokenizer and sample_due)):
                         event["sample"] = self._sample()
+                    for callback in self.callbacks:
+                        callback(event)
                     metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
                     metrics.flush()
                     due = _due(self.step, config.checkpoint_interval)
                     if sound and (last or new_best or due or self._save_requested):
                         event["checkpoint"] = str(self._save())
                         saved_at = self.step
-                    for callback in self.callbacks:
-                        callback(event)
                     yield event
             finally:
                 # reached early when the consumer closes the generator or an error ends it
@@ -465,11 +466,10 @@ class Trainer:
                 total += float(self.model(x.to(self.device), y.to(self.device))) * targets
             count += targets
         self.val_loss = total / count
-        return {
-            "val_loss": self.val_loss,
-            "val_perplexity": math.exp(min(self.val_loss, 700.0)),
-            "val_bits_per_byte": self.val_loss / math.log(2) / self.val_data.bytes_per_token,
-        }
+        event = {"val_loss": self.val_loss, "val_perplexity": math.exp(min(self.val_loss, 700.0))}
+        if bytes_per_token := getattr(self.val_data, "bytes_per_token", None):
+            event["val_bits_per_byte"] = self.val_loss / math.log(2) / bytes_per_token
+        return event
 
     def _sample(self) -> str:
         self._sample_requested = False

@@ -52,18 +52,19 @@ class TrainingDashboard:
 
     Args:
         title: of the picture.
-        figure: from the events so far to a Figure.
-        every: headless, print a line each so many steps besides validations; 0: only at those.
+        metric: what to draw beside the training loss: see `plots.training_curves`.
+        metric_label: its name and unit.
 
     Attributes:
         events: all the trainer's events.
         drawing_share: the part of the time that went into drawing.
     """
 
-    def __init__(self, title: str = "", figure: Callable[[list[Event]], Figure] | None = None, every: int = 0) -> None:
+    def __init__(
+        self, title: str = "", metric: str = "val_loss", metric_label: str = "validation loss (nats per token)"
+    ) -> None:
         self.events: list[Event] = []
-        self.figure = figure or (lambda events: training_curves(events, title))
-        self.every = every
+        self.figure = lambda: training_curves(self.events, title, metric, metric_label)
         self.drawing_share = 0.0
         self._drawing = 0.0
         self._paused = False
@@ -83,11 +84,11 @@ class TrainingDashboard:
                 if picture is not None:
                     self._label.value = html.escape(progress_line(event, trainer))
                     if now >= next_draw:
-                        picture.value = png(self.figure(self.events))
+                        picture.value = png(self.figure())
                         cost = time.perf_counter() - now
                         self._drawing += cost
                         next_draw = time.perf_counter() + cost / DRAWING_BUDGET
-                elif "val_loss" in event or (self.every and event["step"] % self.every == 0):
+                elif "val_loss" in event:
                     print(progress_line(event, trainer), flush=True)
                 await asyncio.sleep(0)
                 while self._paused and not trainer.stop_requested:
@@ -96,7 +97,7 @@ class TrainingDashboard:
             steps.close()  # saves if the loop did not end by itself
             self.drawing_share = self._drawing / max(1e-9, time.perf_counter() - started)
             if self.events:
-                last = Image(png(self.figure(self.events)), alt="training curves", embed=True, width=1000)
+                last = Image(png(self.figure()), alt="training curves", embed=True, width=1000)
                 if handle is not None:
                     handle.update(last)
                     print(progress_line(self.events[-1], trainer))

@@ -1,0 +1,156 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3 · A toy task: reversing strings
+#
+# *What does attention do, seen with one's own eyes?* A transformer of 0.4 million parameters learns to reverse strings
+# of up to 32 letters and digits. The task is small enough to be learnt in a minute or two, and its attention is easy
+# to read: to write the answer, the model must look back one place, then three, then five.
+#
+# | in | out | time |
+# | --- | --- | --- |
+# | nothing: the strings are random | a run in `output_dir` | under 2 minutes on two CPU cores |
+#
+# Before: [2 · From tokens to batches](02_dataset.ipynb) · Next: [4 · Training a language model](04_scifi_train.ipynb)
+
+# %% tags=["parameters"]
+preset: str = "toy-reverse"  # shape of the model and how it is trained
+output_dir: str = "outputs/toyreverse"  # the run goes here
+max_steps: int = None  # optimizer steps; None: the preset's
+test_strings: int = 10_000  # strings of 32 characters to test on
+prompt: str = "HelloWorld42"  # a string to reverse
+device: str = "auto"  # auto, cpu, cuda, mps
+seed: int = 0  # of the initial weights and the training strings
+
+# %%
+from llmcore.parameters import check_parameters
+
+check_parameters(globals(), "preset output_dir max_steps test_strings prompt device seed")
+
+# %%
+# %matplotlib inline
+import torch
+
+from llmcore import config, plots, reverse, widgets
+from llmcore.checkpoint import pick_device
+from llmcore.model import Transformer
+from llmcore.train import Trainer, new_run_dir
+
+device = str(pick_device(device))
+reverse.encode(prompt)  # refuses, by name, what the task cannot spell
+
+# %% [markdown]
+# ## The task as a language model sees it
+# One token a character. The model reads `string, separator, reversed string, end` and is trained to say each next
+# token, but only from the separator on: the string itself is random, there is nothing to learn in it.
+
+# %%
+data = reverse.ReverseData()
+x, y = data.batch(step=0, batch_size=64, seed=seed)
+row = int((y >= 0).sum(1).argmin())
+print("reads:", " ".join(reverse.show(x[row].tolist())[:24]))
+print("says: ", " ".join(reverse.show(y[row].tolist())[:24]))
+
+# %% tags=["nbval-check-output"]
+print("x", tuple(x.shape), "- y", tuple(y.shape), "- vocabulary", reverse.VOCAB_SIZE)
+print("encode, decode:", reverse.encode("aZ9"), reverse.decode(reverse.encode("aZ9")))
+
+# %%
+model_config, train_config = config.preset(preset)
+train_config = train_config.replace(seed=seed, **({"max_steps": max_steps} if max_steps else {}))
+torch.manual_seed(seed)
+model = Transformer(model_config.replace(vocab_size=reverse.VOCAB_SIZE))
+
+# %% tags=["nbval-check-output"]
+parameters = sum(p.numel() for p in model.parameters())
+tokens = train_config.max_steps * x.shape[1] * train_config.batch_size
+print(f"{parameters:,} parameters, at most 0.6 million: {parameters <= 600_000}")
+print(f"{tokens:,} tokens of training, padding included, at most 3.5 million: {tokens <= 3_500_000}")
+
+# %% [markdown]
+# ## Training
+# At each validation, 500 strings of full length are reversed in earnest: all 32 characters and the end must be right.
+
+# %%
+trainer = Trainer(
+    model, data, reverse.ReverseData(), train_config, new_run_dir(output_dir, "toy-reverse"), device=device
+)
+probe = reverse.random_strings(500, reverse.MAX_LENGTH, seed=seed + 1)
+trainer.callbacks.append(reverse.measure_exact_match(model, probe))
+
+# %%
+dashboard = widgets.TrainingDashboard(
+    "Loss falls first, whole answers come later", metric="exact_match", metric_label="exact match, 32 characters"
+)
+await dashboard.run(trainer)
+
+# %% [markdown]
+# ## Does it really reverse?
+# The test strings come from another random stream. One of 32 characters has 62³² siblings: the model cannot have seen
+# it.
+
+# %%
+model.eval()
+texts = reverse.random_strings(test_strings, reverse.MAX_LENGTH, seed=12345)
+score = reverse.exact_match(model, texts)
+print(f"exact match on {test_strings:,} held-out strings of 32 characters: {score:.2%}")
+
+# %% tags=["nbval-check-output"]
+print(f"exact match ≥ 99.9%: {score >= 0.999}")
+print(f"{prompt!r} reversed: {reverse.answers(model, [prompt])[0]!r}")
+print(f"that is right: {reverse.answers(model, [prompt])[0] == prompt[::-1]}")
+
+# %%
+lengths = (1, 2, 4, 8, 16, 24, 32)
+print(f"{'prompt':34}{'truth':34}{'answer':34}")
+for length in lengths:
+    [text] = reverse.random_strings(1, length, seed=7)
+    [answer] = reverse.answers(model, [text])
+    print(f"{text:34}{text[::-1]:34}{answer:34}{'✓' if answer == text[::-1] else '✗'}")
+
+# %% [markdown]
+# ## How it does it
+# Each square shows one head: the token in a row looks at the tokens across, dark where it looks most. In the lower
+# right quarter, where the answer is written, at least one head draws the **anti-diagonal**: the answer's first token
+# looks at the end of the string, the next one a place further left, and so on to its beginning.
+
+# %%
+short = prompt[:12]
+ids = [*reverse.encode(short), reverse.SEPARATOR, *reverse.encode(short[::-1])]
+weights = model.attention_weights(torch.tensor([ids], device=device))[:, 0].cpu()
+labels = [*short, "|", *short[::-1]]
+plots.attention_maps(weights, labels, "One head reads the string backwards")
+
+# %% [markdown]
+# What fraction of its attention does the best head put on the one character it has to copy?
+
+# %%
+copied = weights[:, :, range(len(short), 2 * len(short)), range(len(short) - 1, -1, -1)].mean(-1)
+layer, head = divmod(int(copied.argmax()), copied.shape[1])
+print(f"layer {layer + 1}, head {head + 1}: {copied.max():.0%}")
+
+# %% tags=["nbval-check-output"]
+print("attention maps:", tuple(weights.shape))
+print("each row adds up to one:", bool((weights.sum(-1) - 1).abs().max() < 1e-4))
+
+# %% [markdown]
+# ## Try it
+# In JupyterLab, a box to type in appears below; a headless run leaves it out.
+
+# %%
+if widgets.is_watched():
+    display(widgets.answer_box(lambda text: reverse.answers(model, [text])[0], prompt, "reverse"))
+
+# %% [markdown]
+# ## What to try next
+# - `max_steps = 200`: which characters of a long string go wrong first?
+# - Strings longer than 32: why can the model not go on as before?
+# - Another seed: does the same head take on the copying?
+#
+# **[Next: 4 · Training a language model](04_scifi_train.ipynb)**
