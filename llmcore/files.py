@@ -107,7 +107,7 @@ def split_long(line: str, max_bytes: int) -> Iterator[str]:
     sentence_end = 0  # index after the last sentence end in the current piece
     for index, character in enumerate(line):
         width = len(character.encode())
-        if size + width > max_bytes and index > start:
+        while size + width > max_bytes and index > start:
             cut = sentence_end if sentence_end > start else index
             yield line[start:cut]
             size = len(line[cut:index].encode())

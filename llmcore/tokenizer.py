@@ -22,6 +22,7 @@ import sentencepiece
 from llmcore.files import read_text, split_long, write_atomic
 
 MIN_COVERAGE = 0.98  # SentencePiece accepts no less
+TRAINER_THREADS = 16  # recorded in the model, so a fixed number gives the same file on every machine
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 _SPACE = "▁"  # U+2581: SentencePiece's own sign for a space
 
@@ -143,7 +144,6 @@ def train_tokenizer(
     max_sentence_length: int = 4192,
     input_sentence_size: int = 2_000_000,
     seed: int = 0,
-    num_threads: int | None = None,
 ) -> Tokenizer:
     """Learn pieces from text files and write `<model_prefix>.model` and `.vocab`.
 
@@ -157,7 +157,6 @@ def train_tokenizer(
         max_sentence_length: in bytes; longer lines are split, never dropped.
         input_sentence_size: at most so many lines are sampled, which bounds memory on a large corpus.
         seed: of that sampling.
-        num_threads: of the trainer. None: one a core.
 
     Raises:
         TokenizerError: if the vocabulary is too small for the characters, or too large for the text.
@@ -179,7 +178,7 @@ def train_tokenizer(
             max_sentence_length=max_sentence_length,
             input_sentence_size=input_sentence_size,
             shuffle_input_sentence=True,
-            num_threads=num_threads or os.cpu_count() or 1,
+            num_threads=TRAINER_THREADS,
             pad_id=PAD_ID,
             unk_id=UNK_ID,
             bos_id=BOS_ID,

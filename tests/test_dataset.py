@@ -1,0 +1,212 @@
+"""Token files hold the texts, and batches visit every token of an epoch once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmcore.dataset import IGNORED, DatasetError, TokenDataset, _held_out, prepare_dataset
+from llmcore.tokenizer import Tokenizer
+
+
+def written(folder: Path, ids: np.ndarray, vocab_size: int = 70_000, dtype: str = "<u4") -> Path:
+    """A data set by hand, in the documented format: both splits hold the same ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        ids.astype(dtype).tofile(folder / f"{split}.bin")
+        np.array([0, len(ids)], dtype="<u8").tofile(folder / f"{split}.offsets")
+    counts = {"documents": 1, "tokens": len(ids), "characters": 1, "bytes": 3 * len(ids), "sha256": "0"}
+    manifest = {
+        "format_version": 1,
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "splits": {"train": counts, "val": counts},
+    }
+    (folder / "meta.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def corpus(folder: Path, **texts: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    return folder
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(2, 90), st.integers(1, 20), st.integers(1, 7), st.integers(0, 3), st.integers(0, 2))
+def test_an_epoch_sees_every_target_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory, n_tokens: int, context: int, batch_size: int, epoch: int, seed: int
+) -> None:
+    ids = np.arange(n_tokens) + 66_000  # more than 16 bits hold
+    context = min(context, n_tokens - 1)
+    data = TokenDataset(written(tmp_path_factory.mktemp("d"), ids), "train", context)
+    seen: Counter[int] = Counter()
+    for number in range(epoch * data.n_windows, (epoch + 1) * data.n_windows):
+        x, y = data.batch(number, 1, seed)
+        assert x.shape == y.shape == (1, context)
+        kept = y != IGNORED
+        assert kept.any()
+        assert torch.equal(y[kept], x[kept] + 1)
+        seen.update(y[kept].tolist())
+    assert seen == Counter((ids[1:]).tolist())
+    rows = [data.batch(number, 1, seed)[0] for number in range(batch_size)]
+    assert torch.equal(data.batch(0, batch_size, seed)[0], torch.cat(rows))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 60), st.integers(1, 20), st.integers(1, 5))
+def test_validation_reads_every_target_once_in_order(
+    tmp_path_factory: pytest.TempPathFactory, n_tokens: int, context: int, batch_size: int
+) -> None:
+    data = TokenDataset(written(tmp_path_factory.mktemp("d"), np.arange(n_tokens)), "val", min(context, n_tokens - 1))
+    targets = torch.cat([y[y != IGNORED] for _, y in data.sequential(batch_size)])
+    assert targets.tolist() == list(range(1, n_tokens))
+
+
+def test_batches_depend_on_nothing_but_step_and_seed(tmp_path: Path) -> None:
+    data = TokenDataset(written(tmp_path, np.arange(5000)), "train", 16)
+    later = data.batch(700, 4, seed=5)
+    for step in range(0, 900, 90):
+        data.batch(step, 4, seed=step)
+    again = TokenDataset(tmp_path, "train", 16).batch(700, 4, seed=5)
+    assert torch.equal(later[0], again[0])
+    assert torch.equal(later[1], again[1])
+    assert not torch.equal(later[0], data.batch(700, 4, seed=6)[0])
+    epoch = data.n_windows
+    orders = [[int(data.batch(e * epoch + i, 1)[0][0, 0]) for i in range(epoch)] for e in range(2)]
+    assert orders[0] != orders[1]
+
+
+def test_token_files_hold_the_documents_each_ended_by_eos(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path) -> None:
+    manifest = prepare_dataset(sanguo, tokenizer, tmp_path / "d", progress=False)
+    assert manifest["dtype"] == "<u2"
+    by_split: dict[str, list[str]] = {"train": [], "val": []}
+    for source in manifest["sources"]:
+        by_split[source["split"]].append((sanguo / source["path"]).read_text(encoding="utf-8"))
+    assert 0.02 < len(by_split["val"]) / 120 < 0.1
+    for split, texts in by_split.items():
+        data = TokenDataset(tmp_path / "d", split, 64)
+        ends = data.offsets[1:]
+        assert (data.tokens[ends - 1] == tokenizer.eos_id).all()
+        documents = [tokenizer.decode(data.tokens[a:b]) for a, b in zip(data.offsets, ends, strict=False)]
+        assert documents == texts
+        counts = manifest["splits"][split]
+        assert counts["bytes"] == sum(len(text.encode()) for text in texts)
+        assert counts["characters"] == sum(map(len, texts))
+        assert data.bytes_per_token == counts["bytes"] / len(data.tokens)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sets(st.text(min_size=1, max_size=8), min_size=40, max_size=60), st.sets(st.text(min_size=1, max_size=8)))
+def test_adding_files_moves_none_of_the_old_ones(old: set[str], new: set[str]) -> None:
+    before, after = _held_out(sorted(old), 0.3), _held_out(sorted(old | new), 0.3)
+    assert before == after & old
+
+
+def test_two_documents_are_one_each_and_one_is_split_by_position(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    two = prepare_dataset(corpus(tmp_path / "two", a="玄德曰", b="孔明曰"), tokenizer, tmp_path / "d2", progress=False)
+    assert [two["splits"][split]["documents"] for split in ("train", "val")] == [1, 1]
+    text = "却说曹操引军追赶，𠮷龘大败而回。\n" * 40
+    one = prepare_dataset(corpus(tmp_path / "one", a=text), tokenizer, tmp_path / "d1", 0.25, progress=False)
+    assert one["split_by"] == "position"
+    parts = [tokenizer.decode(TokenDataset(tmp_path / "d1", split, 8).tokens) for split in ("train", "val")]
+    assert "".join(parts) == text
+    assert len(parts[1]) / len(text) == pytest.approx(0.25, abs=0.01)
+    assert sum(one["splits"][split]["bytes"] for split in ("train", "val")) == len(text.encode())
+
+
+def test_unchanged_input_is_left_alone_and_any_change_is_seen(
+    tokenizer: Tokenizer, english: Path, tmp_path: Path
+) -> None:
+    texts, folder = corpus(tmp_path / "t", a="one " * 50, b="two " * 50, c="three " * 50), tmp_path / "d"
+
+    def prepare(fraction: float = 0.3) -> tuple[dict[str, object], int]:
+        manifest = prepare_dataset(texts, tokenizer, folder, fraction, progress=False)
+        return manifest, (folder / "train.bin").stat().st_ino
+
+    first = prepare()
+    assert prepare() == first
+    (texts / "a.txt").write_text("uno " * 50)
+    changed = prepare()
+    assert changed[0] != first[0]
+    assert prepare(0.6)[0]["val_fraction"] == 0.6
+    with open(folder / "train.bin", "ab") as file:
+        file.write(b"x")
+    prepare(0.6)
+    assert TokenDataset(folder, "train", 8).tokens is not None
+
+
+def test_an_interrupted_preparation_is_no_data_set_and_is_repaired(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = corpus(tmp_path / "t", a="one " * 50, b="two " * 50)
+    prepare_dataset(texts, tokenizer, tmp_path / "d", progress=False)
+    (tmp_path / "d" / "meta.json").unlink()
+    (tmp_path / "d" / ".train.bin.tmp").write_bytes(b"half")
+    with pytest.raises(DatasetError, match="02_dataset"):
+        TokenDataset(tmp_path / "d", "train", 4)
+    prepare_dataset(texts, tokenizer, tmp_path / "d", progress=False)
+    assert len(TokenDataset(tmp_path / "d", "train", 4).tokens) > 4
+
+
+def test_damaged_token_files_are_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path / "d", np.arange(100), vocab_size=100)
+    with pytest.raises(DatasetError, match="100 tokens; context_size=100 needs 101"):
+        TokenDataset(folder, "train", 100)
+    with pytest.raises(DatasetError, match="context_size=0"):
+        TokenDataset(folder, "train", 0)
+    with pytest.raises(DatasetError, match="split='test'"):
+        TokenDataset(folder, "test", 8)
+    written(tmp_path / "high", np.arange(100), vocab_size=99)
+    with pytest.raises(DatasetError, match=r"train.bin holds the id 99"):
+        TokenDataset(tmp_path / "high", "train", 8).batch(0, 13)
+    (folder / "train.bin").write_bytes(b"\0" * 399)
+    with pytest.raises(DatasetError, match=r"train.bin has 399 bytes instead of 400"):
+        TokenDataset(folder, "train", 8)
+    for content in ("", "{", "[]", '{"format_version": 1}'):
+        (folder / "meta.json").write_text(content)
+        with pytest.raises(DatasetError, match=r"meta.json"):
+            TokenDataset(folder, "train", 8)
+    written(folder, np.arange(100))
+    manifest = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(DatasetError, match="format version 2; this code reads 1"):
+        TokenDataset(folder, "train", 8)
+
+
+def test_odd_files_are_read_or_refused_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = corpus(tmp_path / "t", plain="玄德\n", crlf="孔\r\n明\r", empty="", one="曹")
+    (folder / "bom.txt").write_bytes(b"\xef\xbb\xbf" + "关公".encode())
+    (folder / "nested").mkdir()
+    (folder / "nested" / "loop").symlink_to(folder)
+    (folder / "nested" / "deep.TXT").write_text("张飞")
+    manifest = prepare_dataset(folder, tokenizer, tmp_path / "d", 0.001, progress=False)
+    splits = {source["path"]: source["split"] for source in manifest["sources"]}
+    assert splits.pop("empty.txt") == "empty"
+    assert set(splits) == {"plain.txt", "crlf.txt", "one.txt", "bom.txt", "nested/deep.TXT"}
+    stored = "".join(tokenizer.decode(np.fromfile(tmp_path / "d" / f"{s}.bin", "<u2")) for s in ("train", "val"))
+    assert sorted(stored) == sorted("玄德\n孔\n明\n曹关公张飞")
+    (folder / "gbk.txt").write_bytes(b"abc" + "曹操".encode("gbk"))
+    with pytest.raises(ValueError, match=r"gbk.txt is not UTF-8: byte 3 is 0xb2"):
+        prepare_dataset(folder, tokenizer, tmp_path / "d", progress=False)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan")])
+def test_a_fraction_that_leaves_nothing_is_refused(tokenizer: Tokenizer, tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(DatasetError, match="val_fraction"):
+        prepare_dataset(corpus(tmp_path / "t", a="x"), tokenizer, tmp_path / "d", fraction)
+
+
+def test_folders_without_text_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data_dir=.*not a folder"):
+        prepare_dataset(tmp_path / "none", tokenizer, tmp_path / "d")
+    with pytest.raises(FileNotFoundError, match=r"\*.txt"):
+        prepare_dataset(tmp_path, tokenizer, tmp_path / "d")
+    with pytest.raises(DatasetError, match="hold no text"):
+        prepare_dataset(corpus(tmp_path / "t", a="", b=""), tokenizer, tmp_path / "d", progress=False)

@@ -1,0 +1,173 @@
+"""The tokenizer loses nothing, whatever it is given, and says in plain words what it cannot do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmcore.files import find_texts, read_text, split_long
+from llmcore.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+
+STRANGE = [
+    "",
+    " ",
+    "  two  spaces ",
+    "\t\ttab\t",
+    "\u3000ideographic",
+    "\r\n",
+    "\n\n \n",
+    "\x00",
+    "▁",
+    " ▁ ▁▁",
+    "▅",
+    "⁇",
+]
+STRANGE += [
+    "<s> </s> <unk> <pad>",
+    "<0x41><0x0A>",
+    "，。！？：“”",
+    "ＡＢＣ１２３",
+    "e\u0301 ﬁ",
+    "👩\u200d🚀 🐉",
+    "龘䶮𠮷",
+    "\ufeffx",
+]
+
+
+def test_every_chapter_comes_back_unchanged(tokenizer: Tokenizer, sanguo: Path) -> None:
+    texts = [read_text(file) for file in find_texts(sanguo)]
+    assert len(texts) == 120
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts)
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_strange_text_comes_back_unchanged(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text())
+def test_any_unicode_comes_back_unchanged_and_never_as_special_ids(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {0, 1, 2, 3} & set(ids)
+    assert all(0 <= id < tokenizer.vocab_size for id in ids)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.text(alphabet="曹操曰，。\n a▁\t龘", max_size=12), max_size=5))
+def test_a_batch_encodes_like_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_a_document_encodes_like_its_lines(tokenizer: Tokenizer, sanguo: Path) -> None:
+    text = read_text(sanguo / "001.txt")
+    lines = [id for line in re.findall("[^\n]*\n", text) for id in tokenizer.encode(line)]
+    assert tokenizer.encode(text) == lines
+
+
+def test_special_ids_are_fixed_and_the_newline_is_one_symbol(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2, 3)
+    assert tokenizer.encode("曹\n\n", bos=True, eos=True)[0] == 2
+    newline = tokenizer.encode("\n")
+    assert len(newline) == 1
+    assert tokenizer.encode("\n\n\n") == newline * 3
+    assert tokenizer.decode([2, *newline, 3, 0]) == "\n"
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 3999), max_size=40))
+def test_any_ids_decode_to_the_bytes_of_their_pieces(tokenizer: Tokenizer, ids: list[int]) -> None:
+    raw = b"".join(tokenizer.id_to_bytes(id) for id in ids)
+    assert tokenizer.decode(ids) == raw.decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("id", [-1, 4000, 10**9])
+def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, id: int) -> None:
+    with pytest.raises(ValueError, match=str(id)):
+        tokenizer.decode([5, id])
+
+
+def test_half_a_surrogate_pair_is_refused_in_words(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="surrogate"):
+        tokenizer.encode("a\ud800b")
+
+
+def test_training_twice_gives_the_same_bytes(english: Path, tmp_path: Path) -> None:
+    files = find_texts(english)
+    models = [train_tokenizer(files, tmp_path / name, 400).model_bytes for name in ("a", "b")]
+    assert models[0] == models[1]
+
+
+def test_a_line_over_the_limit_is_split_not_dropped(tmp_path: Path) -> None:
+    words = [f"word{number} and so on. " for number in range(300)] + ["zyzzyva zyzzyva "] * 200
+    (tmp_path / "one-line.txt").write_text("".join(words), encoding="utf-8")
+    tokenizer = train_tokenizer([tmp_path / "one-line.txt"], tmp_path / "t", 330, max_sentence_length=200)
+    assert any("zyzzyva" in tokenizer.id_to_piece(id) for id in range(tokenizer.vocab_size))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet="aé曹𠮷。.?!", max_size=80), st.integers(4, 40))
+def test_split_lines_add_up_fit_and_end_with_sentences_where_they_can(line: str, limit: int) -> None:
+    parts = list(split_long(line, limit))
+    assert "".join(parts) == line
+    assert all(len(part.encode()) <= limit for part in parts)
+    for part in parts[:-1]:
+        assert part[-1] in ".?!。" or not set(part) & set(".?!。")
+
+
+@pytest.mark.parametrize(("size", "coverage"), [(300, 0.9995), (2000, 0.9995), (2400, 0.999), (4000, 1.0)])
+def test_the_advice_for_a_small_vocabulary_works(sanguo: Path, tmp_path: Path, size: int, coverage: float) -> None:
+    files = find_texts(sanguo)
+    with pytest.raises(TokenizerError) as error:
+        train_tokenizer(files, tmp_path / "t", size, character_coverage=coverage)
+    message = str(error.value)
+    larger = re.search(r"Set vocab_size to (\d+) or more", message)
+    assert larger, message
+    assert train_tokenizer(files, tmp_path / "a", int(larger[1]), character_coverage=coverage)
+    if lower := re.search(r"character_coverage to ([\d.]+) or less", message):
+        assert train_tokenizer(files, tmp_path / "b", size, character_coverage=float(lower[1]))
+    if both := re.search(r"or to (\d+) or more with character_coverage=([\d.]+)", message):
+        assert train_tokenizer(files, tmp_path / "c", int(both[1]), character_coverage=float(both[2]))
+    assert not (tmp_path / "t.model").exists()
+
+
+def test_the_advice_for_a_large_vocabulary_works(english: Path, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError) as error:
+        train_tokenizer(find_texts(english), tmp_path / "t", 50_000)
+    smaller = re.search(r"set vocab_size to (\d+) or less", str(error.value))
+    assert smaller, str(error.value)
+    assert train_tokenizer(find_texts(english), tmp_path / "t", int(smaller[1])).vocab_size == int(smaller[1])
+
+
+def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(TokenizerError, match="no text"):
+        train_tokenizer([tmp_path / "empty.txt"], tmp_path / "t", 400)
+
+
+def test_coverage_out_of_range_is_an_error(english: Path, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"character_coverage=0\.5"):
+        train_tokenizer(find_texts(english), tmp_path / "t", 400, character_coverage=0.5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.one_of(st.binary(max_size=200), st.integers(0, 5000)))
+def test_a_broken_model_file_is_an_error_or_still_a_tokenizer(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, damage: bytes | int
+) -> None:
+    file = tmp_path_factory.mktemp("model") / "t.model"
+    file.write_bytes(damage if isinstance(damage, bytes) else tokenizer.model_bytes[:damage])
+    try:
+        assert Tokenizer(file).vocab_size > 0
+    except TokenizerError as error:
+        assert str(file) in str(error)
+
+
+def test_a_missing_model_file_says_where_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_model_file.*01_tokenize"):
+        Tokenizer(tmp_path / "no.model")
