@@ -16,7 +16,9 @@ demo: $(READY)
 
 # Everything: llmcore, the notebooks by nbval and papermill, the pairing.
 test: $(READY)
-	$(BIN)python -m pytest
+	$(BIN)python -m pytest -m "not slow"
+	$(BIN)python -m pytest -m slow
+	$(BIN)python -m tests.run_nbval
 
 # Only what takes seconds.
 test-fast: $(READY)
