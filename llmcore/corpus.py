@@ -123,7 +123,10 @@ def _sanguo(folder: Path) -> None:
 
 
 def _from_hub(repo_id: str, downloads: Path, folder: Path) -> None:
-    """Download a data set, with progress; a cut download goes on where it stopped. Then unpack its archives."""
+    """Download a data set, with progress, and unpack its archives.
+
+    The library goes on within a file after a broken connection; a new call takes the files that had arrived whole.
+    """
     import huggingface_hub  # here, because only this function needs it
 
     try:
@@ -132,7 +135,7 @@ def _from_hub(repo_id: str, downloads: Path, folder: Path) -> None:
         )
     except Exception as error:  # the library raises its HTTP client's errors too
         raise CorpusError(
-            f"could not download the data set {repo_id} ({type(error).__name__}: {error}). What has arrived is kept in "
+            f"could not download the data set {repo_id} ({type(error).__name__}: {error}). Whole files are kept in "
             f"{downloads}: try again, set HF_ENDPOINT to a mirror, or set data_dir to a folder of .txt files"
         ) from error
     for path in sorted(downloads.rglob("*")):

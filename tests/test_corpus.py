@@ -98,7 +98,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.files = files
-        self.cut_after: int | None = None  # bytes of a file after which the connection breaks
+        self.cuts: dict[str, int] = {}  # how often the connection breaks while a file is sent
         self.sent: list[tuple[str, int]] = []  # name and first byte of each download
 
 
@@ -152,9 +152,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.server.sent.append((name, first))
-            stop = self.server.cut_after if self.server.cut_after is not None else len(content)
-            self.wfile.write(content[first : max(first, stop)])
-            if stop < len(content):
+            cut = self.server.cuts.get(name, 0) > 0
+            self.wfile.write(content[first : (first + len(content)) // 2] if cut else content[first:])
+            if cut:
+                self.server.cuts[name] -= 1
                 self.close_connection = True
 
 
@@ -202,21 +203,33 @@ def test_a_data_set_of_the_hub_becomes_a_folder_of_texts(hub: Hub, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_cut_download_leaves_no_corpus_and_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
-    endpoint = f"http://127.0.0.1:{hub.server_port}"
-    novel = "".join(map(str, range(2_000_000)))  # more than one of the library's 10 MB blocks
+def test_a_download_goes_on_after_a_broken_connection(hub: Hub, tmp_path: Path) -> None:
+    novel = "".join(map(str, range(4_000_000)))  # more than one of the library's 10 MB blocks
     hub.files["scifi.zip"] = archive(("a.txt", novel))
-    hub.cut_after = 11_000_000
+    hub.cuts["scifi.zip"] = 2
+    result = fetch_elsewhere(f"http://127.0.0.1:{hub.server_port}", tmp_path)
+    assert result.returncode == 0, result.stderr
+    starts = [first for name, first in hub.sent if name == "scifi.zip"]
+    assert len(starts) == 3 and starts == sorted(starts)
+    assert starts[-1] > 0, "it began anew each time"
+    assert texts_in(tmp_path / "scifi")["scifi/a.txt"] == novel
+
+
+@pytest.mark.slow
+def test_a_failed_download_leaves_no_corpus_and_keeps_what_is_whole(hub: Hub, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    hub.files["more.zip"] = archive(("b.txt", "more"))
+    hub.cuts["scifi.zip"] = 1_000_000
     result = fetch_elsewhere(endpoint, tmp_path)
     assert result.returncode != 0
     assert "CorpusError: could not download the data set wzy816/scifi" in result.stderr
     assert not (tmp_path / "scifi").exists()
-    hub.cut_after = None
+    hub.cuts.clear()
     hub.sent.clear()
     result = fetch_elsewhere(endpoint, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert [first for name, first in hub.sent if name == "scifi.zip" and 0 < first <= 11_000_000]
-    assert texts_in(tmp_path / "scifi")["scifi/a.txt"] == novel
+    assert {name for name, _ in hub.sent} == {"scifi.zip"}
+    assert texts_in(tmp_path / "scifi")["more/b.txt"] == "more"
 
 
 @pytest.mark.slow
