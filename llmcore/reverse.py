@@ -1,8 +1,9 @@
 """The toy task: reverse a string of letters and digits, as a causal language model must, one token at a time.
 
-A sequence is `string, separator, reversed string, eos`, and only what follows the separator is trained. To write the
-answer's first token the model must look back one place, for the next three, then five: no two tokens of the answer
-look equally far, so the task is hard to cheat and its attention is easy to read.
+A sequence is `bos, string, separator, reversed string, eos`, and only what follows the separator is trained. To write
+the answer's first token the model must look back one place, for the next three, then five: no two tokens of the answer
+look equally far, so the task is hard to cheat and its attention is easy to read. The bos that comes first tells where
+the answer ends: eos is its mirror image.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from llmcore.generate import generate_ids
 from llmcore.model import Transformer
 
 SYMBOLS = string.ascii_letters + string.digits
-PAD, SEPARATOR, EOS, FIRST_SYMBOL = 0, 1, 3, 4  # ids; 2 is the tokenizers' bos, not used here
+PAD, SEPARATOR, BOS, EOS, FIRST_SYMBOL = 0, 1, 2, 3, 4  # ids
 VOCAB_SIZE = FIRST_SYMBOL + len(SYMBOLS)
 MAX_LENGTH = 32
-DRAWS = 4
+FEW = 8  # different symbols at most in every other pair of training strings
 
 
 def encode(text: str) -> list[int]:
@@ -41,6 +42,11 @@ def encode(text: str) -> list[int]:
     return [FIRST_SYMBOL + SYMBOLS.index(character) for character in text]
 
 
+def question(text: str) -> list[int]:
+    """What the model is to answer: bos, the string, the separator."""
+    return [BOS, *encode(text), SEPARATOR]
+
+
 def decode(ids: Sequence[int]) -> str:
     """The letters and digits among ids, up to the first eos; "·" stands for any other id."""
     ids = list(ids)
@@ -55,13 +61,16 @@ def random_strings(count: int, length: int, seed: int) -> list[str]:
 
 
 class ReverseData:
-    """Batches of the task: random strings, the longer ones more often, since they are harder.
+    """Batches of the task: random strings, half of any length and half of the full one, the hardest.
+
+    Half of each kind are made of few symbols, again and again. Without them a model learns to find the letter it wrote
+    last and to read on to its left, and goes wrong where that letter comes twice; with them it learns to count.
 
     Attributes:
         context_size: tokens in a row of x; shorter sequences are padded on the right.
     """
 
-    context_size = 2 * MAX_LENGTH + 1
+    context_size = 2 * MAX_LENGTH + 2
 
     def __init__(self, val_batches: int = 4) -> None:
         self.val_batches = val_batches
@@ -79,15 +88,18 @@ class ReverseData:
             yield self._batch(np.random.default_rng((0, 2, number)), batch_size)
 
     def _batch(self, generator: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
-        lengths = generator.integers(1, MAX_LENGTH + 1, (DRAWS, batch_size)).max(axis=0)[:, None]
+        any_length = generator.integers(1, MAX_LENGTH + 1, batch_size)
+        lengths = np.where(np.arange(batch_size) % 2 == 0, any_length, MAX_LENGTH)[:, None]
         symbols = generator.integers(FIRST_SYMBOL, VOCAB_SIZE, (batch_size, MAX_LENGTH))
+        few = np.take_along_axis(symbols, generator.integers(0, FEW, symbols.shape), axis=1)
+        symbols = np.where(np.arange(batch_size)[:, None] // 2 % 2 == 0, symbols, few)
         place = np.arange(self.context_size + 1)[None, :]
-        mirrored = np.where(place < lengths, place, 2 * lengths - place).clip(0, MAX_LENGTH - 1)
+        mirrored = np.where(place <= lengths, place - 1, 2 * lengths + 1 - place).clip(0, MAX_LENGTH - 1)
         tokens: NDArray[np.int64] = np.take_along_axis(symbols, mirrored, axis=1)
-        tokens = np.where(place == lengths, SEPARATOR, tokens)
-        tokens = np.where(place == 2 * lengths + 1, EOS, tokens)
-        tokens = np.where(place > 2 * lengths + 1, PAD, tokens)
-        answer = (place > lengths) & (place <= 2 * lengths + 1)
+        for at, id in ((0, BOS), (lengths + 1, SEPARATOR), (2 * lengths + 2, EOS)):
+            tokens = np.where(place == at, id, tokens)
+        tokens = np.where(place > 2 * lengths + 2, PAD, tokens)
+        answer = (place > lengths + 1) & (place <= 2 * lengths + 2)
         targets = np.where(answer, tokens, IGNORED)
         return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy())
 
@@ -100,7 +112,7 @@ def answers(model: Transformer, texts: Sequence[str], batch_size: int = 1000) ->
     """
     out: list[str] = []
     for first in range(0, len(texts), batch_size):
-        prompts = [[*encode(text), SEPARATOR] for text in texts[first : first + batch_size]]
+        prompts = [question(text) for text in texts[first : first + batch_size]]
         steps = generate_ids(model, prompts, MAX_LENGTH + 1, eos_id=EOS, temperature=0)
         out += [decode(row) for row in zip(*steps, strict=True)]
     return out
@@ -123,6 +135,6 @@ def measure_exact_match(model: Transformer, texts: Sequence[str]) -> Callable[[d
 
 
 def show(ids: Sequence[int]) -> list[str]:
-    """Each id as one sign: the symbol, "|" for the separator, "■" for eos, "·" for padding or an untrained place."""
-    special = {SEPARATOR: "|", EOS: "■"}
+    """Each id as one sign: ^ bos, | separator, ■ eos, · padding or an untrained place, else the symbol itself."""
+    special = {BOS: "^", SEPARATOR: "|", EOS: "■"}
     return [SYMBOLS[id - FIRST_SYMBOL] if id >= FIRST_SYMBOL else special.get(id, "·") for id in ids]

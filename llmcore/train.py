@@ -296,10 +296,12 @@ class Trainer:
                     sample_due = _due(self.step, config.sample_interval) or (last and config.sample_interval)
                     if sound and (self._sample_requested or (self.tokenizer and sample_due)):
                         event["sample"] = self._sample()
-                    for callback in self.callbacks:
-                        callback(event)
-                    metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
-                    metrics.flush()
+                    try:
+                        for callback in self.callbacks:
+                            callback(event)
+                    finally:  # the step was taken, whatever a callback thinks of it
+                        metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
+                        metrics.flush()
                     due = _due(self.step, config.checkpoint_interval)
                     if sound and (last or new_best or due or self._save_requested):
                         event["checkpoint"] = str(self._save())

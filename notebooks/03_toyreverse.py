@@ -47,15 +47,15 @@ reverse.encode(prompt)  # refuses, by name, what the task cannot spell
 
 # %% [markdown]
 # ## The task as a language model sees it
-# One token a character. The model reads `string, separator, reversed string, end` and is trained to say each next
-# token, but only from the separator on: the string itself is random, there is nothing to learn in it.
+# One token a character. The model reads `begin, string, separator, reversed string, end` (`^ … | … ■`) and is trained
+# to say each next token, but only from the separator on: the string itself is random, there is nothing to learn in it.
 
 # %%
 data = reverse.ReverseData()
 x, y = data.batch(step=0, batch_size=64, seed=seed)
-row = int((y >= 0).sum(1).argmin())
-print("reads:", " ".join(reverse.show(x[row].tolist())[:24]))
-print("says: ", " ".join(reverse.show(y[row].tolist())[:24]))
+row = int(((y >= 0).sum(1) - 10).abs().argmin())
+print("reads:", " ".join(reverse.show(x[row].tolist())[:30]))
+print("says: ", " ".join(reverse.show(y[row].tolist())[:30]))
 
 # %% tags=["nbval-check-output"]
 print("x", tuple(x.shape), "- y", tuple(y.shape), "- vocabulary", reverse.VOCAB_SIZE)
@@ -75,13 +75,13 @@ print(f"{tokens:,} tokens of training, padding included, at most 3.5 million: {t
 
 # %% [markdown]
 # ## Training
-# At each validation, 500 strings of full length are reversed in earnest: all 32 characters and the end must be right.
+# At each validation, 300 strings of full length are reversed in earnest: all 32 characters and the end must be right.
 
 # %%
 trainer = Trainer(
     model, data, reverse.ReverseData(), train_config, new_run_dir(output_dir, "toy-reverse"), device=device
 )
-probe = reverse.random_strings(500, reverse.MAX_LENGTH, seed=seed + 1)
+probe = reverse.random_strings(300, reverse.MAX_LENGTH, seed=seed + 1)
 trainer.callbacks.append(reverse.measure_exact_match(model, probe))
 
 # %%
@@ -118,20 +118,21 @@ for length in lengths:
 # ## How it does it
 # Each square shows one head: the token in a row looks at the tokens across, dark where it looks most. In the lower
 # right quarter, where the answer is written, at least one head draws the **anti-diagonal**: the answer's first token
-# looks at the end of the string, the next one a place further left, and so on to its beginning.
+# looks at the end of the string, the next one a place further left, and so on, until it arrives at `^` and stops.
 
 # %%
 short = prompt[:12]
-ids = [*reverse.encode(short), reverse.SEPARATOR, *reverse.encode(short[::-1])]
+ids = [*reverse.question(short), *reverse.encode(short[::-1])]
 weights = model.attention_weights(torch.tensor([ids], device=device))[:, 0].cpu()
-labels = [*short, "|", *short[::-1]]
+labels = ["^", *short, "|", *short[::-1]]
 plots.attention_maps(weights, labels, "One head reads the string backwards")
 
 # %% [markdown]
 # What fraction of its attention does the best head put on the one character it has to copy?
 
 # %%
-copied = weights[:, :, range(len(short), 2 * len(short)), range(len(short) - 1, -1, -1)].mean(-1)
+n = len(short)
+copied = weights[:, :, range(n + 1, 2 * n + 1), range(n, 0, -1)].mean(-1)
 layer, head = divmod(int(copied.argmax()), copied.shape[1])
 print(f"layer {layer + 1}, head {head + 1}: {copied.max():.0%}")
 
@@ -150,6 +151,8 @@ if widgets.is_watched():
 # %% [markdown]
 # ## What to try next
 # - `max_steps = 200`: which characters of a long string go wrong first?
+# - Why are half of the training strings made of few letters? Set `FEW` in `llmcore/reverse.py` to 32 and see what
+#   becomes of strings in which a letter comes twice.
 # - Strings longer than 32: why can the model not go on as before?
 # - Another seed: does the same head take on the copying?
 #

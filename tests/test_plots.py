@@ -1,0 +1,95 @@
+"""Figures show the data they were given."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+
+from llmcore import plots
+
+
+def events(steps: int) -> list[dict[str, float]]:
+    made = []
+    for step in range(1, steps + 1):
+        event = {"step": step, "loss": 8 / step + 4, "learning_rate": 1e-3, "grad_norm": 1.0}
+        event |= (
+            {"tokens_per_second": 1e4, "val_loss": 8 / step + 4.5} if step % 10 == 0 else {"tokens_per_second": 9e3}
+        )
+        made.append(event)
+    return made
+
+
+def line(figure: Figure, axes: int, label: str) -> np.ndarray:
+    found = [line for line in figure.axes[axes].get_lines() if str(line.get_label()).startswith(label)]
+    assert len(found) == 1, [line.get_label() for line in figure.axes[axes].get_lines()]
+    return np.asarray(found[0].get_xydata())
+
+
+def test_training_curves_draw_each_step_and_each_validation() -> None:
+    figure = plots.training_curves(events(100), "falls")
+    assert figure.axes[0].get_title(loc="left") == "falls"
+    assert line(figure, 0, "training, each step") == pytest.approx(np.array([(s, 8 / s + 4) for s in range(1, 101)]))
+    validated = range(10, 101, 10)
+    assert line(figure, 0, "validation loss") == pytest.approx(np.array([(s, 8 / s + 4.5) for s in validated]))
+    assert figure.axes[0].get_xlabel() == "optimizer step" and "nats" in figure.axes[0].get_ylabel()
+
+
+def test_training_curves_survive_the_first_step_and_a_loss_that_is_not_a_number() -> None:
+    for some in ([], events(1), [*events(30), {**events(1)[0], "step": 31, "loss": math.nan, "grad_norm": math.inf}]):
+        figure = plots.training_curves(some)
+        figure.draw_without_rendering()
+        low, high = figure.axes[0].get_ylim()
+        assert math.isfinite(low) and math.isfinite(high)
+
+
+def test_smoothing_keeps_a_constant_and_starts_unbiased() -> None:
+    assert plots.smoothed([3.0] * 50, 10) == pytest.approx(np.full(50, 3.0))
+    assert plots.smoothed([5.0, math.nan, 5.0], 10) == pytest.approx([5.0] * 3)
+    noisy = np.random.default_rng(0).normal(size=2000)
+    assert plots.smoothed(noisy, 50)[200:].std() < 0.3 * noisy.std()
+
+
+def test_every_piece_is_drawn_in_order() -> None:
+    pieces = ["却说", "曹操", "，", "⏎", "玄德"]
+    figure = plots.text_pieces(pieces, "pieces", values=[1.0, 2.0, 0.5, 0.1, 3.0], unit="nats")
+    texts = figure.axes[0].texts
+    assert [text.get_text() for text in texts] == pieces
+    assert texts[4].get_position()[1] < texts[0].get_position()[1]  # a newline begins a new line
+    shades = [patch.get_facecolor() for patch in figure.axes[0].patches]
+    assert shades[4][1] < shades[1][1] < shades[3][1]  # the more surprising, the redder: the less green
+
+
+def test_rank_frequency_is_sorted_and_leaves_out_what_never_occurs() -> None:
+    figure = plots.rank_frequency([5, 0, 100, 20, 0, 1], "counts")
+    assert line(figure, 0, "tokens")[:, 1].tolist() == [100, 20, 5, 1]
+
+
+def test_attention_maps_show_one_square_a_head() -> None:
+    weights = np.random.default_rng(0).random((2, 3, 4, 4))
+    figure = plots.attention_maps(weights, list("abc|"), "heads")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        f"layer {m}, head {n}" for m in (1, 2) for n in (1, 2, 3)
+    ]
+    assert np.array_equal(figure.axes[5].images[0].get_array(), weights[1, 2])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("abc|")
+
+
+def test_the_style_leaves_the_callers_settings_alone() -> None:
+    before = dict(matplotlib.rcParams)
+    plots.bars({"a": 1.0, "b": 2000.0}, "two", "things", highlight="b")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_chinese_font_has_every_character_of_the_novel(sanguo: Path) -> None:
+    name = plots.chinese_font()
+    assert name is not None
+    characters = set("".join(path.read_text(encoding="utf-8") for path in sanguo.iterdir())) - {"\n", " "}
+    known = FT2Font(font_manager.findfont(name)).get_charmap()
+    assert len([c for c in characters if ord(c) not in known]) <= 3  # rare characters that fonts do not draw
