@@ -240,10 +240,10 @@ def training_curves(
         target.yaxis.set_major_formatter(PercentFormatter(1.0))
         target.grid(False)
     if marked:
-        label = f"{metric_label}: {marked[-1][1]:.4g}"
+        label = f"{metric_label}: {marked[-1][1]:{'.4g' if metric == 'val_loss' else '.2%'}}"
         lines = target.plot(*zip(*marked, strict=True), color=RED, marker="o", markersize=4, label=label)
         handles = [*axes["loss"].get_lines(), *(lines if metric != "val_loss" else [])]
-        axes["loss"].legend(handles=handles)
+        axes["loss"].legend(handles=handles, loc="best" if metric == "val_loss" else "center right")
     else:
         axes["loss"].legend()
     finite = loss[np.isfinite(loss)]

@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon, Optimizer
 
 from llmcore.checkpoint import (
     CheckpointError,
@@ -38,6 +37,7 @@ from llmcore.dataset import IGNORED
 from llmcore.files import resolve, shown, write_atomic
 from llmcore.generate import stream
 from llmcore.model import Transformer
+from llmcore.optim import build_optimizers, learning_rate_at
 from llmcore.tokenizer import Tokenizer
 
 try:
@@ -86,23 +86,6 @@ class TrainResult:
     checkpoint: Path | None
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step as a share of its peak: a pure function, warm-up included.
-
-    "plateau" is flat here; the trainer multiplies what validation has lowered it to.
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "plateau":
-        return 1.0
-    if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    decay_steps = max(1, round(config.decay_fraction * config.max_steps))
-    left = (config.max_steps - step) / decay_steps
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * min(1.0, left)
-
-
 def pick_precision(precision: str, device: torch.device) -> str:
     """The precision meant by "auto": bf16 where the device computes in it, fp16 on older GPUs, else fp32.
 
@@ -122,28 +105,6 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if precision == "bf16" and device.type == "mps":
         raise TrainingError(f"precision='bf16' is not supported on {device}; use auto or fp32")
     return precision
-
-
-def build_optimizers(model: Transformer, config: TrainConfig) -> list[Optimizer]:
-    """AdamW with decay on matrices only; or Muon for the blocks' matrices and AdamW for the rest.
-
-    Loshchilov and Hutter, arXiv:1711.05101; Jordan et al., "Muon", 2024 (as in torch.optim). Each group's
-    `peak` is what the schedule multiplies.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    muon = [p for name, p in named if config.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")]
-    taken = {id(p) for p in muon}
-    matrices = [p for _, p in named if p.dim() >= 2 and id(p) not in taken]
-    vectors = [p for _, p in named if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    optimizers: list[Optimizer] = [AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)]
-    if muon:
-        optimizers.append(Muon(muon, config.muon_learning_rate, weight_decay=config.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
 
 
 def new_run_dir(output_dir: str | os.PathLike[str], name: str) -> Path:

@@ -117,24 +117,28 @@ for length in lengths:
 # %% [markdown]
 # ## How it does it
 # Each square shows one head: the token in a row looks at the tokens across, dark where it looks most. In the lower
-# right quarter, where the answer is written, at least one head draws the **anti-diagonal**: the answer's first token
-# looks at the end of the string, the next one a place further left, and so on, until it arrives at `^` and stops.
+# half, where the answer is written, look for the **anti-diagonal** in layer 2: the further the answer, the further left
+# it looks. Mind where it ends, though. The head may look a few places to the right of the character to copy, because
+# the heads of layer 1 have already carried each character those few places on: two layers share the way.
 
 # %%
 short = prompt[:12]
+n = len(short)
 ids = [*reverse.question(short), *reverse.encode(short[::-1])]
 weights = model.attention_weights(torch.tensor([ids], device=device))[:, 0].cpu()
 labels = ["^", *short, "|", *short[::-1]]
-plots.attention_maps(weights, labels, "One head reads the string backwards")
+plots.attention_maps(weights, labels, "Writing the answer, layer 2 walks back through the string")
 
 # %% [markdown]
-# What fraction of its attention does the best head put on the one character it has to copy?
+# The straightest head in numbers: how much of its attention lies on one anti-diagonal, and how far right of the
+# character to copy.
 
 # %%
-n = len(short)
-copied = weights[:, :, range(n + 1, 2 * n + 1), range(n, 0, -1)].mean(-1)
-layer, head = divmod(int(copied.argmax()), copied.shape[1])
-print(f"layer {layer + 1}, head {head + 1}: {copied.max():.0%}")
+i = torch.arange(n)  # row n + 1 + i writes the answer's character i, which is the string's n - i
+on_diagonal = [weights[:, :, (n + 1 + i)[s:], (n - i + s)[s:]].mean(-1) for s in range(min(n, 5))]
+share, place = torch.stack(on_diagonal).flatten().max(0)
+shift, layer, head = map(int, torch.unravel_index(place, (len(on_diagonal), *weights.shape[:2])))
+print(f"layer {layer + 1}, head {head + 1}: {share:.0%} on the anti-diagonal {shift} places to the right")
 
 # %% tags=["nbval-check-output"]
 print("attention maps:", tuple(weights.shape))

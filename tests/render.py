@@ -9,6 +9,7 @@ from run to run (times, versions, widget state) is dropped.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -66,6 +67,15 @@ def render(script: Path) -> None:
     os.replace(temporary, target)
 
 
+def save_training_curves() -> None:
+    """The README's picture: the one that notebook 4 leaves when training is over."""
+    notebook = nbformat.read(NOTEBOOKS / "04_scifi_train.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if "dashboard.run(second)" in cell.source)
+    picture = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+    (NOTEBOOKS / "images").mkdir(exist_ok=True)
+    (NOTEBOOKS / "images" / "training.png").write_bytes(base64.b64decode(picture))
+
+
 if __name__ == "__main__":
     os.environ["LLM_WORKBOOK_WATCHED"] = "0"
     wanted = tuple(sys.argv[1:]) or ("",)
@@ -75,3 +85,4 @@ if __name__ == "__main__":
             render(path)
             size = path.with_suffix(".ipynb").stat().st_size
             print(f"{path.stem}: {time.time() - started:.0f} s, {size / 1000:.0f} kB", flush=True)
+    save_training_curves()

@@ -25,14 +25,13 @@ from torch import Tensor
 from llmcore.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_checkpoint
 from llmcore.config import TrainConfig
 from llmcore.model import Transformer
+from llmcore.optim import Muon, build_optimizers, learning_rate_at
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import (
     Event,
     Trainer,
     TrainingError,
     TrainResult,
-    build_optimizers,
-    learning_rate_at,
     new_run_dir,
     read_metrics,
 )
@@ -101,6 +100,28 @@ def test_cosine_is_halfway_down_in_the_middle() -> None:
 def test_wsd_is_flat_and_then_a_line() -> None:
     config = TrainConfig(schedule="wsd", max_steps=100, warmup_steps=0, decay_fraction=0.2, min_lr_ratio=0)
     assert [learning_rate_at(step, config) for step in (0, 80, 85, 90, 99)] == pytest.approx([1, 1, 0.75, 0.5, 0.05])
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_on_many_matrices_at_once_is_torchs_muon(nesterov: bool) -> None:
+    shapes = [(8, 8), (24, 8), (8, 24), (8, 8), (8, 24), (1, 5)]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1, "nesterov": nesterov}
+    pair = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(5):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    for before, one, other in zip(start, ours, theirs, strict=True):
+        moved = (other - before).norm()
+        assert (one - other).norm() < 0.01 * moved  # bf16 has eight bits
+    assert pair[0].state_dict()["param_groups"] == pair[1].state_dict()["param_groups"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(pair[0].state[one]["momentum_buffer"], pair[1].state[other]["momentum_buffer"])
 
 
 def test_plateau_lowers_the_rate_when_validation_stalls(tmp_path: Path) -> None:
