@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_a_notebook_has_tagged_parameters_pictures_and_at_least_four_checked_fac
     checked = [cell for cell, t in zip(cells, tags, strict=True) if "nbval-check-output" in t]
     assert len([cell for cell in checked if cell.outputs]) >= 4
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+
+
+def test_the_readme_shows_what_the_notebooks_found() -> None:
+    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    training, writing = output_of(read("04_scifi_train")), output_of(read("05_generate"))
+    [bits] = re.findall(r"\*\*([\d.]+) bits\s+per\s+byte\*\*", readme)
+    assert re.findall(r"([\d.]+) bits/byte", training)[-1] == bits
+    [sample] = re.findall(r"^> (却说曹操.*)$", readme, re.MULTILINE)
+    assert sample in writing
 
 
 def run_nbval(notebook: Path, root: Path) -> subprocess.CompletedProcess[str]:
