@@ -43,7 +43,7 @@ from llmcore.model import Transformer
 from llmcore.train import Trainer, new_run_dir
 
 device = str(pick_device(device))
-reverse.encode(prompt)  # refuses, by name, what the task cannot spell
+_ = reverse.encode(prompt)  # refuses, by name, what the task cannot spell
 
 # %% [markdown]
 # ## The task as a language model sees it
