@@ -119,7 +119,7 @@ def save_checkpoint(
         content = {
             "format_version": FORMAT_VERSION,
             "step": step,
-            "loss": loss,
+            "loss": float(loss),
             "model": model.config.to_dict(),
             **(config or {}),
         }
@@ -197,7 +197,25 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{shown(file)} is missing")
         if sha256_file(file) != manifest["sha256"].get(name):
             raise CheckpointError(f"{shown(file)} is damaged: its hash differs from the manifest's")
+    config = read_config(path)
+    if any(repr(config.get(key)) != repr(manifest[key]) for key in ("step", "loss")):  # repr: NaN is not itself
+        raise CheckpointError(f"{shown(path / 'manifest.json')} is damaged: its step or loss is not config.json's")
     return manifest
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's `config.json`.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(path / 'config.json')} cannot be used: {error!r}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{shown(path / 'config.json')} cannot be used: it describes no model")
+    return config
 
 
 def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
@@ -271,8 +289,8 @@ def load_checkpoint(folder_or_run: str | os.PathLike[str], which: str = "latest"
         CheckpointError: if it is missing, damaged, or its tensors are not those of its configuration.
     """
     path = find_checkpoint(folder_or_run, which)
+    config = read_config(path)
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         model_config, step = ModelConfig.from_dict(config["model"]), int(config["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{shown(path / 'config.json')} cannot be used: {error!r}") from None

@@ -7,6 +7,7 @@ by eos), `train.offsets` and `val.offsets` (little-endian uint64, where each doc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -55,8 +56,8 @@ def prepare_dataset(
 
     Returns:
         The manifest, as in `meta.json`: format_version, dtype, vocab_size, tokenizer (fingerprint), val_fraction,
-        split_by, splits (name -> documents, tokens, characters, bytes, sha256), sources (path, sha256, bytes,
-        tokens, split).
+        split_by, splits (name -> documents, tokens, characters, bytes, sha256 and offsets_sha256 of its files),
+        sources (path, sha256, bytes, tokens, split), and sha256 of all this as JSON.
 
     Raises:
         FileNotFoundError: if there are no texts.
@@ -70,10 +71,10 @@ def prepare_dataset(
     names = [_name(file, data_dir) for file in files]
     hashes = [sha256_file(file) for file in files]
     wanted = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "val_fraction": val_fraction}
-    existing = _read_manifest(dataset_dir)
-    if existing and all(existing.get(key) == value for key, value in wanted.items()):
-        unchanged = [(s["path"], s["sha256"]) for s in existing["sources"]] == list(zip(names, hashes, strict=True))
-        if unchanged:
+    with contextlib.suppress(DatasetError):
+        existing = verify_dataset(dataset_dir)
+        sources = [(source["path"], source["sha256"]) for source in existing["sources"]]
+        if {**existing, **wanted} == existing and sources == list(zip(names, hashes, strict=True)):
             return existing
 
     dataset_dir.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,7 @@ def prepare_dataset(
     by_position = len(texts) == 1
     held_out = _held_out(texts, val_fraction)
     writers = {split: _Writer(dataset_dir, split, dtype) for split in ("train", "val")}
-    sources = []
+    done = []
     bar = tqdm(
         total=sum(file.stat().st_size for file in files),
         unit="B",
@@ -102,7 +103,7 @@ def prepare_dataset(
             tokens += writers["val"].write([*_encode(tokenizer, text[cut:]), tokenizer.eos_id], text[cut:])
         elif split != "empty":
             tokens = writers[split].write([*_encode(tokenizer, text), tokenizer.eos_id], text)
-        sources.append({"path": name, "sha256": digest, "bytes": file.stat().st_size, "tokens": tokens, "split": split})
+        done.append({"path": name, "sha256": digest, "bytes": file.stat().st_size, "tokens": tokens, "split": split})
         bar.update(file.stat().st_size)
     bar.close()
     manifest: dict[str, Any] = {
@@ -111,10 +112,11 @@ def prepare_dataset(
         "vocab_size": tokenizer.vocab_size,
         "split_by": "position" if by_position else "document",
         "splits": {split: writer.close() for split, writer in writers.items()},
-        "sources": sources,
+        "sources": done,
     }
     if not any(split["tokens"] for split in manifest["splits"].values()):
         raise DatasetError(f"the {len(files)} files in data_dir={str(data_dir)!r} hold no text")
+    manifest["sha256"] = _seal(manifest)
     write_atomic(dataset_dir / "meta.json", json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
 
@@ -168,7 +170,8 @@ class _Writer:
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.temporary, self.folder / f"{self.split}.bin")
-        write_atomic(self.folder / f"{self.split}.offsets", np.asarray(self.offsets, dtype="<u8").tobytes())
+        offsets = np.asarray(self.offsets, dtype="<u8").tobytes()
+        write_atomic(self.folder / f"{self.split}.offsets", offsets)
         fsync(self.folder)
         return {
             "documents": len(self.offsets) - 1,
@@ -176,20 +179,45 @@ class _Writer:
             "characters": self.characters,
             "bytes": self.bytes,
             "sha256": self.hash.hexdigest(),
+            "offsets_sha256": hashlib.sha256(offsets).hexdigest(),
         }
 
 
-def _read_manifest(dataset_dir: Path) -> dict[str, Any] | None:
-    """The manifest if there is a readable one whose files have the length it says."""
+def _seal(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def verify_dataset(dataset_dir: str | os.PathLike[str], splits: Iterable[str] | None = None) -> dict[str, Any]:
+    """A data set's manifest, after checking it and the files of the splits (of all, if none are named) by their hash.
+
+    Raises:
+        DatasetError: naming the file that is missing, damaged or of another format version.
+    """
+    file = Path(dataset_dir) / "meta.json"
+    again = "run 02_dataset again"
+    if not file.is_file():
+        raise DatasetError(f"no data set in dataset_dir={str(dataset_dir)!r}; make one with notebook 02_dataset")
     try:
-        manifest = json.loads((dataset_dir / "meta.json").read_text(encoding="utf-8"))
-        for split, counts in manifest["splits"].items():
-            size = (dataset_dir / f"{split}.bin").stat().st_size
-            if size != counts["tokens"] * np.dtype(manifest["dtype"]).itemsize:
-                return None
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version, seal = manifest["format_version"], manifest.get("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{file} cannot be read ({error!r}); {again}") from None
+    if version != FORMAT_VERSION:
+        raise DatasetError(f"{dataset_dir} has format version {version}; this code reads {FORMAT_VERSION}")
+    if seal != _seal(manifest):
+        raise DatasetError(f"{file} is damaged: its own hash differs; {again}")
+    for split in manifest["splits"] if splits is None else splits:
+        if split not in manifest["splits"]:
+            raise DatasetError(f"split={split!r} must be one of {', '.join(manifest['splits'])}")
+        for ending, key in (("bin", "sha256"), ("offsets", "offsets_sha256")):
+            part = file.with_name(f"{split}.{ending}")
+            if not part.is_file():
+                raise DatasetError(f"{part} is missing; {again}")
+            if sha256_file(part) != manifest["splits"][split][key]:
+                raise DatasetError(f"{part} is damaged: its {part.stat().st_size} bytes have another hash; {again}")
+    return manifest
 
 
 class TokenDataset:
@@ -219,34 +247,20 @@ class TokenDataset:
         dataset_dir = Path(dataset_dir)
         if context_size < 1:
             raise DatasetError(f"context_size={context_size} must be 1 or more")
-        if not (dataset_dir / "meta.json").is_file():
-            raise DatasetError(f"no data set in dataset_dir={str(dataset_dir)!r}; make one with notebook 02_dataset")
-        try:
-            self.manifest = json.loads((dataset_dir / "meta.json").read_text(encoding="utf-8"))
-            counts, version = self.manifest["splits"], self.manifest["format_version"]
-            dtype = np.dtype(self.manifest["dtype"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DatasetError(f"{dataset_dir / 'meta.json'} cannot be read ({error}); run 02_dataset again") from None
-        if version != FORMAT_VERSION:
-            raise DatasetError(f"{dataset_dir} has format version {version}; this code reads {FORMAT_VERSION}")
-        if split not in counts:
-            raise DatasetError(f"split={split!r} must be one of {', '.join(counts)}")
-        path = dataset_dir / f"{split}.bin"
-        size, expected = path.stat().st_size if path.is_file() else 0, counts[split]["tokens"] * dtype.itemsize
-        if size != expected:
-            raise DatasetError(f"{path} has {size} bytes instead of {expected}; run 02_dataset again")
-        if counts[split]["tokens"] < context_size + 1:
+        self.manifest = verify_dataset(dataset_dir, [split])
+        counts = self.manifest["splits"][split]
+        if counts["tokens"] < context_size + 1:
             raise DatasetError(
-                f"the {split} split has {counts[split]['tokens']} tokens; context_size={context_size} "
+                f"the {split} split has {counts['tokens']} tokens; context_size={context_size} "
                 f"needs {context_size + 1}: lower context_size, add text or raise val_fraction"
             )
         self.split, self.context_size = split, context_size
-        self.path = path
+        self.path = dataset_dir / f"{split}.bin"
         self.vocab_size = int(self.manifest["vocab_size"])
-        self.tokens: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r")
+        self.tokens: NDArray[Any] = np.memmap(self.path, dtype=np.dtype(self.manifest["dtype"]), mode="r")
         self.offsets: NDArray[Any] = np.fromfile(dataset_dir / f"{split}.offsets", dtype="<u8").astype(np.int64)
-        self.bytes_per_token = counts[split]["bytes"] / counts[split]["tokens"]
-        self.fingerprint: str = counts[split]["sha256"]
+        self.bytes_per_token = counts["bytes"] / counts["tokens"]
+        self.fingerprint: str = counts["sha256"]
         self.n_targets = len(self.tokens) - 1
         self.n_windows = -(-self.n_targets // context_size)
 

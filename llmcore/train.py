@@ -29,6 +29,7 @@ from llmcore.checkpoint import (
     load_weights,
     pick_device,
     prune_checkpoints,
+    read_config,
     read_tensors,
     save_checkpoint,
 )
@@ -38,18 +39,13 @@ from llmcore.files import resolve, shown, write_atomic
 from llmcore.generate import stream
 from llmcore.model import Transformer
 from llmcore.optim import build_optimizers, learning_rate_at
+from llmcore.runs import TrainingError, changes, environment, only_run, read_metrics
 from llmcore.tokenizer import Tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows: runs there are not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 Event = dict[str, Any]
 
-
-class TrainingError(RuntimeError):
-    """Training cannot start or go on. The message says why and what to change."""
+# attributes of a Trainer that a checkpoint keeps, besides tensors and the scaler's state
+SAVED = ("step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau")
 
 
 class TrainData(Protocol):
@@ -75,7 +71,7 @@ class TrainResult:
 
     Attributes:
         step: optimizer steps taken in all.
-        val_loss: of the last validation, nats per token; None without validation data.
+        val_loss: of the last validation, nats per token; None if there was none yet.
         stopped_early: whether it was stopped before max_steps.
         checkpoint: the last checkpoint written.
     """
@@ -105,15 +101,6 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if precision == "bf16" and device.type == "mps":
         raise TrainingError(f"precision='bf16' is not supported on {device}; use auto or fp32")
     return precision
-
-
-def new_run_dir(output_dir: str | os.PathLike[str], name: str) -> Path:
-    """A folder for a new run: `<output_dir>/<name>`, or `<name>-2`, … where a run is there already."""
-    parent = resolve(output_dir)
-    number = 1
-    while (path := parent / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
 
 
 class Trainer:
@@ -176,17 +163,20 @@ class Trainer:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.step = self.tokens = self.skipped = self._skipped_in_a_row = 0
+        self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
         self._train_loss = math.nan  # the last that was finite
         self.val_loss: float | None = None
         self.best_loss = math.inf
         self.last_checkpoint: Path | None = None
         self.stop_requested = False
         self._save_requested = self._sample_requested = False
-        self._plateau = {"scale": 1.0, "best": math.inf, "bad": 0}
+        self._half_a_step = False  # an error has left the weights between two steps
+        self._environment = environment(self.device)
+        self._history: list[Event] = []
+        self.plateau = {"scale": 1.0, "best": math.inf, "bad": 0}
         self._loss: Callable[..., Tensor] = self.model
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        with self._only_run():
+        with only_run(self.run_dir):
             if resume is not None:
                 self._resume(resume)
         if init_step is not None and init_step != self.step:
@@ -229,24 +219,31 @@ class Trainer:
         SIGINT and SIGTERM end the run after the current step as `stop()` does; a second one raises at once.
 
         Raises:
-            TrainingError: after `max_skipped_steps` steps without a finite gradient in a row, or if another run is
-                at work in the same folder.
+            TrainingError: after `max_skipped_steps` steps without a finite gradient in a row, if memory runs out, or
+                if another run is at work in the same folder.
             CheckpointError: if a checkpoint cannot be written. Once there is room, training may go on from here.
         """
         config = self.config
+        if self._half_a_step:
+            raise TrainingError(f"an error ended step {self.step + 1} half-way; resume from the last checkpoint")
         self.stop_requested = False
         self._loss = self._compiled()
         saved_at = self.step if self.last_checkpoint else -1
         with (
-            self._only_run(),
+            only_run(self.run_dir),
             self._signals_stop(),
             open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as metrics,
         ):
             write_atomic(self.run_dir / "config.json", json.dumps(self._description(), indent=1, ensure_ascii=False))
             try:
                 while self.step < config.max_steps and not self.stop_requested:
-                    event = self._train_step()
-                    last = self.step == config.max_steps or self.stop_requested
+                    try:
+                        event = self._train_step()
+                    except RuntimeError as error:
+                        if is_out_of_memory(error):
+                            raise self._out_of_memory() from error
+                        raise
+                    last = self.step == config.max_steps  # a stop does nothing that a run without it would not do
                     new_best = False
                     if self.val_data is not None and (last or _due(self.step, config.eval_interval)):
                         event |= self.validate()
@@ -264,13 +261,14 @@ class Trainer:
                         metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
                         metrics.flush()
                     due = _due(self.step, config.checkpoint_interval)
-                    if sound and (last or new_best or due or self._save_requested):
+                    if sound and (last or new_best or due or self._save_requested or self.stop_requested):
                         event["checkpoint"] = str(self._save())
                         saved_at = self.step
                     yield event
             finally:
                 # reached early when the consumer closes the generator or an error ends it
-                if self.step > saved_at and self._sound() and self._skipped_in_a_row < config.max_skipped_steps:
+                worth_it = self.skipped_in_a_row < config.max_skipped_steps and not self._half_a_step
+                if self.step > saved_at and worth_it and self._sound():
                     self._save()
 
     def measured_steps(self, count: int) -> list[Event]:
@@ -280,26 +278,7 @@ class Trainer:
 
     def _sound(self) -> bool:
         """Whether the weights are worth keeping: a skipped step may mean that they themselves are broken."""
-        return not self._skipped_in_a_row or all(bool(p.isfinite().all()) for p in self.model.parameters())
-
-    @contextlib.contextmanager
-    def _only_run(self) -> Iterator[None]:
-        """Keep other runs out of the folder. The system drops the lock with the process, however that ends."""
-        with open(self.run_dir / ".lock", "a+", encoding="utf-8") as file:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read()
-                raise TrainingError(
-                    f"output_dir={shown(self.run_dir)!r} is in use by a run of process {owner}"
-                    f"{' (this one)' if owner == str(os.getpid()) else ''}; let it end or choose another"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
+        return not self.skipped_in_a_row or all(bool(p.isfinite().all()) for p in self.model.parameters())
 
     @contextlib.contextmanager
     def _signals_stop(self) -> Iterator[None]:
@@ -326,8 +305,12 @@ class Trainer:
     # One step
 
     def _train_step(self) -> Event:
+        with always_the_same_sums(self.device):
+            return self._step()
+
+    def _step(self) -> Event:
         config, started = self.config, time.perf_counter()
-        rate = learning_rate_at(self.step, config) * self._plateau["scale"]
+        rate = learning_rate_at(self.step, config) * self.plateau["scale"]
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # a step that an error broke off may have left some
             for group in optimizer.param_groups:
@@ -352,6 +335,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         values = torch.stack((loss, norm)).tolist()
         finite = all(map(math.isfinite, values))
+        self._half_a_step = True
         if finite or self.scaler.is_enabled():  # the scaler itself leaves out what is not finite, and backs off
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -359,6 +343,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._half_a_step = False
         self.tokens += sum(x.numel() for x, _ in batches)
         if finite:
             self._train_loss = values[0]
@@ -377,13 +362,29 @@ class Trainer:
 
     def _count_skipped(self, finite: bool) -> None:
         self.skipped += not finite
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= self.config.max_skipped_steps:
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise TrainingError(
-                f"loss or gradient was not finite {self._skipped_in_a_row} steps in a row, up to step {self.step}. "
+                f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
                 f"Last good checkpoint: {shown(self.last_checkpoint) if self.last_checkpoint else 'none'}. "
                 "Lower learning_rate, raise warmup_steps, or use precision='fp32'"
             )
+
+    def _out_of_memory(self) -> TrainingError:
+        """The error to raise when memory has run out, with what the shapes say the run needs."""
+        from llmcore.planner import training_cost  # it builds on this module
+
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # room to save what the steps before have learnt
+        cost, config = training_cost(self.model.config, self.config), self.config
+        checkpointing = "" if config.gradient_checkpointing else ", set gradient_checkpointing=True"
+        return TrainingError(
+            f"out of memory in step {self.step + 1} on {self.device}. By estimate the run needs "
+            f"{(cost['state_bytes'] + cost['activation_bytes']) / 1e9:.2f} GB: {cost['state_bytes'] / 1e9:.2f} for "
+            f"weights, gradients and optimizer, {cost['activation_bytes'] / 1e9:.2f} for activations. Lower "
+            f"batch_size={config.batch_size} (raise grad_accum_steps={config.grad_accum_steps} by as much) or "
+            f"context_size={config.context_size or self.model.config.max_seq_len}{checkpointing}, and resume"
+        )
 
     def _autocast(self) -> torch.autocast:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}[self.precision]
@@ -401,7 +402,7 @@ class Trainer:
 
     def _update_plateau(self, val_loss: float) -> None:
         """Lower the rate when validation has not improved for `plateau_patience` validations."""
-        state = self._plateau
+        state = self.plateau
         if self.config.schedule != "plateau":
             return
         if val_loss < state["best"]:
@@ -469,7 +470,8 @@ class Trainer:
             "bytes_per_token": getattr(self.val_data, "bytes_per_token", None),
             "precision": self.precision,
             "device": str(self.device),
-            "torch": torch.__version__,
+            "environment": self._environment,
+            "history": self._history,
         }
 
     def _save(self) -> Path:
@@ -483,13 +485,7 @@ class Trainer:
                 for key, value in values.items():
                     tensors[f"{self._names[id(parameter)]}/{key}"] = torch.as_tensor(value)
         state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "val_loss": self.val_loss,
-            "best_loss": self.best_loss,
-            "plateau": self._plateau,
+            **{name: getattr(self, name) for name in SAVED},
             "scaler": self.scaler.state_dict(),
         }
         loss = self.val_loss if self.val_loss is not None else self._train_loss
@@ -513,7 +509,7 @@ class Trainer:
             raise TrainingError(
                 f"{shown(self.run_dir)} holds a run already, and {shown(path)} is of another; choose another output_dir"
             )
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_config(path)
         now = self._description()
         differing = [
             f"model.{key}: {config['model'].get(key)} there, {value} here"
@@ -531,9 +527,13 @@ class Trainer:
             )
         if differing:
             raise CheckpointError(f"{shown(path)} is of another run: " + "; ".join(differing))
-        load_weights(self.model, path)
         tensors = read_tensors(path / "trainer_state.safetensors")
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            counts = {name: state[name] for name in SAVED}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{shown(path / 'trainer_state.json')} cannot be used: {error!r}") from None
+        load_weights(self.model, path)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -548,14 +548,14 @@ class Trainer:
                         key: value.to(self.device) if key != "step" or group.get("fused") else value
                         for key, value in values.items()
                     }
-        self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
-        self.val_loss, self.best_loss, self._plateau = state["val_loss"], state["best_loss"], state["plateau"]
+        for name, value in counts.items():
+            setattr(self, name, value)
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.last_checkpoint = path
+        self._history = [*config.get("history", []), {"step": self.step, "changed": changes(config, now)}]
         if path.parent == self.run_dir:
             kept = [line for line in read_metrics(self.run_dir) if line["step"] <= self.step]
             write_atomic(
@@ -563,14 +563,30 @@ class Trainer:
             )
 
 
-def read_metrics(run_dir: str | os.PathLike[str]) -> list[Event]:
-    """The events in a run's `metrics.jsonl`; a last line cut short by a crash is left out."""
-    path = resolve(run_dir) / "metrics.jsonl"
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-    return events
+@contextlib.contextmanager
+def always_the_same_sums(device: torch.device) -> Iterator[None]:
+    """On a CPU, let the threads of a compiled model add up in a fixed order, so that a seed gives one result.
+
+    Without this the gradient of the embeddings is summed in the order in which threads happen to arrive.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    debugging: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), debugging.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    debugging.fill_uninitialized_memory = False  # makes bugs visible, but takes time
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        debugging.fill_uninitialized_memory = before[1]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is how torch says so: CUDA has an exception for it, CPU and MPS have only their words."""
+    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def has_compiler() -> bool:

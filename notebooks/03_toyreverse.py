@@ -40,7 +40,8 @@ import torch
 from llmcore import config, plots, reverse, widgets
 from llmcore.checkpoint import pick_device
 from llmcore.model import Transformer
-from llmcore.train import Trainer, new_run_dir
+from llmcore.runs import new_run_dir
+from llmcore.train import Trainer
 
 device = str(pick_device(device))
 _ = reverse.encode(prompt)  # refuses, by name, what the task cannot spell

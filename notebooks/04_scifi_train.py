@@ -56,8 +56,9 @@ from llmcore.evaluate import xz_bits_per_byte
 from llmcore.files import find_texts, read_text, shown
 from llmcore.model import Transformer
 from llmcore.planner import measure_speed, training_cost
+from llmcore.runs import new_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
-from llmcore.train import Trainer, new_run_dir, read_metrics
+from llmcore.train import Trainer
 from llmcore.widgets import TrainingDashboard
 
 device = str(pick_device(device))
@@ -184,7 +185,7 @@ seen = "".join(text for name, text in texts.items() if name not in held_out)
 unseen = "".join(text for name, text in texts.items() if name in held_out)
 
 # %%
-last = [event for event in events if "val_loss" in event][-1]
+last = second.validate()
 print(f"validation: {last['val_loss']:.3f} nats per token, perplexity {last['val_perplexity']:.1f}")
 bits = {
     "xz on the whole corpus": xz_bits_per_byte("", seen + unseen),

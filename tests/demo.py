@@ -10,7 +10,7 @@ import nbformat
 import papermill
 
 from llmcore.files import PROJECT_ROOT, shown
-from llmcore.train import read_metrics
+from llmcore.runs import read_metrics
 
 EXECUTED = PROJECT_ROOT / "outputs" / "demo"
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import llmcore.checkpoint
@@ -204,6 +206,44 @@ def test_every_bit_of_a_checkpoint_matters(tmp_path: Path) -> None:
                 load_checkpoint(path)
         (path / name).write_bytes(original)
     load_checkpoint(path)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from([*FILES, "manifest.json"]),
+    place=st.integers(0, 2**17),
+    damage=st.one_of(st.just(None), st.binary(min_size=1, max_size=40)),
+    signed=st.booleans(),
+)
+def test_any_damage_is_an_error_or_none(
+    tmp_path: Path, name: str, place: int, damage: bytes | None, signed: bool
+) -> None:
+    """A file cut short, or with other bytes in it: never other weights, never another kind of error.
+
+    Signed by a forger, damage to the tensors themselves cannot be seen; then it loads as what it says.
+    """
+    path = save(tmp_path)
+    content = bytearray((path / name).read_bytes())
+    place %= len(content)
+    content[place:] = damage + content[place + len(damage) :] if damage else b""
+    (path / name).write_bytes(content)
+    if signed and name != "manifest.json":
+        sign(path)
+    try:
+        loaded = load_checkpoint(path)
+    except CheckpointError as error:
+        assert str(tmp_path) in str(error)
+    else:
+        assert loaded.step == 1
+        same = {name: torch.equal(t, loaded.model.state_dict()[name]) for name, t in tiny_model(1).state_dict().items()}
+        assert all(same.values()) or (signed and name == "model.safetensors")
+
+
+def test_a_step_that_the_manifest_and_the_configuration_tell_apart_is_damage(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    edit_manifest(path, step=7)
+    with pytest.raises(CheckpointError, match=r"manifest.json is damaged: its step or loss"):
+        load_checkpoint(path)
 
 
 def test_leftovers_of_a_killed_save_are_ignored_and_then_cleaned(tmp_path: Path) -> None:

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmcore.dataset import IGNORED, DatasetError, TokenDataset, _held_out, prepare_dataset
 from llmcore.tokenizer import Tokenizer
 
+HASHED = {"sha256": "bin", "offsets_sha256": "offsets"}
+
 
 def written(folder: Path, ids: np.ndarray, vocab_size: int = 70_000, dtype: str = "<u4") -> Path:
     """A data set by hand, in the documented format: both splits hold the same ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "val"):
-        ids.astype(dtype).tofile(folder / f"{split}.bin")
-        np.array([0, len(ids)], dtype="<u8").tofile(folder / f"{split}.offsets")
-    counts = {"documents": 1, "tokens": len(ids), "characters": 1, "bytes": 3 * len(ids), "sha256": "0"}
+    files = {"bin": ids.astype(dtype).tobytes(), "offsets": np.array([0, len(ids)], dtype="<u8").tobytes()}
+    for split, ending in itertools.product(("train", "val"), files):
+        (folder / f"{split}.{ending}").write_bytes(files[ending])
+    hashes = {key: hashlib.sha256(files[ending]).hexdigest() for key, ending in HASHED.items()}
+    counts = {"documents": 1, "tokens": len(ids), "characters": 1, "bytes": 3 * len(ids), **hashes}
     manifest = {
         "format_version": 1,
         "dtype": dtype,
         "vocab_size": vocab_size,
         "splits": {"train": counts, "val": counts},
     }
-    (folder / "meta.json").write_text(json.dumps(manifest))
+    return seal(folder, manifest)
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> Path:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps({**content, "sha256": digest}))
     return folder
 
 
@@ -167,17 +179,44 @@ def test_damaged_token_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"train.bin holds the id 99"):
         TokenDataset(tmp_path / "high", "train", 8).batch(0, 13)
     (folder / "train.bin").write_bytes(b"\0" * 399)
-    with pytest.raises(DatasetError, match=r"train.bin has 399 bytes instead of 400"):
+    with pytest.raises(DatasetError, match=r"train.bin is damaged: its 399 bytes have another hash"):
         TokenDataset(folder, "train", 8)
-    for content in ("", "{", "[]", '{"format_version": 1}'):
+    assert len(TokenDataset(folder, "val", 8).tokens) == 100
+    (folder / "train.bin").unlink()
+    with pytest.raises(DatasetError, match=r"train.bin is missing; run 02_dataset again"):
+        TokenDataset(folder, "train", 8)
+    for content in ("", "{", "[]", '{"format_version": 1}', '{"format_version": 1, "sha256": 3}'):
         (folder / "meta.json").write_text(content)
         with pytest.raises(DatasetError, match=r"meta.json"):
             TokenDataset(folder, "train", 8)
     written(folder, np.arange(100))
     manifest = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    seal(folder, {**manifest, "format_version": 2})
     with pytest.raises(DatasetError, match="format version 2; this code reads 1"):
         TokenDataset(folder, "train", 8)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["meta.json", "train.bin", "train.offsets"]),
+    place=st.integers(0, 700),
+    damage=st.one_of(st.just(None), st.binary(min_size=1, max_size=40)),
+)
+def test_any_damage_to_a_data_set_is_an_error_or_none(
+    tmp_path: Path, name: str, place: int, damage: bytes | None
+) -> None:
+    """A file cut short, or with other bytes in it: never another text, never another kind of error."""
+    folder = written(tmp_path, np.arange(50))
+    content = bytearray((folder / name).read_bytes())
+    place %= len(content)
+    content[place:] = damage + content[place + len(damage) :] if damage else b""
+    (folder / name).write_bytes(content)
+    try:
+        data = TokenDataset(folder, "train", 7)
+    except DatasetError as error:
+        assert str(folder) in str(error)
+    else:
+        assert (data.tokens.tolist(), data.bytes_per_token, data.vocab_size) == ([*range(50)], 3.0, 70_000)
 
 
 def test_odd_files_are_read_or_refused_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:

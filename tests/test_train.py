@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,15 +26,9 @@ from llmcore.checkpoint import CheckpointError, checkpoints, find_checkpoint, lo
 from llmcore.config import TrainConfig
 from llmcore.model import Transformer
 from llmcore.optim import Muon, build_optimizers, learning_rate_at
+from llmcore.runs import TrainingError, new_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
-from llmcore.train import (
-    Event,
-    Trainer,
-    TrainingError,
-    TrainResult,
-    new_run_dir,
-    read_metrics,
-)
+from llmcore.train import Event, Trainer, TrainResult
 
 from .tiny import Batches, quick, tiny_model
 
@@ -306,6 +300,55 @@ def test_resume_is_bit_exact(variant: str, at: int, tmp_path: Path) -> None:
     assert saved[0] == saved[1]
 
 
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    stops=st.lists(st.integers(1, 11), max_size=3, unique=True),
+    schedule=st.sampled_from(["cosine", "wsd", "plateau"]),
+    optimizer=st.sampled_from(["adamw", "muon"]),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    grad_accum_steps=st.integers(1, 2),
+    gradient_checkpointing=st.booleans(),
+)
+def test_stops_anywhere_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, stops: list[int], **changes: Any
+) -> None:
+    config = quick(max_steps=12, eval_interval=4, plateau_patience=1, batch_size=2, **changes)
+    folder = tmp_path_factory.mktemp("runs")
+    straight = trainer(folder / "straight", config).fit()
+    for number, stop in enumerate([*sorted(stops), 12]):
+        one = trainer(folder / "stopped", config, tiny_model(number), resume="latest" if number else None)
+        one.callbacks.append(lambda event, one=one, stop=stop: one.stop() if event["step"] == stop else None)
+        result = one.fit()
+    assert straight.checkpoint and result.checkpoint
+    assert_same_tensors(state(straight.checkpoint), state(result.checkpoint))
+    assert numbers(folder / "straight") == numbers(folder / "stopped")
+    saved = [json.loads((r.checkpoint / "trainer_state.json").read_text()) for r in (straight, result) if r.checkpoint]
+    assert saved[0] == saved[1]
+
+
+SEEDED = """
+import hashlib, sys, torch
+from pathlib import Path
+from tests.tiny import Batches, quick, tiny_model
+from llmcore.train import Trainer
+
+torch.set_num_threads(4)
+config = quick(max_steps=12, batch_size=64, compile="on", precision="bf16", optimizer="muon")
+model = tiny_model(dim=64, max_seq_len=64)
+Trainer(model, Batches(time=64), None, config, Path(sys.argv[1]), device="cpu").fit()
+print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_one_seed_gives_one_result_when_compiled_and_on_many_threads(tmp_path: Path) -> None:
+    printed = set()
+    for number in range(3):
+        with start(SEEDED, tmp_path / str(number)) as process:
+            printed.add(process.communicate()[0])
+    assert len(printed) == 1 and len(printed.pop()) == 65
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -541,6 +584,51 @@ def test_after_an_error_the_run_is_saved_and_goes_on_exactly(where: str, tmp_pat
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
 
 
+def test_an_error_between_two_halves_of_a_step_saves_nothing(tmp_path: Path) -> None:
+    """Some weights have moved, others have not: what is on disk must be the step before."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = quick(optimizer="muon", checkpoint_interval=2)
+    straight = trainer(tmp_path / "a", config).fit()
+    one = trainer(tmp_path / "b", config)
+    steps = one.steps()
+    next(steps), next(steps), next(steps)
+    one.optimizers[-1].step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    assert [path.name[:11] for path in checkpoints(tmp_path / "b")] == ["step=000002"]
+    with pytest.raises(TrainingError, match="step 4 half-way; resume from the last checkpoint"):
+        one.fit()
+    result = trainer(tmp_path / "b", config, tiny_model(3), resume="latest").fit()
+    assert result.checkpoint and straight.checkpoint
+    assert_same_tensors(state(result.checkpoint), state(straight.checkpoint))
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+
+
+def test_out_of_memory_says_what_the_run_needs_and_loses_nothing(tmp_path: Path) -> None:
+    class Greedy(Batches):
+        room = 3
+
+        def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+            if step == self.room:
+                torch.empty(2**50)  # torch's own error, from its own allocator
+            return super().batch(step, batch_size, seed)
+
+    straight, model, data = tiny_model(), tiny_model(), Greedy()
+    trainer(tmp_path / "a", quick(), straight).fit()
+    one = Trainer(model, data, Batches(), quick(), tmp_path / "b", device="cpu")
+    with pytest.raises(TrainingError) as caught:
+        one.fit()
+    for word in ("in step 4 on cpu", "0.00 GB", "batch_size=4", "context_size=24", "gradient_checkpointing=True"):
+        assert word in str(caught.value)
+    assert load_checkpoint(tmp_path / "b", device="cpu").step == 3
+    data.room = -1
+    Trainer(model, data, Batches(), quick(), tmp_path / "b", device="cpu", resume="latest").fit()
+    assert_same_tensors(weights(model), weights(straight))
+
+
 def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,8 +686,8 @@ def test_a_signal_within_a_step_lets_it_finish(tmp_path: Path) -> None:
     one = Trainer(tiny_model(), Interrupting(), Batches(), quick(), tmp_path, device="cpu")
     result = one.fit()
     assert (result.step, result.stopped_early) == (3, True)
-    assert result.val_loss is not None  # a last validation names the checkpoint
-    assert result.checkpoint and result.checkpoint.name == f"step=000003_loss={result.val_loss:.3f}"
+    assert "val_loss" not in read_metrics(tmp_path)[-1]  # a stop adds nothing: resumed, the run is as if never stopped
+    assert result.checkpoint and result.checkpoint.name.startswith("step=000003_")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == previous
 
 
@@ -723,6 +811,27 @@ def test_run_folder_says_how_it_was_made(tmp_path: Path, tokenizer: Tokenizer) -
         assert TrainConfig.from_dict(said["train"]) == config
         assert said["data"] == {"train": "this", "val": "this"}
         assert (said["tokenizer"], said["precision"]) == (tokenizer.fingerprint, "fp32")
+        assert said["train"]["seed"] == 0
+        versions = said["environment"]
+        assert (versions["torch"], versions["threads"]) == (torch.__version__, torch.get_num_threads())
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        assert (versions["commit"] or "").removesuffix("+changes") == head
+
+
+def test_what_a_resume_changes_is_in_the_history(tmp_path: Path) -> None:
+    trainer(tmp_path, quick(max_steps=2)).fit()
+    trainer(tmp_path, quick(max_steps=4, learning_rate=0.02, batch_size=2), resume="latest").fit()
+    result = trainer(tmp_path, quick(max_steps=5, learning_rate=0.02, batch_size=2), resume="latest").fit()
+    assert result.checkpoint
+    for folder in (tmp_path, result.checkpoint):
+        history = json.loads((folder / "config.json").read_text())["history"]
+        assert [entry["step"] for entry in history] == [2, 4]
+        assert history[0]["changed"] == {
+            "train.max_steps": [2, 4],
+            "train.batch_size": [4, 2],
+            "train.learning_rate": [0.01, 0.02],
+        }
+        assert history[1]["changed"] == {"train.max_steps": [4, 5]}
 
 
 def test_samples_and_validation_do_not_disturb_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
