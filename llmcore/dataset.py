@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from llmcore.files import find_texts, fsync, read_text, sha256_file, write_atomic
+from llmcore.files import fsync, read_text, readable_texts, sha256_file, text_name, write_atomic
 from llmcore.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -38,8 +38,9 @@ def prepare_dataset(
     data_dir: str | os.PathLike[str],
     tokenizer: Tokenizer,
     dataset_dir: str | os.PathLike[str],
-    val_fraction: float = 0.05,
+    val_fraction: float | None = None,
     *,
+    errors: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Turn a folder of texts into token files. Running it again on unchanged input does nothing.
@@ -51,30 +52,44 @@ def prepare_dataset(
         data_dir: folder of `.txt` files.
         tokenizer: what turns text into ids.
         dataset_dir: where the token files go.
-        val_fraction: share of the documents held out; above 0, below 1.
+        val_fraction: share of the documents held out; above 0, below 1. None: as in the data set that is there
+            already, else 0.05.
+        errors: what to do about files that cannot be read: "strict" or "skip", see `readable_texts`. None: as for
+            the data set that is there already, else "strict".
         progress: show a bar.
 
     Returns:
         The manifest, as in `meta.json`: format_version, dtype, vocab_size, tokenizer (fingerprint), val_fraction,
-        split_by, splits (name -> documents, tokens, characters, bytes, sha256 and offsets_sha256 of its files),
-        sources (path, sha256, bytes, tokens, split), and sha256 of all this as JSON.
+        errors, split_by, splits (name -> documents, tokens, characters, bytes, sha256 and offsets_sha256 of its
+        files), sources (path, sha256, bytes, tokens, split), refused (path -> why it was skipped), and sha256 of all
+        this as JSON.
 
     Raises:
         FileNotFoundError: if there are no texts.
         DatasetError: if the texts are all empty, or val_fraction is out of range.
-        ValueError: if a file is not UTF-8.
+        ValueError: if a file cannot be read and errors="strict"; what was there before is as it was.
     """
-    if not 0 < val_fraction < 1:
-        raise DatasetError(f"val_fraction={val_fraction} must be above 0 and below 1")
     data_dir, dataset_dir = Path(data_dir), Path(dataset_dir)
-    files = find_texts(data_dir)
-    names = [_name(file, data_dir) for file in files]
-    hashes = [sha256_file(file) for file in files]
-    wanted = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "val_fraction": val_fraction}
+    existing: dict[str, Any] = {}
     with contextlib.suppress(DatasetError):
         existing = verify_dataset(dataset_dir)
+    val_fraction = existing.get("val_fraction", 0.05) if val_fraction is None else val_fraction
+    errors = existing.get("errors", "strict") if errors is None else errors
+    if not 0 < val_fraction < 1:
+        raise DatasetError(f"val_fraction={val_fraction} must be above 0 and below 1")
+    files, refused = readable_texts(data_dir, errors)
+    names = [text_name(file, data_dir) for file in files]
+    hashes = [sha256_file(file) for file in files]
+    wanted = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "val_fraction": val_fraction,
+        "errors": errors,
+        "refused": refused,
+    }
+    if existing and {**existing, **wanted} == existing:
         sources = [(source["path"], source["sha256"]) for source in existing["sources"]]
-        if {**existing, **wanted} == existing and sources == list(zip(names, hashes, strict=True)):
+        if sources == list(zip(names, hashes, strict=True)):
             return existing
 
     dataset_dir.mkdir(parents=True, exist_ok=True)
@@ -119,11 +134,6 @@ def prepare_dataset(
     manifest["sha256"] = _seal(manifest)
     write_atomic(dataset_dir / "meta.json", json.dumps(manifest, indent=1, ensure_ascii=False))
     return manifest
-
-
-def _name(file: Path, data_dir: Path) -> str:
-    """Path inside the corpus; bytes that are no UTF-8 show as escapes."""
-    return os.fsencode(file.relative_to(data_dir).as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -54,6 +54,46 @@ def find_texts(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def readable_texts(folder: Path, errors: str = "strict") -> tuple[list[Path], dict[str, str]]:
+    """The texts of a folder that can be read, and why others cannot. Every file is read once.
+
+    Args:
+        folder: searched as by `find_texts`.
+        errors: "strict" to refuse them all for one that cannot be read, "skip" to leave such files out.
+
+    Returns:
+        The readable files, and the reason for each other one, by its `text_name`.
+
+    Raises:
+        FileNotFoundError: if the folder is missing or holds no text.
+        ValueError: for a file that cannot be read and errors="strict", or if no file can be read.
+    """
+    if errors not in ("strict", "skip"):
+        raise ValueError(f"errors={errors!r} must be strict or skip")
+    readable, refused = [], {}
+    for file in find_texts(folder):
+        try:
+            if not file.is_file():  # a pipe would wait for ever
+                raise ValueError("it is no regular file")
+            read_text(file)
+            readable.append(file)
+        except (OSError, ValueError) as error:
+            refused[text_name(file, folder)] = getattr(error, "strerror", None) or str(error)
+    if refused and (errors == "strict" or not readable):
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        raise ValueError(
+            f"{len(refused)} of {len(refused) + len(readable)} files in data_dir={str(folder)!r} cannot be read: {some}"
+            f"{'; …' if len(refused) > 5 else ''}. Convert them (for example: iconv -f GB18030 -t UTF-8)"
+            f"{' or leave them out with errors=skip' if readable else ''}"
+        )
+    return readable, refused
+
+
+def text_name(file: Path, folder: Path) -> str:
+    """A file's path inside its folder; bytes that are no UTF-8 show as escapes."""
+    return os.fsencode(file.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
+
+
 def read_text(path: Path) -> str:
     """A text file's content: UTF-8, a byte order mark dropped, CRLF and CR turned into newlines.
 
@@ -64,10 +104,8 @@ def read_text(path: Path) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{os.fsencode(path).decode('utf-8', 'replace')} is not UTF-8: byte {error.start} is "
-            f"0x{raw[error.start]:02x}. Convert it, for example: iconv -f GB18030 -t UTF-8"
-        ) from None
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{name} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 

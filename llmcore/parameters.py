@@ -88,6 +88,7 @@ PARAMETERS: dict[str, Kind] = {
     "data_dir": Kind(Path, must_exist=True),
     "dataset_dir": Kind(Path),
     "device": Kind(str, choices=("auto", "cpu", "cuda", "mps")),
+    "errors": Kind(str, choices=("strict", "skip")),
     "init_step": Kind(int, 0, 1e9, optional=True),
     "learning_rate": Kind(float, 1e-8, 10, optional=True),
     "max_new_tokens": Kind(int, 0, 1_000_000),

@@ -391,11 +391,14 @@ class Trainer:
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def _compiled(self) -> Callable[..., Tensor]:
-        """The model, compiled where that is asked for or pays: about ten seconds to win back on a CPU."""
+        """The model, compiled where that is asked for or pays: about ten seconds to win back on a CPU.
+
+        The whole run counts, not what is left of it: compiled code rounds otherwise, and a resume must not change that.
+        """
         wanted = self.config.compile == "on"
         if self.config.compile == "auto":
-            left = (self.config.max_steps - self.step) * self.config.batch_size * self.config.grad_accum_steps
-            work = left * self.model.config.max_seq_len * self.model.config.flops_per_token()
+            windows = self.config.max_steps * self.config.batch_size * self.config.grad_accum_steps
+            work = windows * self.model.config.max_seq_len * self.model.config.flops_per_token()
             wanted = work > (2e12 if self.device.type == "cpu" else 2e16) and has_compiler()
             wanted = wanted and self.device.type != "mps"
         return torch.compile(self.model) if wanted else self.model
@@ -530,9 +533,9 @@ class Trainer:
         tensors = read_tensors(path / "trainer_state.safetensors")
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            counts = {name: state[name] for name in SAVED}
+            counts, random_state = {name: state[name] for name in SAVED}, tensors["rng.cpu"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{shown(path / 'trainer_state.json')} cannot be used: {error!r}") from None
+            raise CheckpointError(f"the trainer's state in {shown(path)} cannot be used: {error!r}") from None
         load_weights(self.model, path)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -550,8 +553,9 @@ class Trainer:
                     }
         for name, value in counts.items():
             setattr(self, name, value)
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(tensors["rng.cpu"])
+        if state["scaler"]:  # empty unless the run was in fp16
+            self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(random_state)
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.last_checkpoint = path

@@ -29,12 +29,13 @@ data_dir: str = "data/sanguo"  # folder of .txt files, or data/sanguo, data/scif
 model_prefix: str = "outputs/tokenizer"  # the tokenizer becomes <model_prefix>.model
 vocab_size: int = 4000  # number of pieces, 256 single bytes and 4 special ones included
 character_coverage: float = 0.99  # share of characters that get a piece; rarer ones are spelled in bytes
+errors: str = "strict"  # at a file that is not UTF-8: strict stops, skip leaves it out
 seed: int = 0  # of the sampling of lines in very large corpora
 
 # %%
 from llmcore.parameters import check_parameters
 
-check_parameters(globals(), "data_dir model_prefix vocab_size character_coverage seed")
+check_parameters(globals(), "data_dir model_prefix vocab_size character_coverage errors seed")
 
 # %%
 # %matplotlib inline
@@ -43,7 +44,7 @@ from collections import Counter
 from pathlib import Path
 
 from llmcore import corpus, plots, tokenizer, widgets
-from llmcore.files import find_texts, read_text, shown
+from llmcore.files import read_text, readable_texts, shown
 
 # %% [markdown]
 # ## The text
@@ -51,8 +52,9 @@ from llmcore.files import find_texts, read_text, shown
 
 # %%
 folder = corpus.open_corpus(data_dir)
-files = find_texts(folder)
+files, refused = readable_texts(folder, errors)
 texts = [read_text(file) for file in files]
+print(*(f"left out: {name}: {reason}\n" for name, reason in refused.items()), sep="", end="")
 characters = sum(map(len, texts))
 print(texts[0][:220])
 

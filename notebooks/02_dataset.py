@@ -23,6 +23,7 @@ data_dir: str = "data/sanguo"  # folder of .txt files
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 dataset_dir: str = "outputs/dataset"  # where the token files go
 val_fraction: float = 0.05  # share of the documents held out
+errors: str = "strict"  # at a file that is not UTF-8: strict stops, skip leaves it out
 context_size: int = 256  # tokens in a window
 preset: str = "scifi-mini"  # whose training plan to lay beside this corpus
 seed: int = 0  # of the order of the windows
@@ -30,7 +31,7 @@ seed: int = 0  # of the order of the windows
 # %%
 from llmcore.parameters import check_parameters
 
-check_parameters(globals(), "data_dir tokenizer_model_file dataset_dir val_fraction context_size preset seed")
+check_parameters(globals(), "data_dir tokenizer_model_file dataset_dir val_fraction errors context_size preset seed")
 
 # %%
 # %matplotlib inline
@@ -53,8 +54,8 @@ folder = corpus.open_corpus(data_dir)
 # nothing: the manifest knows the hash of every source file and of the tokenizer.
 
 # %%
-manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction)
-print(f"token files are in {shown(dataset_dir)}")
+manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction, errors=errors)
+print(f"token files are in {shown(dataset_dir)}; files left out: {len(manifest['refused'])}")
 
 # %% tags=["nbval-check-output"]
 for name, split in manifest["splits"].items():

@@ -53,7 +53,7 @@ from llmcore import config, corpus, plots
 from llmcore.checkpoint import find_checkpoint, load_checkpoint, pick_device
 from llmcore.dataset import TokenDataset, prepare_dataset
 from llmcore.evaluate import xz_bits_per_byte
-from llmcore.files import find_texts, read_text, shown
+from llmcore.files import read_text, readable_texts, shown, text_name
 from llmcore.model import Transformer
 from llmcore.planner import measure_speed, training_cost
 from llmcore.runs import new_run_dir, read_metrics
@@ -180,9 +180,9 @@ for event in events:
 # %%
 held_out = {source["path"] for source in manifest["sources"] if source["split"] == "val"}
 folder = corpus.open_corpus(data_dir)
-texts = {path.relative_to(folder).as_posix(): read_text(path) for path in find_texts(folder)}
-seen = "".join(text for name, text in texts.items() if name not in held_out)
-unseen = "".join(text for name, text in texts.items() if name in held_out)
+files, _ = readable_texts(folder, "skip")
+seen = "".join(read_text(file) for file in files if text_name(file, folder) not in held_out)
+unseen = "".join(read_text(file) for file in files if text_name(file, folder) in held_out)
 
 # %%
 last = second.validate()

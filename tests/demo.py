@@ -33,6 +33,7 @@ def main() -> None:
             notebook,
             EXECUTED / notebook.name,
             cwd=notebook.parent,
+            engine_name="llmcore",
             log_output=True,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,

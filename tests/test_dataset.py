@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcore.dataset import IGNORED, DatasetError, TokenDataset, _held_out, prepare_dataset
+from llmcore.dataset import IGNORED, DatasetError, TokenDataset, _held_out, prepare_dataset, verify_dataset
+from llmcore.files import find_texts
 from llmcore.tokenizer import Tokenizer
 
 HASHED = {"sha256": "bin", "offsets_sha256": "offsets"}
@@ -231,9 +233,45 @@ def test_odd_files_are_read_or_refused_by_name(tokenizer: Tokenizer, tmp_path: P
     assert set(splits) == {"plain.txt", "crlf.txt", "one.txt", "bom.txt", "nested/deep.TXT"}
     stored = "".join(tokenizer.decode(np.fromfile(tmp_path / "d" / f"{s}.bin", "<u2")) for s in ("train", "val"))
     assert sorted(stored) == sorted("玄德\n孔\n明\n曹关公张飞")
+
+
+def test_files_that_cannot_be_read_are_all_named_or_left_out_on_request(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder, out = corpus(tmp_path / "t", one="玄德", two="孔明", three="关公"), tmp_path / "d"
+    before = prepare_dataset(folder, tokenizer, out, 0.4, progress=False)
     (folder / "gbk.txt").write_bytes(b"abc" + "曹操".encode("gbk"))
-    with pytest.raises(ValueError, match=r"gbk.txt is not UTF-8: byte 3 is 0xb2"):
-        prepare_dataset(folder, tokenizer, tmp_path / "d", progress=False)
+    (folder / "gone.txt").symlink_to(folder / "nowhere")
+    (folder / "loop.txt").symlink_to(folder / "loop.txt")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="5 of 8 files in data_dir=.* cannot be read: ") as caught:
+        prepare_dataset(folder, tokenizer, out, progress=False)
+    for fault in (
+        r"gbk.txt is not UTF-8: byte 3 is 0xb2",
+        "pipe.txt: it is no regular file",
+        r"\xff.txt",
+        "errors=skip",
+    ):
+        assert fault in str(caught.value)
+    assert verify_dataset(out) == before  # nothing was touched
+    after = prepare_dataset(folder, tokenizer, out, errors="skip", progress=False)
+    assert (after["val_fraction"], after["splits"]) == (0.4, before["splits"])
+    assert set(after["refused"]) == {"gbk.txt", "gone.txt", "loop.txt", "pipe.txt", r"\xff.txt"}
+    assert prepare_dataset(folder, tokenizer, out, progress=False) == after  # goes on as it was told
+    for name in ("one", "two", "three"):
+        (folder / f"{name}.txt").unlink()
+    with pytest.raises(ValueError, match="5 of 5 files"):
+        prepare_dataset(folder, tokenizer, out, errors="skip", progress=False)
+
+
+def test_ten_thousand_nested_files_are_found_once_each(tmp_path: Path) -> None:
+    for number in range(100):
+        folder = tmp_path / f"{number % 7}" / f"{number}"
+        folder.mkdir(parents=True)
+        for file in range(100):
+            (folder / f"{file}.txt").touch()
+        (folder / "up").symlink_to(tmp_path)
+    found = find_texts(tmp_path)
+    assert len(found) == len({os.path.realpath(path) for path in found}) == 10_000
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan")])

@@ -177,3 +177,18 @@ def test_a_wrong_parameter_ends_the_run_at_once_and_is_named(
         papermill_run(name, root, **{parameter: value})
     assert parameter in error.value.evalue
     assert not (root / "outputs").exists(), "something was written before the error"
+
+
+def test_every_test_named_for_a_fault_exists() -> None:
+    here = Path(__file__).parent
+    rows = [line for line in (here / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    named = [
+        (file, name)
+        for row in rows
+        for part in row.split("|")[2].split(";")
+        if (file := part.strip().split(":")[0]) and (here / f"test_{file}.py").exists()
+        for name in re.findall(r"`(\w+)`", part)
+    ]
+    assert len(named) > 50
+    missing = [name for name in named if f"def test_{name[1]}(" not in (here / f"test_{name[0]}.py").read_text()]
+    assert missing == []

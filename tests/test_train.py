@@ -333,20 +333,28 @@ from tests.tiny import Batches, quick, tiny_model
 from llmcore.train import Trainer
 
 torch.set_num_threads(4)
+run, stop = Path(sys.argv[1]), int(sys.argv[2])
 config = quick(max_steps=12, batch_size=64, compile="on", precision="bf16", optimizer="muon")
-model = tiny_model(dim=64, max_seq_len=64)
-Trainer(model, Batches(time=64), None, config, Path(sys.argv[1]), device="cpu").fit()
-print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest())
+resume = {"resume": "latest"} if run.exists() else {}
+one = Trainer(tiny_model(dim=64, max_seq_len=64), Batches(time=64), None, config, run, device="cpu", **resume)
+one.callbacks.append(lambda event: one.stop() if event["step"] == stop else None)
+one.fit()
+print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in one.model.parameters())).hexdigest())
 """
 
 
 @pytest.mark.slow
-def test_one_seed_gives_one_result_when_compiled_and_on_many_threads(tmp_path: Path) -> None:
-    printed = set()
-    for number in range(3):
-        with start(SEEDED, tmp_path / str(number)) as process:
-            printed.add(process.communicate()[0])
-    assert len(printed) == 1 and len(printed.pop()) == 65
+def test_compiled_and_on_many_threads_one_seed_gives_one_result_stopped_or_not(tmp_path: Path) -> None:
+    def run(folder: str, stop: int = 0) -> str:
+        with start(SEEDED, tmp_path / folder, stop) as process:
+            return process.communicate()[0]
+
+    straight = run("straight")
+    assert len(straight) == 65
+    assert run("again") == straight
+    assert run("stopped", stop=5) != straight
+    assert run("stopped") == straight
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight") == numbers(tmp_path / "again")
 
 
 KILLED = """
@@ -359,7 +367,7 @@ trainer(Path(sys.argv[1]), config, callbacks=[lambda e: print(e["step"], flush=T
 """
 
 
-def start(script: str, *arguments: Path) -> subprocess.Popen[str]:
+def start(script: str, *arguments: Path | int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -468,6 +476,30 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(value: float, optimize
     assert_same_tensors(seen[2], seen[3])
     assert [event["skipped"] for event in read_metrics(tmp_path)] == [0, 0, 1, 1, 1, 1]
     assert not math.isfinite(read_metrics(tmp_path)[2]["grad_norm"])
+
+
+def test_the_fp16_scaler_backs_off_grows_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 is refused on a CPU because it is slow there; torch's scaler works, so that its part can be seen."""
+    monkeypatch.setattr("llmcore.train.pick_precision", lambda *_: "fp16")
+
+    def fp16(run: str, seed: int = 0, **options: Any) -> Trainer:
+        one = trainer(tmp_path / run, quick(max_steps=8), tiny_model(seed), val=False, **options)
+        one.scaler.set_growth_interval(3)
+        one.model.tok_embeddings.weight.register_hook(lambda grad: grad * (math.inf if one.step == 2 else 1))
+        return one
+
+    straight = fp16("a")
+    scales = [straight.scaler.get_scale() / 2**15 for _ in straight.steps()]
+    assert scales == [2, 2, 1, 1, 1, 2, 2, 2]  # halved when a gradient overflows, doubled after three good steps
+    assert [event["skipped"] for event in read_metrics(tmp_path / "a")] == [0, 0, 1, 1, 1, 1, 1, 1]
+    first = fp16("b")
+    first.callbacks.append(lambda event: first.stop() if event["step"] == 4 else None)
+    first.fit()
+    second = fp16("b", seed=3, resume="latest")
+    assert second.fit().checkpoint and straight.last_checkpoint
+    assert second.scaler.state_dict() == straight.scaler.state_dict()
+    assert_same_tensors(weights(second.model), weights(straight.model))
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
 
 
 def test_steps_skipped_before_a_stop_are_resumed_exactly(tmp_path: Path) -> None:

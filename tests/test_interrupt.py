@@ -1,0 +1,204 @@
+"""Real kernels stopped in every way: by Jupyter's button, by papermill's signals, by a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+from llmcore.checkpoint import find_checkpoint, load_checkpoint
+from llmcore.runs import read_metrics
+
+ROOT = Path(__file__).parents[1]
+TRAIN = """
+import os, time
+from pathlib import Path
+import llmcore.checkpoint
+from tests.test_train import quick, trainer
+
+Path("kernel").write_text(str(os.getpid()))
+disk = llmcore.checkpoint.fsync
+llmcore.checkpoint.fsync = lambda path: (time.sleep(slow_disk), disk(path))
+config = quick(max_steps=max_steps, schedule="plateau", checkpoint_interval=0)
+folder = Path("run").absolute()
+run = trainer(folder, config, resume="latest" if folder.exists() else None)
+"""
+RUN = "result = run.fit()\nprint('stopped early:', result.stopped_early)"
+AFTER = "Path('after').touch()"
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Path:
+    """A notebook that trains a tiny model, and does something else afterwards."""
+    made = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    )
+    made.cells = [
+        nbformat.v4.new_code_cell(source) for source in ("slow_disk, max_steps = 0, 10**6", TRAIN, RUN, AFTER)
+    ]
+    made.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(made, tmp_path / "in.ipynb")
+    return tmp_path / "in.ipynb"
+
+
+def papermill(notebook: Path, **parameters: float) -> subprocess.Popen[str]:
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", "--engine", "llmcore", "in.ipynb", "out.ipynb", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=notebook.parent, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def has_trained(folder: Path, steps: int = 3) -> bool:
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.exists() and metrics.read_bytes().count(b"\n") >= steps
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def printed(folder: Path) -> str:
+    outputs = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", [])]
+    return "".join(output.get("text", "") + "\n".join(output.get("traceback", [])) for output in outputs)
+
+
+DASHBOARD = """
+from pathlib import Path
+from llmcore.widgets import TrainingDashboard
+from tests.test_train import quick, trainer
+
+one = trainer(Path("run").absolute(), quick(max_steps=10**6, schedule="plateau"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["await TrainingDashboard().run(one)", "one.fit()"])
+def test_jupyters_interrupt_button_saves_and_ends_the_cell_normally(
+    cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    kernel, client = start_new_kernel(cwd=str(tmp_path))
+    try:
+        assert client.execute_interactive(DASHBOARD, timeout=60)["content"]["status"] == "ok"
+        running = client.execute(cell)
+        deadline = time.monotonic() + 60
+        while not has_trained(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        kernel.interrupt_kernel()
+        while (reply := client.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != running:
+            pass
+        assert reply["content"]["status"] == "ok", reply["content"]
+        said: list[str] = []
+        client.execute_interactive(
+            "print(one.step, one.result().stopped_early)",
+            timeout=60,
+            output_hook=lambda message: said.append(message["content"].get("text", "")),
+        )
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    checkpoint = load_checkpoint(find_checkpoint(tmp_path / "run"))
+    assert "".join(said).strip() == f"{checkpoint.step} True"
+    assert checkpoint.step == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "slow_disk"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
+)
+def test_a_signal_lets_the_cell_save_and_leaves_nothing_behind(
+    number: signal.Signals, slow_disk: int, notebook: Path
+) -> None:
+    folder = notebook.parent
+    with papermill(notebook, slow_disk=slow_disk) as process:
+        wait_until(lambda: has_trained(folder), process)
+        process.send_signal(number)
+        assert process.wait(120) == 128 + number
+    assert "stopped early: True" in printed(folder)
+    assert nbformat.read(folder / "out.ipynb", as_version=4).metadata.papermill["stopped_by"] == number.name
+    assert not (folder / "after").exists(), "a later cell was executed"
+    assert not is_alive(int((folder / "kernel").read_text()))
+    checkpoint = load_checkpoint(find_checkpoint(folder / "run"))
+    assert checkpoint.step == read_metrics(folder / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_signal_in_another_cell_ends_that_cell(notebook: Path) -> None:
+    folder = notebook.parent
+    made = nbformat.read(notebook, as_version=4)
+    made.cells[2].source = "Path('busy').touch()\nwhile True: pass"
+    nbformat.write(made, notebook)
+    with papermill(notebook) as process:
+        wait_until((folder / "busy").exists, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert "KeyboardInterrupt" in printed(folder)
+    assert not (folder / "after").exists()
+    assert not is_alive(int((folder / "kernel").read_text()))
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait(notebook: Path) -> None:
+    folder = notebook.parent
+    made = nbformat.read(notebook, as_version=4)
+    made.cells[2].source = (
+        "import signal\nsignal.signal(signal.SIGINT, lambda *_: Path('deaf').touch())\n"
+        "Path('busy').touch()\nwhile True: pass"
+    )
+    nbformat.write(made, notebook)
+    with papermill(notebook) as process:
+        wait_until((folder / "busy").exists, process)
+        process.send_signal(signal.SIGTERM)
+        wait_until((folder / "deaf").exists, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    assert not is_alive(int((folder / "kernel").read_text()))
+
+
+@pytest.mark.slow
+def test_a_killed_kernel_ends_papermill_and_the_next_run_resumes(notebook: Path) -> None:
+    folder = notebook.parent
+    with papermill(notebook) as process:
+        wait_until(lambda: has_trained(folder), process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+    saved = load_checkpoint(find_checkpoint(folder / "run")).step
+    with papermill(notebook) as process:
+        wait_until(lambda: has_trained(folder, saved + 3), process)
+        os.kill(int((folder / "kernel").read_text()), signal.SIGKILL)
+        assert process.wait(120) not in (0, None)
+    assert (folder / "out.ipynb").exists()
+    with papermill(notebook, max_steps=saved + 5) as process:
+        assert process.wait(120) == 0, process.stderr and process.stderr.read()
+    assert [event["step"] for event in read_metrics(folder / "run")] == [*range(1, saved + 6)]
+    assert (folder / "after").exists()
+
+
+@pytest.mark.slow
+def test_without_a_signal_it_is_papermill(notebook: Path) -> None:
+    with papermill(notebook, max_steps=4) as process:
+        assert process.wait(120) == 0, process.stderr and process.stderr.read()
+    assert "stopped early: False" in printed(notebook.parent)
+    assert (notebook.parent / "after").exists()
