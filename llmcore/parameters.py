@@ -25,7 +25,10 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a parameter may be: a number in a range, one of some choices, or a path, perhaps one that must exist."""
+    """What a parameter may be: a number in a range, one of some choices, or a path.
+
+    A path may have to exist, or may not be a file because it is a folder, made where it is missing.
+    """
 
     type: type
     low: float = -math.inf
@@ -33,6 +36,7 @@ class Kind:
     choices: tuple[str, ...] = ()
     optional: bool = False
     must_exist: bool = False
+    folder: bool = False
 
     def read(self, name: str, value: Any) -> Any:
         """The value in its right type. Raises ValueError with a sentence about it."""
@@ -58,6 +62,8 @@ class Kind:
         path = resolve(value)
         if self.must_exist and not path.exists() and path.name not in CORPORA:
             raise ValueError(f"{name}={os.fspath(value)!r} does not exist")
+        if self.folder and path.exists() and not path.is_dir():
+            raise ValueError(f"{name}={os.fspath(value)!r} is a file; it must be a folder")
         return path
 
     def _read_number(self, name: str, value: Any) -> int | float | bool:
@@ -86,7 +92,7 @@ PARAMETERS: dict[str, Kind] = {
     "checkpoint_dir": Kind(Path, choices=("latest", "best"), optional=True, must_exist=True),
     "context_size": Kind(int, 1, 1_048_576, optional=True),
     "data_dir": Kind(Path, must_exist=True),
-    "dataset_dir": Kind(Path),
+    "dataset_dir": Kind(Path, folder=True),
     "device": Kind(str, choices=("auto", "cpu", "cuda", "mps")),
     "errors": Kind(str, choices=("strict", "skip")),
     "init_step": Kind(int, 0, 1e9, optional=True),
@@ -95,7 +101,7 @@ PARAMETERS: dict[str, Kind] = {
     "max_steps": Kind(int, 1, 1e9, optional=True),
     "min_p": Kind(float, 0, 1, optional=True),
     "model_prefix": Kind(Path),
-    "output_dir": Kind(Path),
+    "output_dir": Kind(Path, folder=True),
     "precision": Kind(str, choices=("auto", "bf16", "fp16", "fp32")),
     "preset": Kind(str, choices=tuple(PRESETS)),
     "project": Kind(str),

@@ -29,8 +29,15 @@ class TrainingError(RuntimeError):
 
 
 def new_run_dir(output_dir: str | os.PathLike[str], name: str) -> Path:
-    """A folder for a new run: `<output_dir>/<name>`, or `<name>-2`, … where a run is there already."""
+    """A folder for a new run: `<output_dir>/<name>`, or `<name>-2`, … where a run is there already.
+
+    Raises:
+        TrainingError: if it could not be made.
+    """
     parent = resolve(output_dir)
+    there = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise TrainingError(f"output_dir={shown(parent)!r} cannot be written; choose another")
     number = 1
     while (path := parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1

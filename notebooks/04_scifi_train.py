@@ -63,6 +63,7 @@ from llmcore.widgets import TrainingDashboard
 
 device = str(pick_device(device))
 start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
+_ = new_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe
 
 # %% [markdown]
 # ## The parts

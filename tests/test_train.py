@@ -753,6 +753,8 @@ def test_an_output_dir_that_cannot_hold_a_run_is_refused(tmp_path: Path) -> None
     for path in (file, file / "below"):
         with pytest.raises(TrainingError, match=r"output_dir='.*file.*' cannot be written"):
             trainer(path, quick())
+        with pytest.raises(TrainingError, match=r"output_dir='.*file.*' cannot be written"):
+            new_run_dir(path, "run")
     assert file.read_text() == "mine"
 
 

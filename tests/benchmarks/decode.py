@@ -1,0 +1,88 @@
+"""Decoding beside transformers and beside the memory's speed: `python -m tests.benchmarks.decode [15M] [117M]`."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from llmcore import config
+from llmcore.config import ModelConfig
+from llmcore.generate import generate_ids
+from llmcore.model import Transformer
+from tests.benchmarks.peers import machine, ratio, take_turns, transformers_llama
+
+STORIES = ModelConfig(
+    vocab_size=32000, dim=288, n_layers=6, n_heads=6, hidden_dim=768, max_seq_len=256, tie_embeddings=True
+)
+SIZES = {"15M": STORIES, "117M": config.preset("scifi-117M")[0]}
+PROMPT, NEW, TOGETHER = 16, 64, 16  # tokens, tokens, prompts
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second at which memory is read, while as many are written elsewhere."""
+    source = torch.ones(2**28, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - started)
+    return source.nbytes / statistics.median(times)
+
+
+def our_decoding(model: Transformer, count: int) -> Callable[[], object]:
+    """Greedy tokens after `count` prompts."""
+    prompts = torch.randint(4, model.config.vocab_size, (count, PROMPT)).tolist()
+    return lambda: list(generate_ids(model, prompts, NEW, temperature=0))
+
+
+def measure(size: str, rounds: int = 5) -> tuple[str, list[str]]:
+    """A row of the table, and the targets' figures in words."""
+    shape = SIZES[size]
+    model, peer = Transformer(shape).eval(), transformers_llama(shape).eval()
+    prompt = torch.randint(4, shape.vocab_size, (1, PROMPT))
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    seconds = take_turns(
+        {
+            "ours": our_decoding(model, 1),
+            "theirs": lambda: peer.generate(prompt, attention_mask=torch.ones_like(prompt), **options),
+            "together": our_decoding(model, TOGETHER),
+        },
+        rounds,
+        warm_up=1,
+    )
+    rate = {name: NEW / statistics.median(times) for name, times in seconds.items()}
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
+    weights += shape.tie_embeddings * model.output.weight.nbytes  # read whole for the logits
+    bound = copy_bandwidth() / weights
+    batch = TOGETHER / ratio(seconds, "ours", "together")
+    row = (
+        f"| {size} | {rate['ours']:.0f} | {rate['theirs']:.0f} | {ratio(seconds, 'ours', 'theirs'):.2f} "
+        f"| {bound:.0f} | {rate['ours'] / bound:.0%} | {rate['together'] * TOGETHER:.0f} | {batch:.1f} |"
+    )
+    return row, [
+        f"{size}: {ratio(seconds, 'ours', 'theirs'):.2f}× transformers' generate (target 2.5)",
+        f"{size}: {rate['ours'] / bound:.0%} of what the memory allows (target 50%)",
+        f"{size}: {TOGETHER} prompts at once give {batch:.1f}× the tokens of one (target 6)",
+    ]
+
+
+def main() -> None:
+    """Print the table and the ratios."""
+    print(f"Greedy decoding, {NEW} tokens after {PROMPT}, on {machine()}\n")
+    print("| size | tokens/s | transformers | ratio | memory allows | share | 16 prompts | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    said = []
+    for size in sys.argv[1:] or SIZES:
+        row, targets = measure(size)
+        print(row, flush=True)
+        said += targets
+    print("\n" + "\n".join(f"- {line}" for line in said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What the benchmarks compare with, and how: the same work, in turns, in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmcore.config import ModelConfig
+
+
+def transformers_llama(shape: ModelConfig) -> LlamaForCausalLM:
+    """Hugging Face's Llama of the same shape, with its own default attention (PyTorch's fused kernels)."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.dim,
+            intermediate_size=shape.hidden_dim,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.max_seq_len,
+            rms_norm_eps=shape.norm_eps,
+            tie_word_embeddings=shape.tie_embeddings,
+        )
+    )
+
+
+class GPTBlock(nn.Module):
+    """Pre-norm attention and a GELU feed-forward of four times the width, with biases."""
+
+    def __init__(self, dim: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, dim) -> the same shape."""
+        q, k, v = (
+            part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """A plain GPT-2-like reference of about the same size: learnt positions, LayerNorm, GELU, tied embeddings."""
+
+    def __init__(self, shape: ModelConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(shape.vocab_size, shape.dim)
+        self.positions = nn.Embedding(shape.max_seq_len, shape.dim)
+        self.blocks = nn.ModuleList(GPTBlock(shape.dim, shape.n_heads) for _ in range(shape.n_layers))
+        self.norm = nn.LayerNorm(shape.dim)
+        self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
+        self.output.weight = self.tokens.weight
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of (batch, time) ids."""
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.output(self.norm(x)).flatten(0, 1), targets.flatten())
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of every call, each contestant once a round, so that all meet the same noise."""
+    for run in contestants.values():
+        for _ in range(warm_up):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], fast: str, slow: str) -> float:
+    """How many times faster: the median over rounds of the two times within one round."""
+    return statistics.median(b / a for a, b in zip(seconds[fast], seconds[slow], strict=True))
+
+
+def machine() -> str:
+    """The machine a table was made on, in words."""
+    model = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown CPU"
+    )
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"

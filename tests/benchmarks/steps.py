@@ -1,0 +1,118 @@
+"""Training steps beside peers on the same work: `python -m tests.benchmarks.steps [8M] [117M]`.
+
+Every contestant computes loss and gradient of the same random batches, clips, and takes an AdamW step (fused for all).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcore import config
+from llmcore.config import ModelConfig, TrainConfig
+from llmcore.model import Transformer
+from llmcore.train import Trainer
+from tests.benchmarks.checkpoint import RandomText
+from tests.benchmarks.peers import GPT, machine, ratio, take_turns, transformers_llama
+
+SMALL = ModelConfig(
+    vocab_size=8000, dim=256, n_layers=8, n_heads=8, hidden_dim=688, max_seq_len=256, tie_embeddings=True
+)
+SIZES = {"8M": (SMALL, 8, 15), "117M": (config.preset("scifi-117M")[0], 1, 5)}  # shape, batch, rounds
+OURS, PEERS = "llmcore", ("transformers Llama", "GPT-2 reference")
+EAGER, COMPILED = "eager fp32", "compiled bf16"
+
+
+def our_step(shape: ModelConfig, batch_size: int, compiled: bool) -> Callable[[], object]:
+    """The trainer's own step, at its default settings or eager in float32."""
+    how = TrainConfig(
+        max_steps=10**6,
+        batch_size=batch_size,
+        compile="on" if compiled else "off",
+        precision="auto" if compiled else "fp32",
+    )
+    trainer = Trainer(Transformer(shape), RandomText(shape), None, how, tempfile.mkdtemp(), device="cpu")
+    trainer.measured_steps(1)
+    return trainer._train_step
+
+
+def peer_step(
+    model: nn.Module, loss: Callable[..., Tensor], shape: ModelConfig, batch_size: int, compiled: bool
+) -> Callable[[], object]:
+    """A plain loop around a peer: what its users would write."""
+    data, step = RandomText(shape), iter(range(10**9))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    run = torch.compile(model) if compiled else model
+
+    def take() -> None:
+        x, y = data.batch(next(step), batch_size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=compiled):
+            value = loss(run, x, y)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return take
+
+
+def llama_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Hugging Face shifts the labels itself."""
+    value: Tensor = model(input_ids=x, labels=x, use_cache=False).loss
+    return value
+
+
+def gpt_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The reference takes targets."""
+    value: Tensor = model(x, y)
+    return value
+
+
+def measure(size: str) -> tuple[list[str], list[str]]:
+    """Rows of the table, and the targets' ratios in words."""
+    shape, batch_size, rounds = SIZES[size]
+    contestants = {}
+    for words, compiled in ((EAGER, False), (COMPILED, True)):
+        contestants[f"{OURS}, {words}"] = our_step(shape, batch_size, compiled)
+        for name, make, loss in ((PEERS[0], transformers_llama, llama_loss), (PEERS[1], GPT, gpt_loss)):
+            contestants[f"{name}, {words}"] = peer_step(make(shape), loss, shape, batch_size, compiled)
+    seconds = take_turns(contestants, rounds)
+    tokens = batch_size * shape.max_seq_len
+    base = f"{OURS}, {COMPILED}"
+    rows = [
+        f"| {size}, batch {batch_size} × {shape.max_seq_len} | {name} | {tokens / statistics.median(times):,.0f} "
+        f"| {ratio(seconds, base, name):.2f} |"
+        for name, times in seconds.items()
+    ]
+
+    def slowest_lead(ours: str, theirs: str) -> float:
+        return min(ratio(seconds, f"{OURS}, {ours}", f"{peer}, {theirs}") for peer in PEERS)
+
+    targets = [
+        f"{size}: {slowest_lead(COMPILED, EAGER):.2f}× the fastest peer as it comes (target 2.5)",
+        f"{size}: {slowest_lead(COMPILED, COMPILED):.2f}× the fastest peer compiled in bf16 (target 1.1)",
+        f"{size}: {slowest_lead(EAGER, EAGER):.2f}× the fastest peer, both eager in float32 (target 1.0)",
+    ]
+    return rows, targets
+
+
+def main() -> None:
+    """Print the table and the ratios."""
+    print(f"Training steps on {machine()}\n")
+    print("| work | who | tokens/s | llmcore's default is … × as fast |\n| --- | --- | --- | --- |")
+    said = []
+    for size in sys.argv[1:] or SIZES:
+        rows, targets = measure(size)
+        print("\n".join(rows), flush=True)
+        said += targets
+    print("\n" + "\n".join(f"- {line}" for line in said))
+
+
+if __name__ == "__main__":
+    main()
