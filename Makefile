@@ -8,7 +8,7 @@ BIN := .venv/bin/
 READY := .venv/.installed
 endif
 
-.PHONY: demo test test-fast lint lab notebooks clean
+.PHONY: demo test test-fast lint lab notebooks bench clean
 
 # Five notebooks, one after the other, at their default parameters: about 6 minutes on two CPU cores.
 demo: $(READY)
@@ -36,6 +36,10 @@ lab: $(READY)
 # Execute the notebooks and store their outputs, after an edit of their .py halves.
 notebooks: $(READY)
 	$(BIN)python -m tests.render
+
+# Speed beside transformers and a plain GPT-2; quiet machines give better numbers.
+bench: $(READY)
+	$(BIN)python -W ignore -m tests.benchmarks
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,30 +34,34 @@ def copy_bandwidth() -> float:
     return source.nbytes / statistics.median(times)
 
 
-def our_decoding(model: Transformer, count: int) -> Callable[[], object]:
+def our_decoding(shape: ModelConfig, count: int) -> Callable[[], object]:
     """Greedy tokens after `count` prompts."""
-    prompts = torch.randint(4, model.config.vocab_size, (count, PROMPT)).tolist()
+    model = Transformer(shape).eval()
+    prompts = torch.randint(4, shape.vocab_size, (count, PROMPT)).tolist()
     return lambda: list(generate_ids(model, prompts, NEW, temperature=0))
+
+
+def their_decoding(shape: ModelConfig) -> Callable[[], object]:
+    """Greedy tokens after one prompt, by transformers' `generate` with its cache."""
+    model = transformers_llama(shape).eval()
+    prompt = torch.randint(4, shape.vocab_size, (1, PROMPT))
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
 def measure(size: str, rounds: int = 5) -> tuple[str, list[str]]:
     """A row of the table, and the targets' figures in words."""
     shape = SIZES[size]
-    model, peer = Transformer(shape).eval(), transformers_llama(shape).eval()
-    prompt = torch.randint(4, shape.vocab_size, (1, PROMPT))
-    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
     seconds = take_turns(
         {
-            "ours": our_decoding(model, 1),
-            "theirs": lambda: peer.generate(prompt, attention_mask=torch.ones_like(prompt), **options),
-            "together": our_decoding(model, TOGETHER),
+            "ours": (our_decoding, shape, 1),
+            "theirs": (their_decoding, shape),
+            "together": (our_decoding, shape, TOGETHER),
         },
         rounds,
-        warm_up=1,
     )
     rate = {name: NEW / statistics.median(times) for name, times in seconds.items()}
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "tok_embeddings" not in name)
-    weights += shape.tie_embeddings * model.output.weight.nbytes  # read whole for the logits
+    weights = 4 * (shape.n_params() - (not shape.tie_embeddings) * shape.vocab_size * shape.dim)  # one row is looked up
     bound = copy_bandwidth() / weights
     batch = TOGETHER / ratio(seconds, "ours", "together")
     row = (

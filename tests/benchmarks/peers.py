@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,19 +75,42 @@ class GPT(nn.Module):
         return F.cross_entropy(self.output(self.norm(x)).flatten(0, 1), targets.flatten())
 
 
+def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
+    run = make(*arguments)
+    for _ in range(2):
+        run()
+    pipe.send(None)
+    while pipe.recv():
+        started = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - started)
+
+
 def take_turns(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2
+    contestants: Mapping[str, tuple[Callable[..., Callable[[], object]], *tuple[Any, ...]]], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of every call, each contestant once a round, so that all meet the same noise."""
-    for run in contestants.values():
-        for _ in range(warm_up):
-            run()
+    """Seconds of every call, each contestant once a round, so that all meet the same noise.
+
+    Each has a process of its own, which makes what is to be called: none works in memory that another has left.
+
+    Args:
+        contestants: name -> what makes the function to time, and its arguments.
+        rounds: calls of each, after two that do not count.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for name, (make, *arguments) in contestants.items():
+        pipes[name], theirs = spawn.Pipe()
+        spawn.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True).start()
+        theirs.close()
+        pipes[name].recv()
     for _ in range(rounds):
-        for name, run in contestants.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seconds[name].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(False)
     return seconds
 
 

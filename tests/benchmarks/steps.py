@@ -1,4 +1,4 @@
-"""Training steps beside peers on the same work: `python -m tests.benchmarks.steps [8M] [117M]`.
+"""Training steps beside peers on the same work: `python -m tests.benchmarks.steps [10M] [117M]`.
 
 Every contestant computes loss and gradient of the same random batches, clips, and takes an AdamW step (fused for all).
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
@@ -22,9 +22,9 @@ from tests.benchmarks.checkpoint import RandomText
 from tests.benchmarks.peers import GPT, machine, ratio, take_turns, transformers_llama
 
 SMALL = ModelConfig(
-    vocab_size=8000, dim=256, n_layers=8, n_heads=8, hidden_dim=688, max_seq_len=256, tie_embeddings=True
+    vocab_size=8000, dim=320, n_layers=6, n_heads=5, hidden_dim=864, max_seq_len=256, tie_embeddings=True
 )
-SIZES = {"8M": (SMALL, 8, 15), "117M": (config.preset("scifi-117M")[0], 1, 5)}  # shape, batch, rounds
+SIZES = {"10M": (SMALL, 8, 15), "117M": (config.preset("scifi-117M")[0], 1, 5)}  # shape, batch, rounds
 OURS, PEERS = "llmcore", ("transformers Llama", "GPT-2 reference")
 EAGER, COMPILED = "eager fp32", "compiled bf16"
 
@@ -38,14 +38,13 @@ def our_step(shape: ModelConfig, batch_size: int, compiled: bool) -> Callable[[]
         precision="auto" if compiled else "fp32",
     )
     trainer = Trainer(Transformer(shape), RandomText(shape), None, how, tempfile.mkdtemp(), device="cpu")
-    trainer.measured_steps(1)
+    trainer._loss = trainer._compiled()
     return trainer._train_step
 
 
-def peer_step(
-    model: nn.Module, loss: Callable[..., Tensor], shape: ModelConfig, batch_size: int, compiled: bool
-) -> Callable[[], object]:
+def peer_step(peer: str, shape: ModelConfig, batch_size: int, compiled: bool) -> Callable[[], object]:
     """A plain loop around a peer: what its users would write."""
+    model: nn.Module = transformers_llama(shape) if peer == PEERS[0] else GPT(shape)
     data, step = RandomText(shape), iter(range(10**9))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     run = torch.compile(model) if compiled else model
@@ -53,8 +52,9 @@ def peer_step(
     def take() -> None:
         x, y = data.batch(next(step), batch_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=compiled):
-            value = loss(run, x, y)
-        value.backward()
+            # Hugging Face shifts the labels itself
+            loss = run(input_ids=x, labels=x, use_cache=False).loss if peer == PEERS[0] else run(x, y)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -62,26 +62,14 @@ def peer_step(
     return take
 
 
-def llama_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Hugging Face shifts the labels itself."""
-    value: Tensor = model(input_ids=x, labels=x, use_cache=False).loss
-    return value
-
-
-def gpt_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    """The reference takes targets."""
-    value: Tensor = model(x, y)
-    return value
-
-
 def measure(size: str) -> tuple[list[str], list[str]]:
     """Rows of the table, and the targets' ratios in words."""
     shape, batch_size, rounds = SIZES[size]
-    contestants = {}
+    contestants: dict[str, Any] = {}
     for words, compiled in ((EAGER, False), (COMPILED, True)):
-        contestants[f"{OURS}, {words}"] = our_step(shape, batch_size, compiled)
-        for name, make, loss in ((PEERS[0], transformers_llama, llama_loss), (PEERS[1], GPT, gpt_loss)):
-            contestants[f"{name}, {words}"] = peer_step(make(shape), loss, shape, batch_size, compiled)
+        contestants[f"{OURS}, {words}"] = (our_step, shape, batch_size, compiled)
+        for peer in PEERS:
+            contestants[f"{peer}, {words}"] = (peer_step, peer, shape, batch_size, compiled)
     seconds = take_turns(contestants, rounds)
     tokens = batch_size * shape.max_seq_len
     base = f"{OURS}, {COMPILED}"
