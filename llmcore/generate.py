@@ -143,15 +143,15 @@ def _generate(
     **sampling: float | None,
 ) -> Iterator[list[int]]:
     device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
-    longest = max(map(len, prompts))
-    seen = torch.zeros((len(prompts), longest), dtype=torch.int64)
-    padding = torch.ones((len(prompts), longest), dtype=torch.bool)
+    length = longest = max(map(len, prompts))
+    # all that will ever be seen, so that no token needs new memory
+    seen = torch.zeros((len(prompts), longest + max_new_tokens), dtype=torch.int64)
+    padding = torch.zeros_like(seen, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        seen[row, longest - len(prompt) :] = torch.as_tensor(prompt)
-        padding[row, longest - len(prompt) :] = False
+        # a padded place repeats the row's first token, so that the repetition penalty sees nothing new
+        seen[row, :longest] = torch.as_tensor([*[prompt[0]] * (longest - len(prompt)), *prompt])
+        padding[row, : longest - len(prompt)] = True
     padded = bool(padding.any())
-    # a padded place repeats the row's first token, so that the repetition penalty sees nothing new
-    seen = torch.where(padding, torch.as_tensor([[prompt[0]] for prompt in prompts]), seen)
     seen, padding = seen.to(device), padding.to(device)
     generator = torch.Generator(device)
     if seed is None:
@@ -160,23 +160,25 @@ def _generate(
         generator.manual_seed(seed)
     cache = KVCache(model.config, len(prompts), device, model.tok_embeddings.weight.dtype)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    new = seen[:, -context:]
+    start = max(0, longest - context)  # of the tokens to read next
     for _ in range(max_new_tokens):
-        if cache.length + new.shape[1] > context:
-            cache.length, new = 0, seen[:, -max(1, context // 2) :]
+        if cache.length + length - start > context:
+            cache.length, start = 0, length - max(1, context // 2)
         # Not a decorator: inference mode must not leak into the caller between two yields.
         with torch.inference_mode():
-            columns = cache.length + new.shape[1]
-            mask = padding[:, -columns:] if padded else None
-            logits = model.output(model.hidden_states(new, cache, mask)[:, -1])[:, :vocab_size]
-            probabilities = next_token_probabilities(logits, seen, **sampling)  # type: ignore[arg-type]
-            new = torch.multinomial(probabilities, 1, generator=generator)
+            mask = padding[:, start - cache.length : length] if padded else None
+            logits = model.output(model.hidden_states(seen[:, start:length], cache, mask)[:, -1])[:, :vocab_size]
+            if sampling["temperature"] == 0 and sampling["repetition_penalty"] == 1:
+                new = logits.argmax(1)
+            else:
+                probabilities = next_token_probabilities(logits, seen[:, :length], **sampling)  # type: ignore[arg-type]
+                new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             if eos_id is not None:
-                new = torch.where(finished[:, None], eos_id, new)
-                finished |= new[:, 0] == eos_id
-            seen = torch.cat((seen, new), dim=1)
-            padding = torch.cat((padding, torch.zeros_like(new, dtype=torch.bool)), dim=1) if padded else padding
-        yield new[:, 0].tolist()
+                new = torch.where(finished, eos_id, new)
+                finished |= new == eos_id
+            seen[:, length] = new
+        start, length = length, length + 1
+        yield new.tolist()
         if finished.all():
             return
 

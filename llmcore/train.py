@@ -7,6 +7,7 @@ notebook can draw, pause or stop between two steps; `fit()` runs it to the end.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -158,6 +159,8 @@ class Trainer:
             raise TrainingError(
                 f"{shown(self.run_dir)} holds a run already; resume it (resume='latest') or choose another output_dir"
             )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model, self.train_data, self.val_data = model.to(self.device), train_data, val_data
         self.config, self.tokenizer, self.callbacks = config, tokenizer, list(callbacks)
         self.model.gradient_checkpointing = config.gradient_checkpointing
@@ -585,6 +588,18 @@ def always_the_same_sums(device: torch.device) -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(before[0])
         debugging.fill_uninitialized_memory = before[1]
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, instead of asking the system for zeroed pages again.
+
+    An uncompiled step on a CPU gains a tenth. Elsewhere (macOS, Windows, musl) this does nothing.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from llmcore import config
 from llmcore.config import ModelConfig
 from llmcore.generate import generate_ids
 from llmcore.model import Transformer
+from llmcore.quantize import int8_weights
 from tests.benchmarks.peers import machine, ratio, take_turns, transformers_llama
 
 STORIES = ModelConfig(
@@ -20,6 +22,7 @@ STORIES = ModelConfig(
 )
 SIZES = {"15M": STORIES, "117M": config.preset("scifi-117M")[0]}
 PROMPT, NEW, TOGETHER = 16, 64, 16  # tokens, tokens, prompts
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
 
 
 def copy_bandwidth() -> float:
@@ -34,9 +37,11 @@ def copy_bandwidth() -> float:
     return source.nbytes / statistics.median(times)
 
 
-def our_decoding(shape: ModelConfig, count: int) -> Callable[[], object]:
+def our_decoding(shape: ModelConfig, weights: str, count: int) -> Callable[[], object]:
     """Greedy tokens after `count` prompts."""
     model = Transformer(shape).eval()
+    if weights != "float32":
+        model = int8_weights(model) if weights == "int8" else model.bfloat16()
     prompts = torch.randint(4, shape.vocab_size, (count, PROMPT)).tolist()
     return lambda: list(generate_ids(model, prompts, NEW, temperature=0))
 
@@ -49,41 +54,41 @@ def their_decoding(shape: ModelConfig) -> Callable[[], object]:
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
-def measure(size: str, rounds: int = 5) -> tuple[str, list[str]]:
-    """A row of the table, and the targets' figures in words."""
+def measure(size: str, rounds: int = 5) -> tuple[list[str], list[str]]:
+    """Rows of the table, and the targets' figures in words."""
     shape = SIZES[size]
-    seconds = take_turns(
-        {
-            "ours": (our_decoding, shape, 1),
-            "theirs": (their_decoding, shape),
-            "together": (our_decoding, shape, TOGETHER),
-        },
-        rounds,
-    )
+    contestants: dict[str, Any] = {"theirs": (their_decoding, shape)}
+    for weights in BYTES:
+        contestants[weights] = (our_decoding, shape, weights, 1)
+        contestants[f"{weights}, together"] = (our_decoding, shape, weights, TOGETHER)
+    seconds = take_turns(contestants, rounds)
     rate = {name: NEW / statistics.median(times) for name, times in seconds.items()}
-    weights = 4 * (shape.n_params() - (not shape.tie_embeddings) * shape.vocab_size * shape.dim)  # one row is looked up
-    bound = copy_bandwidth() / weights
-    batch = TOGETHER / ratio(seconds, "ours", "together")
-    row = (
-        f"| {size} | {rate['ours']:.0f} | {rate['theirs']:.0f} | {ratio(seconds, 'ours', 'theirs'):.2f} "
-        f"| {bound:.0f} | {rate['ours'] / bound:.0%} | {rate['together'] * TOGETHER:.0f} | {batch:.1f} |"
-    )
-    return row, [
-        f"{size}: {ratio(seconds, 'ours', 'theirs'):.2f}× transformers' generate (target 2.5)",
-        f"{size}: {rate['ours'] / bound:.0%} of what the memory allows (target 50%)",
-        f"{size}: {TOGETHER} prompts at once give {batch:.1f}× the tokens of one (target 6)",
-    ]
+    matrices = shape.n_params() - (not shape.tie_embeddings) * shape.vocab_size * shape.dim  # one row is looked up
+    bandwidth = copy_bandwidth()
+    rows, targets = [f"| {size} | transformers, float32 | {rate['theirs']:.0f} | | | | | |"], []
+    for weights, size_of in BYTES.items():
+        faster, bound = ratio(seconds, weights, "theirs"), bandwidth / (matrices * size_of)
+        batch = TOGETHER / ratio(seconds, weights, f"{weights}, together")
+        rows.append(
+            f"| {size} | llmcore, {weights} | {rate[weights]:.0f} | {faster:.2f} | {bound:.0f} "
+            f"| {rate[weights] / bound:.0%} | {rate[f'{weights}, together'] * TOGETHER:.0f} | {batch:.1f} |"
+        )
+        targets.append(
+            f"{size}, {weights}: {faster:.2f}× transformers' generate (target 2.5), {rate[weights] / bound:.0%} of "
+            f"what the memory allows (target 50%), {TOGETHER} prompts at once {batch:.1f}× the tokens of one (target 6)"
+        )
+    return rows, targets
 
 
 def main() -> None:
     """Print the table and the ratios."""
     print(f"Greedy decoding, {NEW} tokens after {PROMPT}, on {machine()}\n")
-    print("| size | tokens/s | transformers | ratio | memory allows | share | 16 prompts | ratio |")
+    print("| size | who, weights | tokens/s | × transformers | memory allows | share | 16 prompts | × one |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     said = []
     for size in sys.argv[1:] or SIZES:
-        row, targets = measure(size)
-        print(row, flush=True)
+        rows, targets = measure(size)
+        print("\n".join(rows), flush=True)
         said += targets
     print("\n" + "\n".join(f"- {line}" for line in said))
 

@@ -36,14 +36,14 @@ def transformers_llama(shape: ModelConfig) -> LlamaForCausalLM:
 
 
 class GPTBlock(nn.Module):
-    """Pre-norm attention and a GELU feed-forward of four times the width, with biases."""
+    """Pre-norm attention and a GELU feed-forward, with biases."""
 
-    def __init__(self, dim: int, n_heads: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.up, self.down = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, dim) -> the same shape."""
@@ -55,13 +55,16 @@ class GPTBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """A plain GPT-2-like reference of about the same size: learnt positions, LayerNorm, GELU, tied embeddings."""
+    """A plain GPT-2-like reference: learnt positions, LayerNorm, GELU, tied embeddings.
+
+    Its two feed-forward matrices are half as wide again as SwiGLU's three, so that both multiply as much.
+    """
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
         self.tokens = nn.Embedding(shape.vocab_size, shape.dim)
         self.positions = nn.Embedding(shape.max_seq_len, shape.dim)
-        self.blocks = nn.ModuleList(GPTBlock(shape.dim, shape.n_heads) for _ in range(shape.n_layers))
+        self.blocks = nn.ModuleList(GPTBlock(shape.dim, 3 * shape.hidden_dim // 2, shape.n_heads) for _ in range(shape.n_layers))
         self.norm = nn.LayerNorm(shape.dim)
         self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
         self.output.weight = self.tokens.weight
