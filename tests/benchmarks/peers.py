@@ -64,7 +64,8 @@ class GPT(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(shape.vocab_size, shape.dim)
         self.positions = nn.Embedding(shape.max_seq_len, shape.dim)
-        self.blocks = nn.ModuleList(GPTBlock(shape.dim, 3 * shape.hidden_dim // 2, shape.n_heads) for _ in range(shape.n_layers))
+        width = 3 * shape.hidden_dim // 2
+        self.blocks = nn.ModuleList(GPTBlock(shape.dim, width, shape.n_heads) for _ in range(shape.n_layers))
         self.norm = nn.LayerNorm(shape.dim)
         self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
         self.output.weight = self.tokens.weight
