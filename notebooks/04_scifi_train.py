@@ -50,8 +50,9 @@ check_parameters(globals(), names + " max_steps batch_size learning_rate prompt 
 import torch
 
 from llmcore import config, corpus, plots
-from llmcore.checkpoint import find_checkpoint, load_checkpoint, pick_device
+from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.dataset import TokenDataset, prepare_dataset
+from llmcore.device import pick_device
 from llmcore.evaluate import xz_bits_per_byte
 from llmcore.files import read_text, readable_texts, shown, text_name
 from llmcore.model import Transformer

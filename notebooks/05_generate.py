@@ -44,7 +44,8 @@ import time
 import torch
 
 from llmcore import plots, widgets
-from llmcore.checkpoint import load_checkpoint, pick_device
+from llmcore.checkpoint import load_checkpoint
+from llmcore.device import pick_device
 from llmcore.files import shown
 from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
 
