@@ -6,17 +6,14 @@
 | Meta Llama | Meta's own code | | `from_meta` |
 | llama2.c | its C program | `to_llama2c` | |
 | GGUF | llama.cpp and what builds on it | `to_gguf` | |
-
-Names and shapes of the weights are Meta's already. What differs is mostly the rotary embedding: Meta, llama2.c and
-llama.cpp turn neighbours (x0, x1), (x2, x3), … as we do; Hugging Face turns halves (x0, x_d/2), (x1, x_d/2+1), …, so
-rows of wq and wk change places on the way there and back.
 """
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,43 +22,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmcore.checkpoint import Checkpoint, empty_model, fill_model, load_checkpoint, read_tensors
-from llmcore.config import ConfigError, ModelConfig
-from llmcore.device import pick_device
-from llmcore.files import replacing_folder, resolve, shown
-from llmcore.hf_tokenizer import write_hf_tokenizer
-from llmcore.tokenizer import Tokenizer, TokenizerError
+from llmcore.checkpoint import Checkpoint, load_checkpoint
+from llmcore.files import replacing, replacing_folder, resolve, write_atomic
+from llmcore.foreign import from_hf, from_meta
+from llmcore.formats import GGUF_NAMES, HF_FILES, HF_NAMES, FormatError, to_halves, translate
+from llmcore.hf_tokenizer import BPE, UNUSED, why_not_plain_bpe, write_hf_tokenizer
+from llmcore.model import rope_table
+from llmcore.tokenizer import Tokenizer
+
+__all__ = ["FormatError", "from_hf", "from_meta", "to_gguf", "to_hf", "to_llama2c"]
 
 AnyCheckpoint = Checkpoint | str | os.PathLike[str]
-
-HF_FILES = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "README.md",  # these two are written for the Hub
-    "training.png",
-}
-HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-class FormatError(ValueError):
-    """A file that cannot be read, or a model that a format cannot hold. The message names the file and the field."""
 
 
 def _open(checkpoint: AnyCheckpoint) -> Checkpoint:
@@ -74,28 +45,6 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if checkpoint.model.config.tie_embeddings:
         del weights["output.weight"]
     return weights
-
-
-# Hugging Face
-
-
-def _translate(name: str, names: dict[str, str], layer: str) -> str:
-    """A weight's name in another format, from its last parts and the prefix of a layer, such as "blk.{}."."""
-    stem = name.removesuffix(".weight")
-    if stem.startswith("layers."):
-        _, number, stem = stem.split(".", 2)
-        return layer.format(number) + names[stem] + ".weight"
-    return names[stem] + ".weight"
-
-
-def _to_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of wq or wk, (heads * head_dim, dim), from interleaved pairs to halves: first all x, then all y."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _to_pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """The way back from `_to_halves`."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
@@ -120,8 +69,8 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
     weights = {}
     for name, tensor in _weights(checkpoint).items():
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
-            tensor = _to_halves(tensor, config.head_dim)
-        weights[_translate(name, HF_NAMES, "model.layers.{}.")] = tensor.to(dtype or tensor.dtype).contiguous()
+            tensor = to_halves(tensor, config.head_dim)
+        weights[translate(name, HF_NAMES, "model.layers.{}.")] = tensor.to(dtype or tensor.dtype).contiguous()
     kind = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     ids = {} if tokenizer is None else {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
     ids = {name: id for name, id in ids.items() if id >= 0}
@@ -156,188 +105,172 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
     return folder
 
 
-def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: int | None = None) -> Checkpoint:
-    """Open a Hugging Face folder with a Llama as our model.
+# llama2.c
+
+
+def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: bool = False) -> Path:
+    """Write llama2.c's format, version 0: the model in float32, and its `tokenizer.bin` in the same folder.
+
+    Three numbers are built into its C program: a text begins with id 1, and ends where that comes again; a character
+    without a piece is spelled with ids 3 + byte; RMSNorm adds 1e-5. With `adapt`, ids and weights are made to suit:
+    1 is our eos (with which a text begins here too), 3 to 258 are the bytes, and the residual stream is scaled so
+    that 1e-5 there has the effect of our norm_eps here. Without it, ids and weights are as they are.
+
+    Before a prompt, the program puts a space.
 
     Args:
-        folder: config.json and safetensors, in one file or sharded; tokenizer.model if it is to have a tokenizer.
-        device: "auto", "cpu", "cuda" or "mps".
-        max_seq_len: the longest window. None: the folder's `max_position_embeddings`.
+        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        file: such as model.bin; replaced if it is there.
+        adapt: suit the C program rather than a reader of one's own.
 
     Returns:
-        The model with weights in the dtype they are stored in, and its tokenizer, or None (with a warning) where
-        that is not SentencePiece. Step 0.
+        The file: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, negative if the output matrix
+        follows at the end, and max_seq_len), then the tensors.
 
     Raises:
-        FormatError: for what our model does not have, by name: other architectures, biases, other rotary embeddings,
-            quantised weights.
-        CheckpointError: for weights that are missing, too many or of another shape.
+        CheckpointError: if there is no such checkpoint.
+        FormatError: for a model that the format cannot hold.
     """
-    folder = resolve(folder)
-    found = _read_json(folder / "config.json")
-    config = _config_from_hf(found, folder, max_seq_len)
-    assert config.head_dim
-    names = {_translate(name, HF_NAMES, "model.layers.{}."): name for name in empty_model(config).state_dict()}
-    weights = {}
-    for name, tensor in _read_safetensors(folder).items():
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
-            continue  # computed, or said already
-        if (
-            name.endswith(("q_proj.weight", "k_proj.weight"))
-            and tensor.dim() == 2
-            and not len(tensor) % config.head_dim
-        ):
-            tensor = _to_pairs(tensor, config.head_dim)
-        weights[names.get(name, name)] = tensor
-    return _checkpoint(config, weights, folder, folder / "model.safetensors", device)
-
-
-def _config_from_hf(found: dict[str, Any], folder: Path, max_seq_len: int | None) -> ModelConfig:
-    """Our configuration from theirs; defaults are those of transformers' LlamaConfig.
-
-    Raises:
-        FormatError: naming every field that our model cannot follow.
-    """
-    rope = found.get("rope_parameters") or {}
-    scaling = found.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    fits = {
-        "model_type": (found.get("model_type"), "llama"),
-        "hidden_act": (found.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (found.get("attention_bias", False), False),
-        "mlp_bias": (found.get("mlp_bias", False), False),
-        "rope_type": (rope_type, "default"),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1)) or 1, 1),
-        "quantization_config": (found.get("quantization_config"), None),
-    }
-    wrong = [
-        f"{name}={value!r}, and only {only!r} is supported" for name, (value, only) in fits.items() if value != only
-    ]
-    if wrong:
-        raise FormatError(f"{shown(folder / 'config.json')} describes a model that is not ours: " + "; ".join(wrong))
-    try:
-        return ModelConfig(
-            vocab_size=found["vocab_size"],
-            dim=found["hidden_size"],
-            hidden_dim=found["intermediate_size"],
-            n_layers=found["num_hidden_layers"],
-            n_heads=found["num_attention_heads"],
-            n_kv_heads=found.get("num_key_value_heads"),
-            head_dim=found.get("head_dim"),
-            norm_eps=found.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or found.get("rope_theta") or 10_000.0,
-            max_seq_len=max_seq_len or found.get("max_position_embeddings", 2048),
-            tie_embeddings=found.get("tie_word_embeddings", False),
+    checkpoint, file = _open(checkpoint), resolve(file)
+    config, tokenizer, weights = checkpoint.model.config, checkpoint.tokenizer, _weights(checkpoint)
+    assert config.head_dim and config.hidden_dim and config.n_kv_heads
+    if config.dim != config.n_heads * config.head_dim or config.rope_theta != 10_000:
+        raise FormatError(
+            f"llama2.c has no room for head_dim={config.head_dim}, rope_theta={config.rope_theta:g}: "
+            f"it computes with dim / n_heads = {config.dim / config.n_heads:g} and 10000"
         )
-    except (KeyError, ConfigError) as error:
-        raise FormatError(f"{shown(folder / 'config.json')} cannot be used: {error}") from None
+    ids = list(range(config.vocab_size))  # which of our ids is at each place
+    if adapt:
+        # the stream is so many times as large; all it meets are norms, but for eps they do not care
+        scale = math.sqrt(1e-5 / config.norm_eps)
+        for name in weights:
+            if name == "tok_embeddings.weight" or name.endswith(("wo.weight", "w2.weight")):
+                weights[name] = weights[name].float() * scale
+        if config.tie_embeddings:
+            weights["norm.weight"] = weights["norm.weight"].float() / scale
+        if tokenizer is not None:
+            ids = _ids_of_its_program(tokenizer, config.vocab_size)
+            for name in {"tok_embeddings.weight", "output.weight"} & set(weights):
+                weights[name] = weights[name][ids]
+    tensors = [weights["tok_embeddings.weight"]]
+    for part in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm"):
+        tensors += [weights[f"layers.{layer}.{part}.weight"] for layer in range(config.n_layers)]
+    for part in ("w1", "w2", "w3"):
+        tensors += [weights[f"layers.{layer}.feed_forward.{part}.weight"] for layer in range(config.n_layers)]
+    tensors += [weights["norm.weight"], *rope_table(config.head_dim, config.max_seq_len, config.rope_theta)]
+    if not config.tie_embeddings:
+        tensors.append(weights["output.weight"])
+    sizes = (config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads)
+    vocab_size = config.vocab_size if config.tie_embeddings else -config.vocab_size
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary, open(temporary, "wb") as out:
+        out.write(struct.pack("<7i", *sizes, vocab_size, config.max_seq_len))
+        for tensor in tensors:
+            tensor.float().numpy().astype("<f4").tofile(out)
+    if tokenizer is not None:
+        write_atomic(file.with_name("tokenizer.bin"), _llama2c_tokenizer(tokenizer, ids))
+    return file
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{shown(file)} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{shown(file)} cannot be read: it holds no fields")
+def _ids_of_its_program(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Our ids in the order of Llama's first tokenizer: unknown, begin, end, the bytes, and all the rest."""
+    first = [tokenizer.unk_id, tokenizer.eos_id, tokenizer.bos_id]
+    first += [id for id in range(tokenizer.vocab_size) if tokenizer.is_byte(id)]
+    return first + sorted(set(range(vocab_size)) - set(first))
+
+
+def _llama2c_tokenizer(tokenizer: Tokenizer, ids: list[int]) -> bytes:
+    """tokenizer.bin: the longest piece's length, then for each id its score, its length and its bytes."""
+    proto = tokenizer.model_proto()
+    if (reason := why_not_plain_bpe(proto)) or len(tokenizer.encode(" ")) != 1:
+        warnings.warn(
+            f"llama2.c's program will not cut prompts as the tokenizer does: it {reason or 'has no piece for a space'}",
+            stacklevel=3,
+        )
+    pieces, scores = [], []
+    for id in ids:
+        known = id < tokenizer.vocab_size  # a model may have more ids than its tokenizer
+        text = tokenizer.id_to_piece(id) if known else f"<unused{id}>"
+        plain = known and not tokenizer.is_byte(id) and tokenizer.id_to_bytes(id)
+        pieces.append(plain or text.encode())
+        scores.append(proto.pieces[id].score if known else -1e9)
+    content = struct.pack("<i", max(map(len, pieces)))
+    for score, piece in zip(scores, pieces, strict=True):
+        content += struct.pack("<fi", score, len(piece)) + piece
     return content
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, in one file or in the shards that an index names."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.exists():
-        places = _read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(Path(str(file)).name == file for file in places.values()):
-            raise FormatError(f"{shown(index)} cannot be read: weight_map must give each tensor the name of a file")
-        files = sorted(set(places.values()))
-    elif not (folder / files[0]).exists():
-        raise FormatError(
-            f"{shown(folder)} holds no model.safetensors; "
-            "save it with transformers' model.save_pretrained(folder), which writes that"
-        )
-    return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
+# GGUF
 
 
-def _checkpoint(config: ModelConfig, weights: dict[str, Tensor], folder: Path, source: Path, device: str) -> Checkpoint:
-    """A foreign folder's weights, by our names, as a checkpoint, with its tokenizer if that is SentencePiece."""
-    kinds = {tensor.dtype for tensor in weights.values()}
-    if odd := [kind for kind in kinds if kind not in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]:
-        raise FormatError(f"{shown(source)} holds weights of {odd[0]}; quantised weights are not supported")
-    widest = functools.reduce(torch.promote_types, kinds, next(iter(kinds), torch.float32))
-    model = empty_model(config)
-    fill_model(model, {name: tensor.to(widest) for name, tensor in weights.items()}, source)
-    tokenizer, file = None, folder / "tokenizer.model"
-    try:
-        tokenizer = Tokenizer(file)
-    except (FileNotFoundError, TokenizerError):
-        warnings.warn(
-            f"{shown(folder)} has no SentencePiece tokenizer.model, so .tokenizer is None: turn text into ids with "
-            f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}), and call the model with ids",
-            stacklevel=3,
-        )
-    model = model.to(pick_device(device)).eval()
-    return Checkpoint(model, tokenizer, {"model": config.to_dict(), "step": 0}, 0, folder)
+def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:
+    """Write a GGUF file, which llama.cpp and what builds on it run: weights and tokenizer in one.
 
-
-# Meta
-
-META_PARAMS = {
-    "dim",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "vocab_size",
-    "multiple_of",
-    "ffn_dim_multiplier",
-    "norm_eps",
-    "rope_theta",
-    "use_scaled_rope",
-    "max_batch_size",
-    "max_seq_len",
-    "model_parallel_size",
-}
-
-
-def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: int = 2048) -> Checkpoint:
-    """Open a folder as Meta publishes Llama: params.json, consolidated.00.pth, tokenizer.model.
+    llama.cpp turns spaces into U+2581 before it cuts a text, so a U+2581 in the text becomes a space there.
 
     Args:
-        folder: of a model in one piece; those of 13B and more come in several.
-        device: "auto", "cpu", "cuda" or "mps".
-        max_seq_len: the longest window, which Meta's files do not say.
-
-    Returns:
-        As `from_hf` does.
+        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        file: such as model.gguf; replaced if it is there.
+        dtype: of the matrices, torch.float32 or torch.float16. The norms are always float32.
 
     Raises:
-        FormatError: if a file is missing or no such file, or the model has what ours has not, by name.
-        CheckpointError: for weights that are missing, too many or of another shape.
+        CheckpointError: if there is no such checkpoint.
+        FormatError: for another dtype, or a tokenizer that is not BPE.
     """
-    folder = resolve(folder)
-    params, file = _read_json(folder / "params.json"), folder / "consolidated.00.pth"
-    wrong = [f"{name}={value!r}" for name, value in params.items() if name not in META_PARAMS]
-    wrong += ["use_scaled_rope=True"] if params.get("use_scaled_rope") else []
-    wrong += ["weights in several pieces"] if (folder / "consolidated.01.pth").exists() else []
-    if wrong:
-        raise FormatError(f"{shown(folder)} has what is not supported: " + "; ".join(wrong))
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # tensors only, never code
-        weights = {str(name): tensor for name, tensor in weights.items() if name != "rope.freqs"}
-        config = ModelConfig(
-            vocab_size=len(weights["tok_embeddings.weight"]),  # params.json says -1 in places
-            dim=params["dim"],
-            hidden_dim=len(weights["layers.0.feed_forward.w1.weight"]),  # and gives only a recipe for this
-            n_layers=params["n_layers"],
-            n_heads=params["n_heads"],
-            n_kv_heads=params.get("n_kv_heads"),
-            norm_eps=params.get("norm_eps", 1e-5),
-            rope_theta=params.get("rope_theta", 10_000.0),
-            max_seq_len=max_seq_len,
-            tie_embeddings="output.weight" not in weights,
+    import gguf  # here, because only this function needs it
+
+    kinds = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.float16: gguf.LlamaFileType.MOSTLY_F16}
+    if dtype not in kinds:
+        raise FormatError(f"dtype={dtype} must be torch.float32 or torch.float16 in a GGUF file")
+    checkpoint, file = _open(checkpoint), resolve(file)
+    config, tokenizer = checkpoint.model.config, checkpoint.tokenizer
+    assert config.head_dim and config.hidden_dim and config.n_kv_heads
+    if tokenizer is not None and tokenizer.model_proto().trainer_spec.model_type != BPE:
+        raise FormatError(
+            "llama.cpp cuts text as BPE does, and the tokenizer is of another kind; train one that is BPE"
         )
-    except Exception as error:  # torch raises whatever its reader meets
-        first = str(error).split("\n")[0]
-        raise FormatError(f"{shown(file)} or params.json cannot be read: {type(error).__name__}: {first}") from None
-    return _checkpoint(config, weights, folder, file, device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        writer = gguf.GGUFWriter(temporary, "llama")
+        writer.add_name(checkpoint.path.parent.name)
+        writer.add_file_type(kinds[dtype])
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(config.max_seq_len)
+        writer.add_embedding_length(config.dim)
+        writer.add_block_count(config.n_layers)
+        writer.add_feed_forward_length(config.hidden_dim)
+        writer.add_head_count(config.n_heads)
+        writer.add_head_count_kv(config.n_kv_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        _add_tokenizer(writer, tokenizer, config.vocab_size)
+        for name, tensor in _weights(checkpoint).items():
+            kind = dtype if tensor.dim() == 2 else torch.float32
+            writer.add_tensor(translate(name, GGUF_NAMES, "blk.{}."), tensor.to(kind).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return file
+
+
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """The vocabulary: pieces, scores and types are SentencePiece's own."""
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+        return
+    proto = tokenizer.model_proto()
+    more = range(len(proto.pieces), vocab_size)  # a model may have more ids than its tokenizer
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*(part.piece.encode() for part in proto.pieces), *(f"<unused{id}>".encode() for id in more)])
+    writer.add_token_scores([*(part.score for part in proto.pieces), *(-1e9 for _ in more)])
+    writer.add_token_types([*(part.type for part in proto.pieces), *(UNUSED for _ in more)])
+    for name in ("bos", "eos", "unk", "pad"):
+        if getattr(tokenizer, f"{name}_id") >= 0:
+            getattr(writer, f"add_{name}_token_id")(getattr(tokenizer, f"{name}_id"))
+    writer.add_add_bos_token(False)  # texts are not begun with it in training either
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -16,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
-from llmcore.export import FormatError, from_hf, from_meta, to_hf
+from llmcore.export import FormatError, from_hf, from_meta, to_gguf, to_hf, to_llama2c
 from llmcore.generate import generate_ids
 from llmcore.tokenizer import Tokenizer, train_tokenizer
 
@@ -362,3 +370,236 @@ def test_a_meta_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) ->
     with pytest.raises(FormatError, match=r"consolidated\.00\.pth or params\.json cannot be read"):
         from_meta(tmp_path)
     assert not (tmp_path / "boom").exists()
+
+
+# llama2.c
+
+
+def llama2c_logits(file: Path, tokens: list[int], eps: float) -> np.ndarray:
+    """Logits (time, vocab_size) of a version-0 file in float64, from nothing but its description."""
+    content = file.read_bytes()
+    dim, hidden, layers, heads, kv_heads, vocab, seq_len = struct.unpack("<7i", content[:28])
+    numbers = iter(np.frombuffer(content[28:], "<f4").astype(np.float64))
+
+    def take(*shape: int) -> np.ndarray:
+        return np.fromiter(itertools.islice(numbers, math.prod(shape)), np.float64, math.prod(shape)).reshape(shape)
+
+    size, shared, vocab = dim // heads, vocab > 0, abs(vocab)
+    embedding, att_norm = take(vocab, dim), take(layers, dim)
+    wq, wk, wv = take(layers, dim, dim), take(layers, kv_heads * size, dim), take(layers, kv_heads * size, dim)
+    wo, ffn_norm = take(layers, dim, dim), take(layers, dim)
+    w1, w2, w3 = take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
+    last_norm, cos, sin = take(dim), take(seq_len, size // 2), take(seq_len, size // 2)
+    classifier = embedding if shared else take(vocab, dim)
+    assert next(numbers, None) is None, "bytes are left over"
+
+    def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+    def rotate(x: np.ndarray) -> np.ndarray:  # (time, heads, size), as complex numbers
+        turned = x.reshape(*x.shape[:-1], -1, 2) @ [1, 1j] * (cos + 1j * sin)[: len(x), None]
+        return np.stack((turned.real, turned.imag), -1).reshape(x.shape)
+
+    x = embedding[tokens]
+    time = len(tokens)
+    for layer in range(layers):
+        h = norm(x, att_norm[layer])
+        q = rotate((h @ wq[layer].T).reshape(time, heads, size))
+        k = rotate((h @ wk[layer].T).reshape(time, kv_heads, size))
+        v = (h @ wv[layer].T).reshape(time, kv_heads, size)
+        out = np.zeros((time, heads, size))
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            scores = q[:, head] @ k[:, kv].T / math.sqrt(size)
+            scores[np.triu_indices(time, 1)] = -np.inf
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, kv]
+        x = x + out.reshape(time, dim) @ wo[layer].T
+        h = norm(x, ffn_norm[layer])
+        gate = h @ w1[layer].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w3[layer].T)) @ w2[layer].T
+    return norm(x, last_norm) @ classifier.T
+
+
+def llama2c_pieces(file: Path, count: int) -> list[tuple[float, bytes]]:
+    """Scores and pieces of a tokenizer.bin."""
+    content = file.read_bytes()
+    (longest,), at, found = struct.unpack("<i", content[:4]), 4, []
+    for _ in range(count):
+        score, length = struct.unpack("<fi", content[at : at + 8])
+        found.append((score, content[at + 8 : at + 8 + length]))
+        at += 8 + length
+    assert at == len(content) and longest == max(len(piece) for _, piece in found)
+    return found
+
+
+@matrix
+def test_a_llama2c_file_read_by_its_description_computes_the_same(
+    shape: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours = made(tokenizer, dtype, **shape)
+    file = to_llama2c(ours, tmp_path / "model.bin")
+    ids = random_ids(1, 70, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        logits = ours.model.float()(ids)[0].numpy()
+    np.testing.assert_allclose(llama2c_logits(file, ids[0].tolist(), eps=1e-6), logits, rtol=0, atol=1e-5)
+    pieces = llama2c_pieces(tmp_path / "tokenizer.bin", tokenizer.vocab_size)
+    assert pieces[tokenizer.encode("玄德")[0]][1] == "玄德".encode()
+    assert (pieces[2][1], pieces[4][1], pieces[5][1]) == (b"<s>", b"\n", b"<0x00>")
+    assert pieces[tokenizer.encode(" ")[0]][1] == b" "
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "tokenizer.bin"]
+
+
+@matrix
+def test_adapted_to_its_program_the_same_logits_come_under_its_ids(
+    shape: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Its program adds 1e-5 in RMSNorm where this model adds 1e-6; small embeddings make that matter."""
+    ours = made(tokenizer, dtype, **shape, vocab_size=tokenizer.vocab_size + 5)
+    with torch.no_grad():
+        ours.model.tok_embeddings.weight *= 0.05
+    file = to_llama2c(ours, tmp_path / "model.bin", adapt=True)
+    places = llama2c_pieces(tmp_path / "tokenizer.bin", tokenizer.vocab_size + 5)
+    assert [piece for _, piece in places[:4]] == [b"<unk>", b"</s>", b"<s>", b"<0x00>"]
+    assert places[3 + 0xE4][1] == b"<0xE4>" and places[-1][1] == b"<unused4004>"
+    by_piece = {piece: place for place, (_, piece) in enumerate(places)}
+    assert len(by_piece) == len(places)
+    own = llama2c_pieces(to_llama2c(ours, tmp_path / "own" / "model.bin").with_name("tokenizer.bin"), len(places))
+    place = [by_piece[piece] for _, piece in own]
+    ids = random_ids(1, 50, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        logits = ours.model.float()(ids)[0].numpy()
+    found = llama2c_logits(file, [place[id] for id in ids[0]], eps=1e-5)[:, place]
+    np.testing.assert_allclose(found, logits, rtol=0, atol=2e-5)
+    unscaled = llama2c_logits(tmp_path / "own" / "model.bin", ids[0].tolist(), eps=1e-5)
+    assert np.abs(unscaled - logits).max() > 1e-3
+
+
+# The C program as of July 2023, which knows no grouped queries, in a source package with a fixed hash (MIT licence)
+RUN_C = "llamac2py==0.1.4 --hash=sha256:87f55b96ba0a9d7430d84578d947bde4ae2c76a54528bee0dbad0dc7fc9aa2ae\n"
+
+
+@pytest.fixture(scope="module")
+def run_c(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama2.c's own program, compiled."""
+    folder = tmp_path_factory.mktemp("llama2c")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (folder / "requirements.txt").write_text(RUN_C)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary=:all:", "--require-hashes"]
+    done = subprocess.run([*pip, "-d", folder, "-r", folder / "requirements.txt"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"llama2.c's program cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
+    [archive] = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        files.extract("llamac2py-0.1.4/run.c", folder, filter="data")
+    source, program = folder / "llamac2py-0.1.4" / "run.c", folder / "run"
+    subprocess.run([compiler, "-O2", "-o", program, source, "-lm"], check=True, capture_output=True)
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["", "The old captain wat", "another line\nof the rain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tie", [True, False])
+def test_llama2c_itself_writes_the_same(
+    tie: bool, dtype: torch.dtype, prompt: str, english: Path, run_c: Path, tmp_path: Path
+) -> None:
+    tokenizer = train_tokenizer(sorted(english.glob("*.txt")), tmp_path / "english", 400, character_coverage=1.0)
+    ours = made(tokenizer, dtype, tie_embeddings=tie)
+    to_llama2c(ours, tmp_path / "model.bin", adapt=True)
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    steps = len(ids) - 1 + 64
+    done = subprocess.run([run_c, "model.bin", "0", str(steps), prompt], cwd=tmp_path, capture_output=True, check=True)
+    ids += [id for [id] in generate_ids(ours.model.float(), [ids], 64, temperature=0)]
+    expected = b"".join(
+        tokenizer.id_to_piece(id).encode() if tokenizer.is_byte(id) or id < 4 else tokenizer.id_to_bytes(id)
+        for id in ids[1:]
+    )
+    written = done.stdout.removeprefix(b"<s>\n").split(b"\nachieved tok/s")[0]
+    assert written == expected
+
+
+def test_what_llama2c_cannot_hold_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for wrong in ({"head_dim": 14}, {"rope_theta": 500.0}):
+        with pytest.raises(FormatError, match="no room for head_dim="):
+            to_llama2c(made(None, **wrong), tmp_path / "model.bin")
+    assert not list(tmp_path.iterdir())
+
+
+# GGUF
+
+
+class LlamaCpp:
+    """llama.cpp's server with one model, on this machine's own address, computing in float32."""
+
+    def __init__(self, file: Path) -> None:
+        self.xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp comes as a wheel for Linux only")
+        types = self.xllamacpp.ggml_type
+        settings = self.xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel = str(file), CONTEXT, 1
+        settings.warmup, settings.fit_params, settings.verbosity = False, False, -1
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+        settings.cache_type_k = settings.cache_type_v = types.GGML_TYPE_F32
+        settings.flash_attn_type = self.xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = self.xllamacpp.Server(settings)
+
+    def ask(self, what: str, **question: Any) -> Any:
+        url, body = f"{self.server.listening_address}/{what}", json.dumps(question).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.ask("tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@matrix
+def test_llama_cpp_computes_and_writes_the_same(
+    shape: dict[str, Any], dtype: torch.dtype, stored: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours = made(tokenizer, dtype, **shape)
+    theirs = LlamaCpp(to_gguf(ours, tmp_path / "model.gguf", stored))
+    prompt = random_ids(1, 6, vocab_size=tokenizer.vocab_size, seed=1)[0].tolist()
+    answer = theirs.ask("completion", prompt=prompt, n_predict=64, temperature=0, return_tokens=True, n_probs=10)
+    with torch.no_grad():
+        for parameter in ours.model.float().parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.to(stored))
+        odds = ours.model(torch.tensor([prompt]))[0, -1].log_softmax(0)
+    for top in answer["completion_probabilities"][0]["top_logprobs"]:
+        assert abs(top["logprob"] - odds[top["id"]]) < (1e-4 if stored == torch.float32 else 2e-2)
+    assert answer["tokens"] == greedy(ours, prompt, 64)
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=TEXT)
+@example(text="<s></s><unk><pad><0x0A>")
+@example(text="  两个空格  \n\n 行首 \t制表　全角\r\n")
+def test_llama_cpp_cuts_text_into_the_same_ids(text: str, llama_cpp: LlamaCpp, tokenizer: Tokenizer) -> None:
+    text = text.replace("▁", "")  # a space to it
+    assert llama_cpp.tokenize(text) == tokenizer.encode(text)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
+    return LlamaCpp(to_gguf(made(tokenizer), tmp_path_factory.mktemp("gguf") / "model.gguf"))
+
+
+def test_other_head_sizes_run_in_llama_cpp_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer, head_dim=16, n_kv_heads=2, rope_theta=500.0, norm_eps=1e-3, vocab_size=4100)
+    theirs = LlamaCpp(to_gguf(ours, tmp_path / "model.gguf"))
+    answer = theirs.ask("completion", prompt=[300, 301], n_predict=64, temperature=0, return_tokens=True)
+    assert answer["tokens"] == greedy(ours, [300, 301], 64)
+
+
+def test_what_a_gguf_file_cannot_hold_is_refused(english: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"dtype=torch\.int8 must be torch\.float32 or torch\.float16"):
+        to_gguf(made(None), tmp_path / "model.gguf", torch.int8)
+    files = sorted(english.glob("*.txt"))
+    unigram = train_tokenizer(files, tmp_path / "one", 350, character_coverage=1.0, model_type="unigram")
+    with pytest.raises(FormatError, match="llama.cpp cuts text as BPE does"):
+        to_gguf(made(unigram), tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
