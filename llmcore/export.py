@@ -35,7 +35,8 @@ __all__ = ["FormatError", "from_hf", "from_meta", "to_gguf", "to_hf", "to_llama2
 AnyCheckpoint = Checkpoint | str | os.PathLike[str]
 
 
-def _open(checkpoint: AnyCheckpoint) -> Checkpoint:
+def open_checkpoint(checkpoint: AnyCheckpoint) -> Checkpoint:
+    """A checkpoint as it is, or the one that `load_checkpoint` finds, on the CPU."""
     return checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, device="cpu")
 
 
@@ -63,7 +64,7 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
         CheckpointError: if there is no such checkpoint.
         FileExistsError: if the folder holds something else.
     """
-    checkpoint, folder = _open(checkpoint), resolve(folder)
+    checkpoint, folder = open_checkpoint(checkpoint), resolve(folder)
     config, tokenizer = checkpoint.model.config, checkpoint.tokenizer
     assert config.head_dim
     weights = {}
@@ -131,7 +132,7 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
         CheckpointError: if there is no such checkpoint.
         FormatError: for a model that the format cannot hold.
     """
-    checkpoint, file = _open(checkpoint), resolve(file)
+    checkpoint, file = open_checkpoint(checkpoint), resolve(file)
     config, tokenizer, weights = checkpoint.model.config, checkpoint.tokenizer, _weights(checkpoint)
     assert config.head_dim and config.hidden_dim and config.n_kv_heads
     if config.dim != config.n_heads * config.head_dim or config.rope_theta != 10_000:
@@ -222,7 +223,7 @@ def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torc
     kinds = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.float16: gguf.LlamaFileType.MOSTLY_F16}
     if dtype not in kinds:
         raise FormatError(f"dtype={dtype} must be torch.float32 or torch.float16 in a GGUF file")
-    checkpoint, file = _open(checkpoint), resolve(file)
+    checkpoint, file = open_checkpoint(checkpoint), resolve(file)
     config, tokenizer = checkpoint.model.config, checkpoint.tokenizer
     assert config.head_dim and config.hidden_dim and config.n_kv_heads
     if tokenizer is not None and tokenizer.model_proto().trainer_spec.model_type != BPE:
