@@ -167,7 +167,7 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
     with replacing(file) as temporary, open(temporary, "wb") as out:
         out.write(struct.pack("<7i", *sizes, vocab_size, config.max_seq_len))
         for tensor in tensors:
-            tensor.float().numpy().astype("<f4").tofile(out)
+            tensor.float().numpy().astype("<f4", copy=False).tofile(out)
     if tokenizer is not None:
         write_atomic(file.with_name("tokenizer.bin"), _llama2c_tokenizer(tokenizer, ids))
     return file
@@ -175,6 +175,8 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
 
 def _ids_of_its_program(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Our ids in the order of Llama's first tokenizer: unknown, begin, end, the bytes, and all the rest."""
+    if (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2) and tokenizer.is_byte(3):
+        return list(range(vocab_size))  # it is one of those
     first = [tokenizer.unk_id, tokenizer.eos_id, tokenizer.bos_id]
     first += [id for id in range(tokenizer.vocab_size) if tokenizer.is_byte(id)]
     return first + sorted(set(range(vocab_size)) - set(first))
@@ -195,10 +197,8 @@ def _llama2c_tokenizer(tokenizer: Tokenizer, ids: list[int]) -> bytes:
         plain = known and not tokenizer.is_byte(id) and tokenizer.id_to_bytes(id)
         pieces.append(plain or text.encode())
         scores.append(proto.pieces[id].score if known else -1e9)
-    content = struct.pack("<i", max(map(len, pieces)))
-    for score, piece in zip(scores, pieces, strict=True):
-        content += struct.pack("<fi", score, len(piece)) + piece
-    return content
+    rows = [struct.pack("<fi", score, len(piece)) + piece for score, piece in zip(scores, pieces, strict=True)]
+    return struct.pack("<i", max(map(len, pieces))) + b"".join(rows)
 
 
 # GGUF

@@ -159,8 +159,8 @@ def replacing_folder(folder: Path, known: Container[str]) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
-            fsync(file)
+        for path in (*temporary.iterdir(), temporary):
+            fsync(path)
         if folder.exists():
             os.rename(folder, doomed)
         os.rename(temporary, folder)

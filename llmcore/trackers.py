@@ -103,7 +103,7 @@ def _wandb(project: str, run_dir: Path, config: Event, first_step: int) -> Calla
         resume="allow",
         dir=run_dir,
         config=config,
-        settings=wandb.Settings(console="off"),  # cells print as ever
+        settings=wandb.Settings(console="off", init_timeout=30),  # cells print as ever; seconds to wait for the network
     )
 
     def send(event: Event) -> None:

@@ -66,7 +66,8 @@ from llmcore.widgets import TrainingDashboard
 
 device = str(pick_device(device))
 start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
-_ = new_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe
+_ = new_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe,
+_ = tracker_callback(tracker, project, output_dir)  # as is a tracker that is not installed
 
 # %% [markdown]
 # ## The parts

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -519,6 +520,25 @@ def test_llama2c_itself_writes_the_same(
     )
     written = done.stdout.removeprefix(b"<s>\n").split(b"\nachieved tok/s")[0]
     assert written == expected
+
+
+def test_a_tokenizer_with_llamas_own_ids_keeps_them_when_adapted(english: Path, tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        input=sorted(map(str, english.glob("*.txt"))), model_prefix=str(tmp_path / "llama"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "llama.model")
+    with pytest.warns(UserWarning, match="changes text before cutting it"):
+        to_llama2c(made(tokenizer), tmp_path / "model.bin", adapt=True)
+    pieces = [piece for _, piece in llama2c_pieces(tmp_path / "tokenizer.bin", 400)]
+    assert pieces[:4] == [b"<unk>", b"<s>", b"</s>", b"<0x00>"]
+    with pytest.warns(UserWarning, match=r"no tokenizer\.json"):
+        folder = to_hf(made(tokenizer), tmp_path / "hf")
+    assert "pad_token_id" not in json.loads((folder / "config.json").read_text())
+    theirs = LlamaCpp(to_gguf(made(tokenizer), tmp_path / "model.gguf"))
+    for text in ("The old captain", "a  b", "x"):
+        assert theirs.tokenize(text) == tokenizer._processor.encode(text)
 
 
 def test_what_llama2c_cannot_hold_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
