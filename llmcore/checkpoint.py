@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmcore.config import ModelConfig
+from llmcore.device import pick_device
 from llmcore.files import fsync, resolve, sha256_file, shown, write_atomic
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
@@ -51,23 +52,6 @@ class Checkpoint:
     config: dict[str, Any]
     step: int
     path: Path
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """The device meant: "auto" is CUDA where there is one, else Apple's MPS, else the CPU.
-
-    Raises:
-        ValueError: for a device that is unknown or that this machine lacks.
-    """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
-    kind = str(device).split(":")[0]
-    if kind not in available:
-        raise ValueError(f"device={device!r} must be auto, cpu, cuda or mps")
-    if not available[kind]:
-        raise ValueError(f"device={device!r} is not available here; use auto or cpu")
-    return torch.device(device)
 
 
 def save_checkpoint(
@@ -294,13 +278,19 @@ def load_checkpoint(folder_or_run: str | os.PathLike[str], which: str = "latest"
         model_config, step = ModelConfig.from_dict(config["model"]), int(config["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{shown(path / 'config.json')} cannot be used: {error!r}") from None
-    with torch.device("meta"):  # no time lost on initial values, nor the random state touched
-        model = Transformer(model_config)
-    model.reset_rope()
+    model = empty_model(model_config)
     load_weights(model, path)
     tokenizer_file = path / "tokenizer.model"
     tokenizer = Tokenizer(tokenizer_file) if tokenizer_file.exists() else None
     return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, step, path)
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """A model whose weights are still to come: no time lost on initial values, nor the random state touched."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.reset_rope()
+    return model
 
 
 def load_weights(model: Transformer, path: Path) -> None:
@@ -309,7 +299,15 @@ def load_weights(model: Transformer, path: Path) -> None:
     Raises:
         CheckpointError: naming tensors that are missing, too many or of another shape.
     """
-    weights = read_tensors(path / "model.safetensors")
+    fill_model(model, read_tensors(path / "model.safetensors"), path / "model.safetensors")
+
+
+def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> None:
+    """Give a model its weights, by our names; a tied output matrix need not be among them.
+
+    Raises:
+        CheckpointError: naming the source, and tensors that are missing, too many or of another shape.
+    """
     if model.config.tie_embeddings and "tok_embeddings.weight" in weights:
         weights["output.weight"] = weights["tok_embeddings.weight"]
     own = model.state_dict()
@@ -321,7 +319,7 @@ def load_weights(model: Transformer, path: Path) -> None:
         if name in weights and weights[name].shape != own[name].shape
     ]
     if wrong:
-        raise CheckpointError(f"{shown(path / 'model.safetensors')} does not fit the model: " + "; ".join(wrong[:8]))
+        raise CheckpointError(f"{shown(source)} does not fit the model: " + "; ".join(wrong[:8]))
     model.load_state_dict(weights, assign=model.tok_embeddings.weight.is_meta)
     if model.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 # Relative paths start here; tests and parallel runs set the variable to keep their files apart.
@@ -118,19 +120,54 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file or nothing: to a temporary sibling, flushed to disk, then renamed over the old one."""
-    path = Path(path)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to. On success it is flushed to disk and takes the path's place, else it goes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a whole file or nothing: to a temporary sibling, flushed to disk, then renamed over the old one."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, known: Container[str]) -> Iterator[Path]:
+    """A temporary folder to fill. On success it is flushed to disk and takes the folder's place, else it goes.
+
+    Args:
+        folder: need not exist, nor its parents.
+        known: names of files that an earlier export may have left there; they go.
+
+    Raises:
+        FileExistsError: before anything is written, if the folder holds other files: they would be lost.
+    """
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.exists() else []
+    if strangers:
+        raise FileExistsError(f"{shown(folder)} holds {strangers[0]!r}, which is not of this export; choose another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            fsync(path)
+        if folder.exists():
+            os.rename(folder, doomed)
+        os.rename(temporary, folder)
+        fsync(folder.parent)
+        shutil.rmtree(doomed, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def split_long(line: str, max_bytes: int) -> Iterator[str]:

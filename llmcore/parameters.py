@@ -17,6 +17,7 @@ from typing import Any
 from llmcore.config import PRESETS, nearest
 from llmcore.corpus import CORPORA
 from llmcore.files import resolve
+from llmcore.trackers import TRACKERS
 
 
 class ParameterError(ValueError):
@@ -113,6 +114,7 @@ PARAMETERS: dict[str, Kind] = {
     "tokenizer_model_file": Kind(Path, must_exist=True),
     "top_k": Kind(int, 1, 1_000_000, optional=True),
     "top_p": Kind(float, 1e-9, 1, optional=True),
+    "tracker": Kind(str, choices=TRACKERS, optional=True),
     "val_fraction": Kind(float, 1e-6, 0.999999),
     "vocab_size": Kind(int, 262, 1_000_000),
 }

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -122,6 +123,14 @@ class Tokenizer:
     def is_byte(self, id: int) -> bool:
         """Whether the id stands for one raw byte."""
         return self._processor.is_byte(id)
+
+    def model_proto(self) -> Any:
+        """SentencePiece's own message: `pieces` with piece, score and type, and how the model was trained."""
+        from sentencepiece import sentencepiece_model_pb2  # needs protobuf, and only exports need it
+
+        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+        proto.ParseFromString(self.model_bytes)
+        return proto
 
 
 def sentences(files: Iterable[str | os.PathLike[str]], max_sentence_length: int) -> Iterator[str]:

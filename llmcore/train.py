@@ -28,7 +28,6 @@ from llmcore.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_weights,
-    pick_device,
     prune_checkpoints,
     read_config,
     read_tensors,
@@ -36,6 +35,7 @@ from llmcore.checkpoint import (
 )
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED
+from llmcore.device import pick_device, pick_precision
 from llmcore.files import resolve, shown, write_atomic
 from llmcore.generate import stream
 from llmcore.model import Transformer
@@ -81,27 +81,6 @@ class TrainResult:
     val_loss: float | None
     stopped_early: bool
     checkpoint: Path | None
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """The precision meant by "auto": bf16 where the device computes in it, fp16 on older GPUs, else fp32.
-
-    Raises:
-        TrainingError: for fp16 or bf16 on a device without it.
-    """
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        has_bf16 = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    else:
-        has_bf16 = False
-    if precision == "auto":
-        return "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "fp32"
-    if precision == "fp16" and device.type != "cuda":
-        raise TrainingError(f"precision='fp16' needs a CUDA device, not {device}; use auto, bf16 or fp32")
-    if precision == "bf16" and device.type == "mps":
-        raise TrainingError(f"precision='bf16' is not supported on {device}; use auto or fp32")
-    return precision
 
 
 class Trainer:

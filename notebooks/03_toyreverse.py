@@ -38,7 +38,7 @@ check_parameters(globals(), "preset output_dir max_steps test_strings prompt dev
 import torch
 
 from llmcore import config, plots, reverse, widgets
-from llmcore.checkpoint import pick_device
+from llmcore.device import pick_device
 from llmcore.model import Transformer
 from llmcore.runs import new_run_dir
 from llmcore.train import Trainer

@@ -37,33 +37,37 @@ learning_rate: float = None  # peak; None: the preset's
 prompt: str = "却说曹操"  # what samples continue
 device: str = "auto"  # auto, cpu, cuda, mps
 precision: str = "auto"  # auto, bf16, fp16, fp32
+tracker: str = None  # tensorboard, wandb or None
 seed: int = 0  # of the initial weights and the order of the data
 
 # %%
 from llmcore.parameters import check_parameters
 
 names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size"
-check_parameters(globals(), names + " max_steps batch_size learning_rate prompt device precision seed")
+check_parameters(globals(), names + " max_steps batch_size learning_rate prompt device precision tracker seed")
 
 # %%
 # %matplotlib inline
 import torch
 
 from llmcore import config, corpus, plots
-from llmcore.checkpoint import find_checkpoint, load_checkpoint, pick_device
+from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.dataset import TokenDataset, prepare_dataset
+from llmcore.device import pick_device
 from llmcore.evaluate import xz_bits_per_byte
 from llmcore.files import read_text, readable_texts, shown, text_name
 from llmcore.model import Transformer
 from llmcore.planner import measure_speed, training_cost
 from llmcore.runs import new_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
+from llmcore.trackers import tracker_callback
 from llmcore.train import Trainer
 from llmcore.widgets import TrainingDashboard
 
 device = str(pick_device(device))
 start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
-_ = new_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe
+_ = new_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe,
+_ = tracker_callback(tracker, project, output_dir)  # as is a tracker that is not installed
 
 # %% [markdown]
 # ## The parts
@@ -115,6 +119,7 @@ print(f"compute: {cost['flops']:.2e} FLOPs")
 # %%
 torch.manual_seed(seed)
 run_dir = start.parent if start else new_run_dir(output_dir, project)
+track = tracker_callback(tracker, project, run_dir, model_config.to_dict() | train_config.to_dict())
 trainer = Trainer(
     Transformer(model_config),
     train_data,
@@ -122,6 +127,7 @@ trainer = Trainer(
     train_config,
     run_dir,
     tokenizer=tok,
+    callbacks=[track],
     device=device,
     resume=start,
     init_step=init_step,
@@ -149,6 +155,7 @@ second = Trainer(
     train_config,
     run_dir,
     tokenizer=tok,
+    callbacks=[track],
     device=device,
     resume="latest",
 )

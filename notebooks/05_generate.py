@@ -44,8 +44,10 @@ import time
 import torch
 
 from llmcore import plots, widgets
-from llmcore.checkpoint import load_checkpoint, pick_device
-from llmcore.files import shown
+from llmcore.checkpoint import load_checkpoint
+from llmcore.device import pick_device
+from llmcore.export import from_hf, to_gguf, to_hf, to_llama2c
+from llmcore.files import resolve, shown
 from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
 
 device = str(pick_device(device))
@@ -141,6 +143,36 @@ for count in (1, 16):
     generate(model, tok, [prompt] * count, 64, seed=seed)
     rates[f"{count} at once"] = count * 64 / (time.perf_counter() - started)
 plots.bars(rates, f"Many texts at once use {device} better", "tokens per second")
+
+# %% [markdown]
+# ## Take it elsewhere
+# The same model for other programs: a folder for Hugging Face's transformers, and all that reads its Llamas (vLLM,
+# torchtitan); a file for llama2.c's C program; one for llama.cpp, in half the space.
+
+# %%
+export_dir = resolve("outputs/export") / checkpoint.path.parent.name
+hf_dir = to_hf(checkpoint, export_dir / "huggingface")
+to_llama2c(checkpoint, export_dir / "llama2c" / "model.bin", adapt=True)
+to_gguf(checkpoint, export_dir / "gguf" / "model.gguf", torch.float16)
+for file in sorted(path for path in export_dir.rglob("*") if path.is_file()):
+    print(f"{file.stat().st_size / 1e3:10,.1f} kB  {shown(file)}")
+
+# %%
+import transformers
+
+transformers.utils.logging.disable_progress_bar()
+theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).to(device)
+their_tok = transformers.AutoTokenizer.from_pretrained(hf_dir)
+back = from_hf(hf_dir, device)
+
+# %% tags=["nbval-check-output"]
+ids_in = window[None, : model.config.max_seq_len]
+with torch.inference_mode():
+    difference = (theirs(ids_in).logits - model(ids_in)).abs().max().item()
+pairs = zip(model.parameters(), back.model.parameters(), strict=True)
+print("transformers' logits agree within 1e-4:", difference < 1e-4)
+print("transformers' tokenizer gives the same ids:", their_tok(paragraph)["input_ids"] == tok.encode(paragraph))
+print("read back, every weight is the same:", all(torch.equal(ours, same) for ours, same in pairs))
 
 # %% [markdown]
 # ## Try it

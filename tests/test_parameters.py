@@ -31,6 +31,8 @@ def checked(**values: Any) -> dict[str, Any]:
         ("checkpoint_dir", "latest", "latest"),
         ("checkpoint_dir", "notebooks", PROJECT_ROOT / "notebooks"),
         ("prompt", "", ""),
+        ("tracker", "none", None),
+        ("tracker", "wandb", "wandb"),
         ("preset", "scifi-117M", "scifi-117M"),
     ],
 )
@@ -49,7 +51,7 @@ def test_values_get_their_right_types(name: str, given: object, meant: object) -
         ("top_p", 0), ("top_k", 0), ("min_p", 2), ("max_new_tokens", -1), ("device", "gpu"), ("device", None),
         ("precision", "int8"), ("preset", "scifi-117"), ("prompt", 3), ("project", None), ("data_dir", "no/such"),
         ("data_dir", ""), ("data_dir", 7), ("tokenizer_model_file", "no.model"), ("checkpoint_dir", "no/such"),
-        ("seed", -1), ("init_step", -3), ("val_fraction", 1), ("character_coverage", 0.5),
+        ("tracker", "mlflow"), ("seed", -1), ("init_step", -3), ("val_fraction", 1), ("character_coverage", 0.5),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_by_name(name: str, value: object) -> None:

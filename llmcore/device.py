@@ -1,0 +1,45 @@
+"""Which device to compute on, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from llmcore.runs import TrainingError
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device meant: "auto" is CUDA where there is one, else Apple's MPS, else the CPU.
+
+    Raises:
+        ValueError: for a device that is unknown or that this machine lacks.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
+    kind = str(device).split(":")[0]
+    if kind not in available:
+        raise ValueError(f"device={device!r} must be auto, cpu, cuda or mps")
+    if not available[kind]:
+        raise ValueError(f"device={device!r} is not available here; use auto or cpu")
+    return torch.device(device)
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """The precision meant by "auto": bf16 where the device computes in it, fp16 on older GPUs, else fp32.
+
+    Raises:
+        TrainingError: for fp16 or bf16 on a device without it.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has_bf16 = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    else:
+        has_bf16 = False
+    if precision == "auto":
+        return "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "fp32"
+    if precision == "fp16" and device.type != "cuda":
+        raise TrainingError(f"precision='fp16' needs a CUDA device, not {device}; use auto, bf16 or fp32")
+    if precision == "bf16" and device.type == "mps":
+        raise TrainingError(f"precision='bf16' is not supported on {device}; use auto or fp32")
+    return precision

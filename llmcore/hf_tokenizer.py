@@ -1,0 +1,84 @@
+"""Our SentencePiece tokenizer as the `tokenizer.json` of Hugging Face's `tokenizers` library, with the very same ids.
+
+The library's own converter imitates SentencePiece by turning spaces into "▁" first, so that a "▁" in the text becomes
+a space. Here spaces stay spaces: pieces are stored with them, and nothing touches the text before it is cut.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from llmcore.tokenizer import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of pieces
+BPE = 2  # and of models
+
+
+def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
+    """Write tokenizer.model, tokenizer.json and tokenizer_config.json into a folder.
+
+    A SentencePiece model that is not BPE, or that changes the text (as those of `train_tokenizer` do not), has no exact
+    equal there: its tokenizer.model is written alone, with a warning.
+    """
+    (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    proto = tokenizer.model_proto()
+    if reason := why_not_plain_bpe(proto):
+        warnings.warn(f"the tokenizer {reason}: tokenizer.model is written, but no tokenizer.json", stacklevel=3)
+        return
+    special = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{name}_token": proto.pieces[id].piece for name, id in special.items() if id >= 0},
+        "split_special_tokens": True,  # a "</s>" in a text is four characters, as it is to us
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_len,
+    }
+    (folder / "tokenizer.json").write_text(tokenizer_json(proto), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def why_not_plain_bpe(proto: Any) -> str | None:
+    """What keeps others from cutting text as this SentencePiece model does; None if nothing does."""
+    rules = proto.normalizer_spec
+    if proto.trainer_spec.model_type != BPE:
+        return "is not BPE"
+    if not proto.trainer_spec.byte_fallback:
+        return "has no byte fallback"
+    if rules.name not in ("identity", "") or rules.add_dummy_prefix or rules.remove_extra_whitespaces:
+        return "changes text before cutting it"
+    return None
+
+
+def tokenizer_json(proto: Any) -> str:
+    """The JSON text of a `tokenizers.Tokenizer` from SentencePiece's message (see `Tokenizer.model_proto`)."""
+    import tokenizers
+    from tokenizers import decoders, models
+
+    pieces = [piece.piece.replace("▁", " ") if piece.type == NORMAL else piece.piece for piece in proto.pieces]
+    model = models.BPE(
+        {piece: id for id, piece in enumerate(pieces)},
+        _merges(proto, pieces),
+        unk_token=pieces[proto.trainer_spec.unk_id],
+        byte_fallback=True,
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    control = [piece for piece, part in zip(pieces, proto.pieces, strict=True) if part.type in (UNKNOWN, CONTROL)]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in control])
+    return tokenizer.to_str(pretty=False)
+
+
+def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
+    """Which pairs to join, the best first.
+
+    SentencePiece knows only how good the joined piece is; each way to cut it into two pieces is a merge of that rank.
+    """
+    scores = {pieces[id]: part.score for id, part in enumerate(proto.pieces) if part.type == NORMAL}
+    merges = []
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += [(left, right) for left, right in cuts if left in scores and right in scores]
+    return merges

@@ -1,0 +1,60 @@
+"""Devices and precisions, on machines that have them or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmcore.device import pick_device, pick_precision
+from llmcore.runs import TrainingError
+
+
+def test_devices_are_checked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    for device in ("cuda", "cuda:0", "mps"):
+        with pytest.raises(ValueError, match=f"device='{device}' is not available here"):
+            pick_device(device)
+    for device in ("gpu", "", "tpu"):
+        with pytest.raises(ValueError, match=f"device='{device}' must be auto, cpu, cuda or mps"):
+            pick_device(device)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "meant"), [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_takes_the_fastest_that_is_there(
+    cuda: bool, mps: bool, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pick_device("auto") == torch.device(meant)
+    for name, there in (("cuda", cuda), ("cuda:1", cuda), ("mps", mps), ("cpu", True)):
+        if there:
+            assert pick_device(name) == torch.device(name)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "auto", "allowed"),
+    [
+        ("cuda", True, "bf16", {"bf16", "fp16", "fp32"}),
+        ("cuda", False, "fp16", {"bf16", "fp16", "fp32"}),
+        ("cpu", True, "bf16", {"bf16", "fp32"}),
+        ("cpu", False, "fp32", {"bf16", "fp32"}),
+        ("mps", False, "fp32", {"fp32"}),
+    ],
+)
+def test_each_device_gets_a_precision_that_it_computes_in(
+    device: str, has_bf16: bool, auto: str, allowed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert pick_precision("auto", torch.device(device)) == auto
+    for precision in ("bf16", "fp16", "fp32"):
+        if precision in allowed:
+            assert pick_precision(precision, torch.device(device)) == precision
+        else:
+            with pytest.raises(TrainingError, match=f"precision='{precision}' .* {device}"):
+                pick_precision(precision, torch.device(device))

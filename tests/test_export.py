@@ -1,0 +1,625 @@
+"""Exports opened by the programs they are for, and imports of what those programs write."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from llmcore.export import FormatError, from_hf, from_meta, to_gguf, to_hf, to_llama2c
+from llmcore.generate import generate_ids
+from llmcore.tokenizer import Tokenizer, train_tokenizer
+
+from .tiny import random_ids, tiny_model
+
+# tied or not, grouped queries or not, weights in float32 or bfloat16
+MATRIX = [
+    pytest.param({"tie_embeddings": tie, "n_kv_heads": heads}, dtype, id=f"{'tied' if tie else 'untied'}-{name}-{kind}")
+    for tie, (heads, name), (dtype, kind) in itertools.product(
+        (True, False), ((4, "MHA"), (2, "GQA")), ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    )
+]
+matrix = pytest.mark.parametrize(("shape", "dtype"), MATRIX)
+CONTEXT = 96
+
+
+def made(tokenizer: Tokenizer | None, dtype: torch.dtype = torch.float32, **shape: Any) -> Checkpoint:
+    """A checkpoint of a small random model whose logits differ clearly."""
+    shape = {"max_seq_len": CONTEXT, **({"vocab_size": tokenizer.vocab_size} if tokenizer else {}), **shape}
+    model = tiny_model(std=0.12, **shape).to(dtype).eval()
+    model.reset_rope()  # in float32, whatever the weights are
+    return Checkpoint(model, tokenizer, {"model": model.config.to_dict()}, 1, Path("made"))
+
+
+def greedy(checkpoint: Checkpoint, ids: list[int], count: int) -> list[int]:
+    """What the model writes after ids, computed in float32."""
+    return [id for [id] in generate_ids(checkpoint.model.float(), [ids], count, eos_id=3, temperature=0)]
+
+
+def assert_same_weights(a: Checkpoint, b: Checkpoint) -> None:
+    ours, theirs = a.model.state_dict(), b.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert torch.equal(tensor, theirs[name]), name
+    assert a.model.config == b.model.config
+
+
+# Hugging Face
+
+
+@matrix
+def test_transformers_computes_and_writes_the_same(
+    shape: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours = made(tokenizer, dtype, **shape)
+    folder = to_hf(ours, tmp_path / "hf")
+    assert all(tensor.dtype == dtype for tensor in load_file(folder / "model.safetensors").values())
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    assert type(theirs) is LlamaForCausalLM
+    ids = random_ids(2, 80, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        logits = ours.model.float()(ids)
+        assert logits.std() > 0.5
+        torch.testing.assert_close(theirs(ids).logits, logits, rtol=0, atol=1e-5)
+    prompt = random_ids(1, 5, vocab_size=tokenizer.vocab_size, seed=1)
+    written = theirs.generate(prompt, max_new_tokens=64, do_sample=False)[0, 5:].tolist()
+    assert written == greedy(ours, prompt[0].tolist(), 64)
+
+
+@matrix
+def test_there_and_back_every_bit_is_the_same(
+    shape: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours = made(tokenizer, dtype, **shape)
+    back = from_hf(to_hf(ours, tmp_path / "hf"), device="cpu")
+    assert_same_weights(ours, back)
+    assert back.tokenizer is not None and back.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_other_head_sizes_and_rotary_bases_go_along(tmp_path: Path) -> None:
+    ours = made(None, head_dim=14, n_kv_heads=2, rope_theta=500.0, norm_eps=1e-4)
+    folder = to_hf(ours, tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = random_ids(2, 90)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.model(ids), rtol=0, atol=1e-5)
+    with pytest.warns(UserWarning, match=r"no SentencePiece tokenizer\.model, so \.tokenizer is None"):
+        assert_same_weights(ours, from_hf(folder, device="cpu"))
+
+
+def test_an_export_can_be_in_another_dtype(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer)
+    half = AutoModelForCausalLM.from_pretrained(to_hf(ours, tmp_path / "hf", torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert ours.model.norm.weight.dtype == torch.float32
+    assert torch.equal(half.lm_head.weight, ours.model.output.weight.bfloat16())
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer: Tokenizer, english: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, Any]]:
+    """Tokenizers of ours and the ones that transformers loads from their exports."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    files = sorted(english.glob("*.txt"))
+    found = []
+    for number, one in enumerate((tokenizer, train_tokenizer(files, folder / "english", 400, character_coverage=1.0))):
+        exported = to_hf(made(one), folder / str(number))
+        found.append((one, AutoTokenizer.from_pretrained(exported, trust_remote_code=False)))
+    return found
+
+
+TEXT = st.text(
+    st.one_of(
+        st.sampled_from("玄德曰：“此莫非即孔明否？”遂整衣出迎。，　"),
+        st.sampled_from("The engine of a distant star was repaired before dawn, “again”."),
+        st.sampled_from(" \n\t\r\u3000▁\0<>/s|0xA"),
+        st.sampled_from("😀👩\u200d🚀é한ﬁ①"),
+        st.characters(exclude_categories=["Cs"]),
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(text=TEXT)
+@example(text="<s></s><unk><pad><0x0A>")
+@example(text="  两个空格  \n\n 行首 \t制表　全角\r\n")
+@example(text="▁a ▁ b▁")
+@example(text="aaaaaaaaaaaa 啊啊啊啊啊啊啊 the the the")
+def test_transformers_cuts_text_into_the_same_ids_and_puts_it_together_again(
+    text: str, pairs: list[tuple[Tokenizer, Any]]
+) -> None:
+    for ours, theirs in pairs:
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+
+
+def test_a_whole_chapter_gets_the_same_ids(sanguo: Path, pairs: list[tuple[Tokenizer, Any]]) -> None:
+    text = (sanguo / "001.txt").read_text(encoding="utf-8")
+    for ours, theirs in pairs:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+
+
+def test_transformers_knows_the_special_ids(pairs: list[tuple[Tokenizer, Any]]) -> None:
+    for ours, theirs in pairs:
+        named = theirs.pad_token_id, theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id
+        assert named == (ours.pad_id, ours.unk_id, ours.bos_id, ours.eos_id)
+        ids = [ours.bos_id, *ours.encode("the star"), ours.eos_id, ours.pad_id]
+        assert theirs.decode(ids, skip_special_tokens=True) == "the star"
+        assert len(theirs) == ours.vocab_size
+
+
+def test_a_tokenizer_without_an_exact_equal_goes_as_it_is_with_a_word(english: Path, tmp_path: Path) -> None:
+    files = sorted(english.glob("*.txt"))
+    unigram = train_tokenizer(files, tmp_path / "one", 350, character_coverage=1.0, model_type="unigram")
+    with pytest.warns(UserWarning, match=r"is not BPE: tokenizer\.model is written, but no tokenizer\.json"):
+        to_hf(made(unigram), tmp_path / "hf")
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+    back = from_hf(tmp_path / "hf", device="cpu").tokenizer
+    assert back is not None and back.fingerprint == unigram.fingerprint
+
+
+def test_a_path_does_as_well_as_a_loaded_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer)
+    save_checkpoint(tmp_path / "run", ours.model, tokenizer, step=7, loss=1.0)
+    assert_same_weights(ours, from_hf(to_hf(tmp_path / "run", tmp_path / "hf"), device="cpu"))
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None:
+    to_hf(made(None), tmp_path / "hf")
+    to_hf(made(None, n_layers=1), tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_hidden_layers"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    (tmp_path / "hf" / "novel.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"hf holds 'novel\.txt', which is not of this export; choose another"):
+        to_hf(made(None), tmp_path / "hf")
+    assert (tmp_path / "hf" / "novel.txt").read_text() == "mine"
+
+
+def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_hf(made(None), tmp_path / "hf")
+    before = (tmp_path / "hf" / "model.safetensors").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmcore.export.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        to_hf(made(None, n_layers=1), tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def theirs_saved(folder: Path, shard: str = "5GB", **changes: Any) -> LlamaForCausalLM:
+    """A Llama that transformers itself has made and written."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.12, **changes}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+THEIRS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "grouped": {"num_key_value_heads": 2},
+    "one-kv-head-tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "head-dim": {"head_dim": 14, "num_key_value_heads": 2},
+    "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-5},
+    "sharded": {"shard": "20KB"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+@pytest.mark.parametrize("kind", THEIRS)
+def test_a_llama_that_transformers_wrote_computes_the_same_here(kind: str, tmp_path: Path) -> None:
+    theirs = theirs_saved(tmp_path, **THEIRS[kind])
+    assert (kind == "sharded") == (tmp_path / "model.safetensors.index.json").exists()
+    ours = from_hf(tmp_path, device="cpu")
+    ids = random_ids(2, 60)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+def test_an_older_config_is_understood(tmp_path: Path) -> None:
+    """Versions before 5 write rope_theta at the top, and null where nothing is scaled."""
+    theirs_saved(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"], config["head_dim"]
+    config |= {"rope_theta": 500.0, "rope_scaling": None, "pretraining_tp": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = from_hf(tmp_path, device="cpu").model.config
+    assert (found.rope_theta, found.head_dim, found.max_seq_len) == (500.0, 8, 64)
+    assert from_hf(tmp_path, device="cpu", max_seq_len=16).model.config.max_seq_len == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "qwen3"}, "model_type='qwen3'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8}}, "rope_type='llama3'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
+        ({"hidden_size": None}, "dim"),
+        ({"num_attention_heads": 5}, "does not divide"),
+    ],
+)
+def test_what_our_model_has_not_is_refused_by_name(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    theirs_saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("head_dim")
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(FormatError, match=said):
+        from_hf(tmp_path)
+
+
+def test_damaged_folders_are_refused_by_file(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"config\.json cannot be read"):
+        from_hf(tmp_path)
+    theirs_saved(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"holds no model\.safetensors; save it with transformers'"):
+        from_hf(tmp_path)
+    less = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
+    save_file({**less, "model.extra.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing norm\.weight; unexpected model\.extra\.weight"):
+        from_hf(tmp_path)
+    save_file({**weights, "lm_head.weight": torch.zeros(9, 9)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"output\.weight is \(9, 9\), the model's \(37, 32\)"):
+        from_hf(tmp_path)
+    save_file({n: tensor.to(torch.int8) for n, tensor in weights.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"weights of torch\.int8; quantised weights are not supported"):
+        from_hf(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../b.safetensors"}}))
+    with pytest.raises(FormatError, match="weight_map must give each tensor the name of a file"):
+        from_hf(tmp_path)
+
+
+# Meta
+
+
+def meta_folder(checkpoint: Checkpoint, folder: Path, **changes: Any) -> None:
+    """A folder as Meta publishes one; names are ours already, and the rotary frequencies come along."""
+    config = checkpoint.model.config
+    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "norm_eps": config.norm_eps}
+    params |= {"n_kv_heads": config.n_kv_heads, "vocab_size": -1, "multiple_of": 16, "rope_theta": config.rope_theta}
+    (folder / "params.json").write_text(json.dumps({**params, **changes}))
+    weights = checkpoint.model.state_dict()
+    if config.tie_embeddings:
+        del weights["output.weight"]
+    torch.save({**weights, "rope.freqs": torch.ones(4)}, folder / "consolidated.00.pth")
+    if checkpoint.tokenizer:
+        (folder / "tokenizer.model").write_bytes(checkpoint.tokenizer.model_bytes)
+
+
+@matrix
+def test_a_folder_as_meta_publishes_it_opens(
+    shape: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours = made(tokenizer, dtype, rope_theta=5e5, norm_eps=1e-5, **shape)
+    meta_folder(ours, tmp_path)
+    back = from_meta(tmp_path, device="cpu", max_seq_len=CONTEXT)
+    assert_same_weights(ours, back)
+    assert back.tokenizer is not None and back.tokenizer.fingerprint == tokenizer.fingerprint
+    # and on to transformers: Meta's layout is ours, theirs is not
+    theirs = AutoModelForCausalLM.from_pretrained(to_hf(back, tmp_path / "hf"), dtype=torch.float32).eval()
+    ids = random_ids(2, 40, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.model.float()(ids), rtol=0, atol=1e-5)
+
+
+class Explosive:
+    """An object whose unpickling would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_meta_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
+    ours = made(None)
+    with pytest.raises(FormatError, match=r"params\.json cannot be read"):
+        from_meta(tmp_path)
+    meta_folder(ours, tmp_path, use_scaled_rope=True, moe={"num_experts": 8})
+    with pytest.raises(FormatError, match=r"moe=\{'num_experts': 8\}; use_scaled_rope=True"):
+        from_meta(tmp_path)
+    meta_folder(ours, tmp_path, n_layers=3)
+    with pytest.raises(CheckpointError, match=r"missing layers\.2\.attention\.wq\.weight"):
+        from_meta(tmp_path)
+    meta_folder(ours, tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama 3's is of another kind
+    with pytest.warns(UserWarning, match="no SentencePiece"):
+        assert from_meta(tmp_path, device="cpu").tokenizer is None
+    (tmp_path / "consolidated.01.pth").touch()
+    with pytest.raises(FormatError, match="weights in several pieces"):
+        from_meta(tmp_path)
+    (tmp_path / "consolidated.01.pth").unlink()
+    torch.save({"tok_embeddings.weight": Explosive(tmp_path / "boom")}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(FormatError, match=r"consolidated\.00\.pth or params\.json cannot be read: UnpicklingError"):
+        from_meta(tmp_path)
+    (tmp_path / "consolidated.00.pth").write_bytes(pickle.dumps(Explosive(tmp_path / "boom")))
+    with pytest.raises(FormatError, match=r"consolidated\.00\.pth or params\.json cannot be read"):
+        from_meta(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+# llama2.c
+
+
+def llama2c_logits(file: Path, tokens: list[int], eps: float) -> np.ndarray:
+    """Logits (time, vocab_size) of a version-0 file in float64, from nothing but its description."""
+    content = file.read_bytes()
+    dim, hidden, layers, heads, kv_heads, vocab, seq_len = struct.unpack("<7i", content[:28])
+    numbers = iter(np.frombuffer(content[28:], "<f4").astype(np.float64))
+
+    def take(*shape: int) -> np.ndarray:
+        return np.fromiter(itertools.islice(numbers, math.prod(shape)), np.float64, math.prod(shape)).reshape(shape)
+
+    size, shared, vocab = dim // heads, vocab > 0, abs(vocab)
+    embedding, att_norm = take(vocab, dim), take(layers, dim)
+    wq, wk, wv = take(layers, dim, dim), take(layers, kv_heads * size, dim), take(layers, kv_heads * size, dim)
+    wo, ffn_norm = take(layers, dim, dim), take(layers, dim)
+    w1, w2, w3 = take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
+    last_norm, cos, sin = take(dim), take(seq_len, size // 2), take(seq_len, size // 2)
+    classifier = embedding if shared else take(vocab, dim)
+    assert next(numbers, None) is None, "bytes are left over"
+
+    def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+    def rotate(x: np.ndarray) -> np.ndarray:  # (time, heads, size), as complex numbers
+        turned = x.reshape(*x.shape[:-1], -1, 2) @ [1, 1j] * (cos + 1j * sin)[: len(x), None]
+        return np.stack((turned.real, turned.imag), -1).reshape(x.shape)
+
+    x = embedding[tokens]
+    time = len(tokens)
+    for layer in range(layers):
+        h = norm(x, att_norm[layer])
+        q = rotate((h @ wq[layer].T).reshape(time, heads, size))
+        k = rotate((h @ wk[layer].T).reshape(time, kv_heads, size))
+        v = (h @ wv[layer].T).reshape(time, kv_heads, size)
+        out = np.zeros((time, heads, size))
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            scores = q[:, head] @ k[:, kv].T / math.sqrt(size)
+            scores[np.triu_indices(time, 1)] = -np.inf
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, kv]
+        x = x + out.reshape(time, dim) @ wo[layer].T
+        h = norm(x, ffn_norm[layer])
+        gate = h @ w1[layer].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w3[layer].T)) @ w2[layer].T
+    return norm(x, last_norm) @ classifier.T
+
+
+def llama2c_pieces(file: Path, count: int) -> list[tuple[float, bytes]]:
+    """Scores and pieces of a tokenizer.bin."""
+    content = file.read_bytes()
+    (longest,), at, found = struct.unpack("<i", content[:4]), 4, []
+    for _ in range(count):
+        score, length = struct.unpack("<fi", content[at : at + 8])
+        found.append((score, content[at + 8 : at + 8 + length]))
+        at += 8 + length
+    assert at == len(content) and longest == max(len(piece) for _, piece in found)
+    return found
+
+
+@matrix
+def test_a_llama2c_file_read_by_its_description_computes_the_same(
+    shape: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours = made(tokenizer, dtype, **shape)
+    file = to_llama2c(ours, tmp_path / "model.bin")
+    ids = random_ids(1, 70, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        logits = ours.model.float()(ids)[0].numpy()
+    np.testing.assert_allclose(llama2c_logits(file, ids[0].tolist(), eps=1e-6), logits, rtol=0, atol=1e-5)
+    pieces = llama2c_pieces(tmp_path / "tokenizer.bin", tokenizer.vocab_size)
+    assert pieces[tokenizer.encode("玄德")[0]][1] == "玄德".encode()
+    assert (pieces[2][1], pieces[4][1], pieces[5][1]) == (b"<s>", b"\n", b"<0x00>")
+    assert pieces[tokenizer.encode(" ")[0]][1] == b" "
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "tokenizer.bin"]
+
+
+@matrix
+def test_adapted_to_its_program_the_same_logits_come_under_its_ids(
+    shape: dict[str, Any], dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Its program adds 1e-5 in RMSNorm where this model adds 1e-6; small embeddings make that matter."""
+    ours = made(tokenizer, dtype, **shape, vocab_size=tokenizer.vocab_size + 5)
+    with torch.no_grad():
+        ours.model.tok_embeddings.weight *= 0.05
+    file = to_llama2c(ours, tmp_path / "model.bin", adapt=True)
+    places = llama2c_pieces(tmp_path / "tokenizer.bin", tokenizer.vocab_size + 5)
+    assert [piece for _, piece in places[:4]] == [b"<unk>", b"</s>", b"<s>", b"<0x00>"]
+    assert places[3 + 0xE4][1] == b"<0xE4>" and places[-1][1] == b"<unused4004>"
+    by_piece = {piece: place for place, (_, piece) in enumerate(places)}
+    assert len(by_piece) == len(places)
+    own = llama2c_pieces(to_llama2c(ours, tmp_path / "own" / "model.bin").with_name("tokenizer.bin"), len(places))
+    place = [by_piece[piece] for _, piece in own]
+    ids = random_ids(1, 50, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        logits = ours.model.float()(ids)[0].numpy()
+    found = llama2c_logits(file, [place[id] for id in ids[0]], eps=1e-5)[:, place]
+    np.testing.assert_allclose(found, logits, rtol=0, atol=2e-5)
+    unscaled = llama2c_logits(tmp_path / "own" / "model.bin", ids[0].tolist(), eps=1e-5)
+    assert np.abs(unscaled - logits).max() > 1e-3
+
+
+# The C program as of July 2023, which knows no grouped queries, in a source package with a fixed hash (MIT licence)
+RUN_C = "llamac2py==0.1.4 --hash=sha256:87f55b96ba0a9d7430d84578d947bde4ae2c76a54528bee0dbad0dc7fc9aa2ae\n"
+
+
+@pytest.fixture(scope="module")
+def run_c(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama2.c's own program, compiled."""
+    folder = tmp_path_factory.mktemp("llama2c")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (folder / "requirements.txt").write_text(RUN_C)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary=:all:", "--require-hashes"]
+    done = subprocess.run([*pip, "-d", folder, "-r", folder / "requirements.txt"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"llama2.c's program cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
+    [archive] = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        files.extract("llamac2py-0.1.4/run.c", folder, filter="data")
+    source, program = folder / "llamac2py-0.1.4" / "run.c", folder / "run"
+    subprocess.run([compiler, "-O2", "-o", program, source, "-lm"], check=True, capture_output=True)
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["", "The old captain wat", "another line\nof the rain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tie", [True, False])
+def test_llama2c_itself_writes_the_same(
+    tie: bool, dtype: torch.dtype, prompt: str, english: Path, run_c: Path, tmp_path: Path
+) -> None:
+    tokenizer = train_tokenizer(sorted(english.glob("*.txt")), tmp_path / "english", 400, character_coverage=1.0)
+    ours = made(tokenizer, dtype, tie_embeddings=tie)
+    to_llama2c(ours, tmp_path / "model.bin", adapt=True)
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    steps = len(ids) - 1 + 64
+    done = subprocess.run([run_c, "model.bin", "0", str(steps), prompt], cwd=tmp_path, capture_output=True, check=True)
+    ids += [id for [id] in generate_ids(ours.model.float(), [ids], 64, temperature=0)]
+    expected = b"".join(
+        tokenizer.id_to_piece(id).encode() if tokenizer.is_byte(id) or id < 4 else tokenizer.id_to_bytes(id)
+        for id in ids[1:]
+    )
+    written = done.stdout.removeprefix(b"<s>\n").split(b"\nachieved tok/s")[0]
+    assert written == expected
+
+
+def test_a_tokenizer_with_llamas_own_ids_keeps_them_when_adapted(english: Path, tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        input=sorted(map(str, english.glob("*.txt"))), model_prefix=str(tmp_path / "llama"), vocab_size=400,
+        model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "llama.model")
+    with pytest.warns(UserWarning, match="changes text before cutting it"):
+        to_llama2c(made(tokenizer), tmp_path / "model.bin", adapt=True)
+    pieces = [piece for _, piece in llama2c_pieces(tmp_path / "tokenizer.bin", 400)]
+    assert pieces[:4] == [b"<unk>", b"<s>", b"</s>", b"<0x00>"]
+    with pytest.warns(UserWarning, match=r"no tokenizer\.json"):
+        folder = to_hf(made(tokenizer), tmp_path / "hf")
+    assert "pad_token_id" not in json.loads((folder / "config.json").read_text())
+    theirs = LlamaCpp(to_gguf(made(tokenizer), tmp_path / "model.gguf"))
+    for text in ("The old captain", "a  b", "x"):
+        assert theirs.tokenize(text) == tokenizer._processor.encode(text)
+
+
+def test_what_llama2c_cannot_hold_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for wrong in ({"head_dim": 14}, {"rope_theta": 500.0}):
+        with pytest.raises(FormatError, match="no room for head_dim="):
+            to_llama2c(made(None, **wrong), tmp_path / "model.bin")
+    assert not list(tmp_path.iterdir())
+
+
+# GGUF
+
+
+class LlamaCpp:
+    """llama.cpp's server with one model, on this machine's own address, computing in float32."""
+
+    def __init__(self, file: Path) -> None:
+        self.xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp comes as a wheel for Linux only")
+        types = self.xllamacpp.ggml_type
+        settings = self.xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel = str(file), CONTEXT, 1
+        settings.warmup, settings.fit_params, settings.verbosity = False, False, -1
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+        settings.cache_type_k = settings.cache_type_v = types.GGML_TYPE_F32
+        settings.flash_attn_type = self.xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = self.xllamacpp.Server(settings)
+
+    def ask(self, what: str, **question: Any) -> Any:
+        url, body = f"{self.server.listening_address}/{what}", json.dumps(question).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.ask("tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@matrix
+def test_llama_cpp_computes_and_writes_the_same(
+    shape: dict[str, Any], dtype: torch.dtype, stored: torch.dtype, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours = made(tokenizer, dtype, **shape)
+    theirs = LlamaCpp(to_gguf(ours, tmp_path / "model.gguf", stored))
+    prompt = random_ids(1, 6, vocab_size=tokenizer.vocab_size, seed=1)[0].tolist()
+    answer = theirs.ask("completion", prompt=prompt, n_predict=64, temperature=0, return_tokens=True, n_probs=10)
+    with torch.no_grad():
+        for parameter in ours.model.float().parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.to(stored))
+        odds = ours.model(torch.tensor([prompt]))[0, -1].log_softmax(0)
+    for top in answer["completion_probabilities"][0]["top_logprobs"]:
+        assert abs(top["logprob"] - odds[top["id"]]) < (1e-4 if stored == torch.float32 else 2e-2)
+    assert answer["tokens"] == greedy(ours, prompt, 64)
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=TEXT)
+@example(text="<s></s><unk><pad><0x0A>")
+@example(text="  两个空格  \n\n 行首 \t制表　全角\r\n")
+def test_llama_cpp_cuts_text_into_the_same_ids(text: str, llama_cpp: LlamaCpp, tokenizer: Tokenizer) -> None:
+    text = text.replace("▁", "")  # a space to it
+    assert llama_cpp.tokenize(text) == tokenizer.encode(text)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
+    return LlamaCpp(to_gguf(made(tokenizer), tmp_path_factory.mktemp("gguf") / "model.gguf"))
+
+
+def test_other_head_sizes_run_in_llama_cpp_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer, head_dim=16, n_kv_heads=2, rope_theta=500.0, norm_eps=1e-3, vocab_size=4100)
+    theirs = LlamaCpp(to_gguf(ours, tmp_path / "model.gguf"))
+    answer = theirs.ask("completion", prompt=[300, 301], n_predict=64, temperature=0, return_tokens=True)
+    assert answer["tokens"] == greedy(ours, [300, 301], 64)
+
+
+def test_what_a_gguf_file_cannot_hold_is_refused(english: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"dtype=torch\.int8 must be torch\.float32 or torch\.float16"):
+        to_gguf(made(None), tmp_path / "model.gguf", torch.int8)
+    files = sorted(english.glob("*.txt"))
+    unigram = train_tokenizer(files, tmp_path / "one", 350, character_coverage=1.0, model_type="unigram")
+    with pytest.raises(FormatError, match="llama.cpp cuts text as BPE does"):
+        to_gguf(made(unigram), tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
