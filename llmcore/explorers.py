@@ -71,13 +71,12 @@ class TokenExplorer(Explorer):
             ids = tokenizer.encode(text)
         except ValueError as error:
             return f"<p>⚠ {escaped(error)}</p>"
-        counts = Counter(ids)
-        pieces = [show_piece(tokenizer, id) for id in ids]
-        raw = [tokenizer.id_to_bytes(id) for id in ids]
-        notes = [f"{id} · {len(b)} B" + f" · {counts[id]}×" * (counts[id] > 1) for id, b in zip(ids, raw, strict=True)]
-        hints = [
-            f"id {id}, bytes {b.hex(' ').upper()}, {counts[id]} in this text" for id, b in zip(ids, raw, strict=True)
-        ]
+        counts, pieces = Counter(ids), [show_piece(tokenizer, id) for id in ids]
+        notes, hints = [], []
+        for id in ids:
+            raw, often = tokenizer.id_to_bytes(id), counts[id]
+            notes.append(f"{id} · {len(raw)} B" + (f" · {often}×" if often > 1 else ""))
+            hints.append(f"id {id}, bytes {raw.hex(' ').upper()}, {often} in this text")
         size = f"{len(ids)} tokens, {len(counts)} of them different, {len(text)} characters, {len(text.encode())} bytes"
         ratio = f"; {len(text) / len(ids):.2f} characters per token" if ids else ""
         heading = f"<p><b>{escaped(name)}</b>: {size}{ratio}</p>"
@@ -135,10 +134,9 @@ class DataExplorer(Explorer):
             begins = offsets[document] >= first
             name = f"document {document + 1} of {len(offsets) - 1}: {escaped(self.names[document])}"
             parts.append(f"<hr><p><b>{name}</b> {'begins' if begins else 'goes on'}</p>")
-            pieces = [
-                "■ end" if id == self.tokenizer.eos_id else show_piece(self.tokenizer, id) for id in ids[start:end]
-            ]
-            hints = [f"place {first + start + n}, id {id}" for n, id in enumerate(ids[start:end])]
+            eos, part = self.tokenizer.eos_id, ids[start:end]
+            pieces = ["■ end" if id == eos else show_piece(self.tokenizer, id) for id in part]
+            hints = [f"place {first + start + n}, id {id}" for n, id in enumerate(part)]
             parts.append(boxes(pieces, hints=hints))
             start, document = end, document + 1
         where = f"tokens {first:,} to {first + len(ids) - 1:,} of {len(self.data.tokens):,}"

@@ -153,7 +153,7 @@ def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
     for event in read_metrics(run_dir):
         seconds += event["seconds"]
         if "val_loss" in event:
-            point = {name: event[name] for name in ("val_loss", "val_bits_per_byte") if name in event}
+            point: dict[str, float] = {k: event[k] for k in ("val_loss", "val_bits_per_byte") if k in event}
             costs = {"seconds": seconds, "flops": event["tokens"] * model.flops_per_token()}
             found.append({**point, "steps": event["step"], "tokens": event["tokens"], **costs})
     return found

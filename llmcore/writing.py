@@ -151,9 +151,8 @@ class WritingPanel(Explorer):
         self._second: tuple[Path, Transformer, Tokenizer] | None = None
 
         def slider(kind: Any, value: float, low: float, high: float, step: float, words: str) -> ipywidgets.Widget:
-            return kind(
-                value=value, min=low, max=high, step=step, description=words, style={"description_width": "11em"}
-            )
+            style = {"description_width": "11em"}
+            return kind(value=value, min=low, max=high, step=step, description=words, style=style)
 
         whole, real = ipywidgets.IntSlider, ipywidgets.FloatSlider
         self.prompt = ipywidgets.Textarea(prompt, description="prompt", layout=WIDE)
@@ -231,12 +230,10 @@ class WritingPanel(Explorer):
 
     async def _stream(self, drafts: list[Draft], sampling: dict[str, Any]) -> None:
         started, shown_at, steps = time.perf_counter(), 0.0, 0
-        going = {id(draft): draft.write(self.count.value, **sampling) for draft in drafts}
+        going = [draft.write(self.count.value, **sampling) for draft in drafts]
         self._show(drafts)
         while going and not self._stopped:
-            for draft in drafts:
-                if id(draft) in going and next(going[id(draft)], self) is self:
-                    del going[id(draft)]
+            going = [text for text in going if next(text, "over") is None]
             steps += bool(going)
             if time.perf_counter() - shown_at > REFRESH:
                 self._show(drafts)
