@@ -145,7 +145,9 @@ class DataExplorer(Explorer):
 
 
 class ReversalExplorer(Explorer):
-    """Type a string, see the model's answer, and move along it to see where each head looks.
+    """Type a string, see the model's answer, and where each head looks while it writes.
+
+    Attention is that of reading the right answer, as in training: a mistake does not send the heads astray.
 
     Args:
         model: trained on the toy task.
@@ -153,8 +155,8 @@ class ReversalExplorer(Explorer):
 
     Attributes:
         text: the string to reverse.
-        place: which sign of the answer is being written, from 1; the one after the last character is the end.
-        answer: the model's answer.
+        place: which sign is to be written, from 1; the one after the last character is the end.
+        answer: the model's own.
     """
 
     def __init__(self, model: Transformer, text: str) -> None:
@@ -173,10 +175,7 @@ class ReversalExplorer(Explorer):
         self.model.eval()
         try:
             [self.answer] = reverse.answers(self.model, [text])
-            known = all(sign in reverse.SYMBOLS for sign in self.answer) and 0 < len(self.answer) <= reverse.MAX_LENGTH
-            # if the model says what cannot be fed back to it, its attention is shown while it reads the right answer
-            said = self.answer if known else text[::-1]
-            self._ids = [*reverse.question(text), *reverse.encode(said)]
+            self._ids = [*reverse.question(text), *reverse.encode(text[::-1])]
         except ValueError as error:
             self._ids = []
             self.result.value = f"<p>⚠ {escaped(error)}</p>"
@@ -209,7 +208,7 @@ class ReversalExplorer(Explorer):
         written = reverse.show([*self._ids, reverse.EOS])[row + 1]
         self.result.value = (
             f"<p>answer: <code><b>{escaped(self.answer)}</b></code> ({verdict})</p>"
-            f"<p>Writing sign {self.place.value} of the answer, “{escaped(written)}”, each head looks at (^ begin, "
-            f"| separator, ■ end; the darker, the more; framed: the most):</p>"
+            f"<p>To write sign {self.place.value}, “{escaped(written)}”, each head looks at (^ begin, | separator; the "
+            f"darker, the more; framed: the most):</p>"
             f"<table><tr><th></th>{head}<th></th></tr>{rows}</table>"
         )

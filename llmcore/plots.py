@@ -287,7 +287,8 @@ def training_curves(
     finite = loss[np.isfinite(loss)]
     if len(finite):
         axes["loss"].set_ylim(min(0.0, finite.min()) if finite.min() < 1 else finite.min() * 0.95, finite.max() * 1.02)
-    skipped = [now["step"] for before, now in itertools.pairwise(events) if now.get("skipped", 0) > before["skipped"]]
+    counts = [(event["step"], event.get("skipped", 0)) for event in events]
+    skipped = [step for (_, before), (step, now) in itertools.pairwise(counts) if now > before]
     if skipped:
         place = np.full(len(skipped), 0.985)
         down = axes["loss"].get_xaxis_transform()  # x in steps, y in heights of the axes

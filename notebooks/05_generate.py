@@ -17,6 +17,8 @@
 # | a run of notebook 4 | text and pictures | half a minute on two CPU cores |
 #
 # Before: [4 · Training](04_scifi_train.ipynb) · First: [1 · From text to tokens](01_tokenize.ipynb)
+#
+# All notebooks: [1](01_tokenize.ipynb) [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb) **5**
 
 # %% tags=["parameters"]
 checkpoint_dir: str = "latest"  # latest or best of output_dir, or a folder: a run or one checkpoint
@@ -38,15 +40,15 @@ names = "checkpoint_dir output_dir prompt max_new_tokens temperature top_k top_p
 check_parameters(globals(), names)
 
 # %%
-# %matplotlib inline
 import time
 
 import torch
 
 from llmcore import plots, widgets
-from llmcore.checkpoint import load_checkpoint, pick_device
+from llmcore.checkpoint import checkpoints, load_checkpoint, pick_device
 from llmcore.files import shown
 from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
+from llmcore.runs import find_runs
 
 device = str(pick_device(device))
 
@@ -68,7 +70,7 @@ print("every parameter is finite:", all(bool(p.isfinite().all()) for p in model.
 sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
 print(prompt, end="")
 for piece in stream(model, tok, prompt, max_new_tokens, temperature, **sampling):
-    print(piece, end="", flush=True)
+    print(widgets.visible(piece), end="", flush=True)
 
 # %% tags=["nbval-check-output"]
 few = min(max_new_tokens, 40)
@@ -83,7 +85,7 @@ print("the same seed gives the same text:", generate(model, tok, prompt, few, te
 # %%
 for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
     text = generate(model, tok, prompt, min(max_new_tokens, 80), degree, **sampling)
-    print(f"--- temperature {degree}\n{prompt}{text}\n")
+    print(f"--- temperature {degree}\n{widgets.visible(prompt + text)}\n")
 
 # %% [markdown]
 # ## The next token
@@ -140,15 +142,20 @@ for count in (1, 16):
     started = time.perf_counter()
     generate(model, tok, [prompt] * count, 64, seed=seed)
     rates[f"{count} at once"] = count * 64 / (time.perf_counter() - started)
-plots.bars(rates, f"Many texts at once use {device} better", "tokens per second")
+one, sixteen = rates.values()
+plots.bars(rates, f"Sixteen texts at once: {sixteen / one:.1f} times the tokens per second", "tokens per second")
 
 # %% [markdown]
 # ## Try it
-# In JupyterLab, a panel to write with appears below; a headless run leaves it out.
+# A prompt of your own, every knob, and a button to stop. Rest the mouse on a token of the finished text to see its
+# probability and what might have stood there instead; what was less than 10% likely is underlined. *Compare with* lets
+# another checkpoint write beside this one. (Where nobody can press buttons, the text alone is shown.)
 
 # %%
-if widgets.is_watched():
-    display(widgets.generation_panel(model, tok, prompt, max_new_tokens))
+others = [path for run in find_runs(output_dir) for path in checkpoints(run) if path != checkpoint.path]
+panel = widgets.WritingPanel(model, tok, prompt, min(max_new_tokens, 80), others)
+await panel.start()
+panel
 
 # %% [markdown]
 # ## What to try next
