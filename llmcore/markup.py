@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from llmcore.tokenizer import Tokenizer
 
-# Signs for characters that act instead of showing: ␛ for an escape, which could recolour or clear a terminal, and
-# the replacement character for those without a sign, as the ones that turn the direction of writing around.
-_SIGNS: dict[int, int | str] = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-_SIGNS |= {0x7F: 0x2421} | dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")
+# Characters that act instead of showing: an escape (1B) could recolour or clear a terminal, others turn the direction
+# of writing around. They are shown by their number, ⟨1B⟩, as single bytes are.
+_ACTING = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_SIGNS = {code: f"⟨{code:02X}⟩" for code in _ACTING if chr(code) not in "\t\n"}
 
 BOX = (
     "display:inline-block;padding:1px 4px;margin:1px;border:1px solid #888;border-radius:4px;color:#000;"
@@ -24,7 +24,7 @@ COLORS = ("#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6")  # pale, so that black tex
 
 
 def visible(text: str) -> str:
-    """Text in which control characters show as signs instead of acting; newlines and tabs stay."""
+    """Text in which control characters show as numbers instead of acting; newlines and tabs stay."""
     return text.translate(_SIGNS)
 
 

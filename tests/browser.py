@@ -35,6 +35,7 @@ ROOT = PROJECT_ROOT / "build" / "browser"
 SCREENSHOTS = PROJECT_ROOT / "outputs" / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+CURRENT = "window.jupyterapp.shell.currentWidget"
 PATIENCE = 90_000  # milliseconds that a condition may take on a busy machine
 
 HOSTILE = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'> \x1b[31mred\x1b[0m 曹操大怒。\n"
@@ -144,30 +145,32 @@ class Notebook:
         self.page.evaluate(f"void window.jupyterapp.commands.execute('{name}')")
 
     def run_all(self) -> None:
-        kernel = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
-        wait_for(lambda: self.page.evaluate(f"{kernel}?.status") == "idle", "a kernel")
+        status = f"{CURRENT}.sessionContext.session?.kernel?.status"
+        wait_for(lambda: self.page.evaluate(status) == "idle", "a kernel")
         self.command("notebook:run-all-cells")
 
     def cells(self) -> list[dict[str, Any]]:
         """The document as it stands."""
-        script = "window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
-        return self.page.evaluate(script)
+        return self.page.evaluate(f"{CURRENT}.content.model.toJSON().cells")
 
     def wait_until_done(self) -> None:
-        """Wait until every cell has run; fail at the first error in one."""
+        """Wait until every cell has run."""
+        self.wait_for(lambda: all(c["execution_count"] for c in self.cells() if c["cell_type"] == "code"), "the end")
 
-        def done() -> bool:
-            code = [cell for cell in self.cells() if cell["cell_type"] == "code"]
-            errors = [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
-            assert not errors, "\n".join(errors[0]["traceback"])
-            return all(cell["execution_count"] for cell in code)
+    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
+        """As `wait_for`, but an error in a cell ends the wait."""
 
-        wait_for(done, f"all cells of {self.name}")
+        def met() -> Any:
+            outputs = [output for cell in self.cells() for output in cell.get("outputs", [])]
+            errors = ["\n".join(output["traceback"]) for output in outputs if output["output_type"] == "error"]
+            assert not errors, errors[0]
+            return condition()
 
-    def widget(self, selector: str, text: str | None = None) -> Locator:
-        """The last widget that matches, scrolled into view."""
-        found = self.page.locator(f".jupyter-widgets{selector}", has_text=text) if text else self.page.locator(selector)
-        return found.last
+        return wait_for(met, f"{what} in {self.name}")
+
+    def state(self) -> Locator:
+        """What the last dashboard or writing panel says it is doing."""
+        return self.page.locator(".widget-html", has_text="state:").last
 
     def button(self, name: str) -> Locator:
         return self.page.locator("button.jupyter-button:enabled", has_text=re.compile(rf"^\s*{name}\s*$")).last
@@ -213,6 +216,8 @@ def test_tokens_of_typed_text(open_notebook: Callable[[str], Notebook]) -> None:
     assert boxes.first.get_attribute("title").startswith("id ")
     text.fill("却说曹操引兵至许都，与众将商议。The emperor 🐉 sleeps.")
     expect(result.locator("text=⟨F0⟩").first).to_be_visible()
+    text.fill("却说曹操引兵至许都，与众将商议。忽报玄德已取龘州。The emperor sleeps.")
+    expect(result.locator("text=⟨BE⟩").first).to_be_visible()
     notebook.command("toc:show-panel")
     expect(notebook.page.locator(".jp-TableOfContents")).to_contain_text("What it learned")
     notebook.screenshot("tokens", text)
@@ -233,6 +238,34 @@ def test_pages_of_a_data_set(open_notebook: Callable[[str], Notebook]) -> None:
     notebook.screenshot("data", result)
 
 
+def test_a_reversed_string_and_where_the_heads_look(open_notebook: Callable[[str], Notebook], project: Path) -> None:
+    notebook = open_notebook("03_toyreverse")
+    notebook.run_all()
+    run = project / "outputs" / "toyreverse" / "toy-reverse"
+    notebook.wait_for(lambda: notebook.state().count() and "training" in notebook.state().inner_text(), "training")
+    notebook.box("prompt").fill("abc123")
+    notebook.button("sample now").click()
+    expect(notebook.page.locator(".widget-html", has_text="abc123 →").last).to_be_visible()
+    notebook.button("stop and save").click()
+    notebook.wait_until_done()
+    assert checkpoints(run)
+    string = notebook.box("string")
+    string.fill("Novel42")
+    result = notebook.page.locator(".widget-html", has_text="To write sign").last
+    expect(result).to_contain_text("“2”")
+    slider = notebook.page.get_by_role("slider").last
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowRight")
+    expect(result).to_contain_text("To write sign 4, “e”")
+    expect(result.locator("tr")).to_have_count(9)
+    string.fill("no spaces")
+    expect(notebook.page.locator(".widget-html", has_text="neither an ASCII letter nor a digit").last).to_be_visible()
+    string.fill("Novel42")
+    expect(result).to_contain_text("“e”")
+    notebook.screenshot("attention", result)
+
+
 def curve(notebook: Notebook) -> str:
     """The address of the picture in the live panel, which changes with it."""
     return notebook.page.locator("img.llm-curves").last.get_attribute("src") or ""
@@ -244,8 +277,8 @@ def test_training_is_watched_paused_resumed_and_stopped(
     notebook = open_notebook("04_scifi_train")
     notebook.run_all()
     run = project / "outputs" / "runs" / "scifi-mini"
-    state = notebook.page.locator(".widget-html", has_text="state:").last
-    expect(state).to_contain_text("state: training")
+    state = notebook.state()
+    notebook.wait_for(lambda: state.count() and "state: training" in state.inner_text(), "training")
     first = wait_for(lambda: curve(notebook), "a curve")
     wait_for(lambda: curve(notebook) != first, "the curve to move")
 
@@ -259,32 +292,62 @@ def test_training_is_watched_paused_resumed_and_stopped(
     expect(sample).to_contain_text("玄德 <b>")
     notebook.button("save now").click()
     wait_for(lambda: [path for path in checkpoints(run) if f"={step:06d}_" in path.name], "a checkpoint")
-    notebook.screenshot("training-paused", state)
+    notebook.screenshot("training-paused", notebook.page.locator("img.llm-curves").last)
     assert read_metrics(run)[-1]["step"] == step, "the run went on while it was paused"
     notebook.button("resume").click()
     expect(state).to_contain_text("state: training")
     wait_for(lambda: read_metrics(run)[-1]["step"] > step + 3, "the run to go on")
     notebook.button("stop and save").click()
 
-    # the notebook goes on by itself, from the checkpoint; the page is closed over it and opened again
-    stopped = wait_for(lambda: read_metrics(run)[-1]["step"], "the last step")
-    wait_for(lambda: read_metrics(run)[-1]["step"] > stopped + 3, "the second half")
-    expect(notebook.page.locator(".widget-html", has_text="state: training")).to_have_count(1)
+    # the notebook goes on by itself from the checkpoint; the page is left in the middle of it, and opened again
+    expect(notebook.page.locator("text=saved as step=")).to_be_visible()
+    reached = read_metrics(run)[-1]["step"]
+    notebook.wait_for(lambda: read_metrics(run)[-1]["step"] > reached + 3, "the second half")
     notebook.command("docmanager:save")
-    wait_for(lambda: "saved" in notebook.page.evaluate(SAVED), "the notebook to be saved")
+    wait_for(lambda: not notebook.page.evaluate(f"{CURRENT}.context.model.dirty"), "the notebook to be saved")
     notebook.page.goto("about:blank")
     reached = read_metrics(run)[-1]["step"]
     wait_for(lambda: read_metrics(run)[-1]["step"] > reached + 3, "the run to go on without a page")
     notebook.open(lab)
-    state = notebook.page.locator(".widget-html", has_text="state:").last
-    expect(state).to_contain_text("state: training")
-    notebook.screenshot("training-reopened", state)
+    expect(notebook.state()).to_contain_text("state: training")
     notebook.button("stop and save").click()
-    expect(state).to_contain_text("stopped at step")
+    expect(notebook.state()).to_contain_text("stopped at step")
     last = read_metrics(run)[-1]["step"]
     assert [event["step"] for event in read_metrics(run)] == list(range(1, last + 1))
     assert f"step={last:06d}_" in checkpoints(run)[-1].name
     assert (run / "curves.png").exists()
+    notebook.screenshot("training-reopened", notebook.page.locator("img.llm-curves").last)
 
 
-SAVED = "window.jupyterapp.shell.currentWidget.context.model.dirty ? 'changed' : 'saved'"
+def test_text_is_written_stopped_and_looked_into(open_notebook: Callable[[str], Notebook]) -> None:
+    notebook = open_notebook("05_generate")
+    notebook.run_all()
+    notebook.wait_until_done()
+    state = notebook.state()
+    expect(state).to_contain_text("done")
+    notebook.box("prompt").fill("玄德曰 <script>window.owned = 1</script>")
+    count = notebook.page.get_by_role("slider").last
+    count.focus()
+    count.press("End")  # a thousand tokens
+    notebook.button("write").click()
+    expect(state).to_contain_text("so far")
+    text = notebook.page.locator(".widget-html", has_text="玄德曰 <script>").last
+    short = text.inner_text()
+    wait_for(lambda: len(text.inner_text()) > len(short) + 10, "the text to grow")
+    notebook.button("stop writing").click()
+    expect(state).to_contain_text("stopped:")
+    [tokens] = map(int, re.findall(r"stopped: (\d+) tokens", state.inner_text()))
+    assert 0 < tokens < 1000
+    token = text.locator(".llm-token").nth(3)
+    assert "likeliest here" in (token.get_attribute("title") or "")
+    notebook.box("prompt").fill("却说曹操")
+    count.press("Home")
+    for _ in range(3):
+        count.press("PageUp")
+    choices = notebook.box("compare with")
+    choices.select_option(index=1)
+    notebook.button("write").click()
+    expect(state).to_contain_text("done")
+    columns = notebook.page.locator(".widget-html", has_text="this checkpoint").last.locator("small", has_text="step=")
+    expect(columns).to_have_count(1)
+    notebook.screenshot("writing", state)

@@ -101,7 +101,7 @@ def test_nothing_from_outside_acts() -> None:
     for shown in (escaped(HOSTILE), boxes([HOSTILE], [HOSTILE], [HOSTILE]), table([{HOSTILE: HOSTILE}], HOSTILE)):
         assert not tags(shown) & {"script", "img"}
         assert not set(shown) & {"\x1b", "\x00", "\u202e"}
-    assert "␛[31mred" in visible(HOSTILE) and visible("一\n二\t三 ⏎ é🙂") == "一\n二\t三 ⏎ é🙂"
+    assert "⟨1B⟩[31mred⟨1B⟩[0m" in visible(HOSTILE) and visible("一\n二\t三 ⏎ é🙂") == "一\n二\t三 ⏎ é🙂"
     hint = re.search(r'title="([^"]*)"', boxes(["a"], hints=['" onmouseover="alert(1)']))
     assert hint and html.unescape(hint[1]) == '" onmouseover="alert(1)'
 
