@@ -126,7 +126,8 @@ class TrainingDashboard:
     async def run(self, trainer: Trainer) -> None:
         """Train to the end, until stopped or interrupted. Await it in a cell: clicks arrive between two steps."""
         self.events = read_metrics(trainer.run_dir)
-        self._paused, self._validated = False, {}
+        self._paused = False
+        self._validated = {name: event[name] for event in self.events for name in VALIDATED if name in event}
         watched = is_watched()
         handle = None
         if watched:
@@ -226,22 +227,20 @@ class TrainingDashboard:
         self.prompt = ipywidgets.Text(
             trainer.config.sample_prompt, description="prompt", tooltip="what sample now continues"
         )
-        self.log_x = ipywidgets.ToggleButtons(
-            description="x axis",
-            options=[("linear steps", False), ("log steps", True)],
-            tooltips=["steps evenly", "early steps wider"],
+        self.log_x = ipywidgets.Dropdown(
+            description="x axis", options=[("linear", False), ("logarithmic", True)], layout={"width": "14em"}
         )
-        self.log_x.style.button_width = "auto"
         self.log_x.observe(lambda _: self._draw(), "value")
         self._controls = [self.pause, self.resume, self.stop, self.save, self.sample, self.prompt]
         self.status, self.numbers, self.newest = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "1000px"})
         self.picture.add_class("llm-curves")
         sampling = [self.sample, self.prompt] if trainer.sampler else []
-        buttons = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save, *sampling])
+        buttons = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save, self.log_x, *sampling])
         buttons.layout.flex_flow = "row wrap"
         self._say("starting: the first step may compile the model")
-        return ipywidgets.VBox([buttons, self.status, self.numbers, self.log_x, self.picture, self.newest])
+        self._draw()  # the first picture takes longest: it loads the fonts
+        return ipywidgets.VBox([buttons, self.status, self.numbers, self.picture, self.newest])
 
     def _say(self, state: str) -> None:
         """Put the state into words, and let only those buttons be pressed that do something."""
@@ -271,8 +270,7 @@ class TrainingDashboard:
     def _draw(self) -> float:
         """Draw the curves; returns the seconds it took."""
         started = time.perf_counter()
-        if self.events:
-            self.picture.value = plots.png(self.figure(self.log_x.value), live=True)
+        self.picture.value = plots.png(self.figure(self.log_x.value), live=True)
         return time.perf_counter() - started
 
 

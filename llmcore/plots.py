@@ -309,7 +309,7 @@ def training_curves(
     if thin:
         norm = series("grad_norm")
         axes["norm"].set_ylim(0, 1.2 * float(np.nanpercentile(norm[np.isfinite(norm)], 98)) if len(finite) else None)
-        axes["speed"].set_ylim(0, 1.3 * float(np.median(series("tokens_per_second"))))
+        axes["speed"].set_ylim(0, 1.2 * float(np.percentile(series("tokens_per_second"), 98)))
     axes["speed"].set_xlabel("optimizer step", fontsize=8)
     if log_x:
         for each in figure.axes:

@@ -14,6 +14,7 @@ import ipywidgets
 import torch
 
 from llmcore.checkpoint import CheckpointError, load_checkpoint
+from llmcore.dashboard import output
 from llmcore.explorers import LABELLED, WIDE, Explorer
 from llmcore.files import shown
 from llmcore.generate import check_sampling, generate_ids, prompt_ids
@@ -23,6 +24,12 @@ from llmcore.tokenizer import Tokenizer
 
 REFRESH = 0.05  # seconds between two updates of the text
 UNLIKELY = 0.1  # tokens less probable than this are underlined
+# shows a token's odds at once, above it, under the mouse or when it has the keyboard's focus
+ODDS = (
+    "<style>.llm-token{position:relative} .llm-token:hover::after,.llm-token:focus::after{content:attr(data-odds);"
+    "position:absolute;left:0;bottom:1.6em;z-index:9;padding:4px 8px;white-space:pre;line-height:1.4;font-weight:400;"
+    "background:#fff;color:#000;border:1px solid #555;border-radius:4px}</style>"
+)
 Alternatives = list[tuple[int, float]]  # ids and their probabilities
 
 
@@ -113,7 +120,9 @@ class Draft:
             if text := decoder.decode(tokenizer.id_to_bytes(id)):
                 line = "text-decoration:underline dotted" if least < UNLIKELY else "text-decoration:none"
                 hint = escaped("\n".join(hints))
-                spans.append(f'<span class="llm-token" title="{hint}" style="{line}">{escaped(text)}</span>')
+                spans.append(
+                    f'<span class="llm-token" tabindex="0" data-odds="{hint}" style="{line}">{escaped(text)}</span>'
+                )
                 hints, least = [], 1.0
         return "".join(spans)
 
@@ -121,8 +130,9 @@ class Draft:
 class WritingPanel(Explorer):
     """A prompt, the knobs of sampling, and the text as it comes, with a button to stop it.
 
-    When the text is complete, the mouse over a token shows its probability and the likeliest alternatives; what was
-    less than 10% likely is underlined. A second checkpoint may write beside the first, on the same prompt.
+    When the text is complete, the mouse over a token, or the Tab key, shows its probability and the likeliest
+    alternatives; what was less than 10% likely is underlined. A second checkpoint may write beside the first, on the
+    same prompt.
 
     Args:
         model: the language model.
@@ -151,8 +161,10 @@ class WritingPanel(Explorer):
         self._second: tuple[Path, Transformer, Tokenizer] | None = None
 
         def slider(kind: Any, value: float, low: float, high: float, step: float, words: str) -> ipywidgets.Widget:
-            style = {"description_width": "11em"}
-            return kind(value=value, min=low, max=high, step=step, description=words, style=style)
+            style = {"description_width": "13em"}
+            return kind(
+                value=value, min=low, max=high, step=step, description=words, style=style, layout={"width": "32em"}
+            )
 
         whole, real = ipywidgets.IntSlider, ipywidgets.FloatSlider
         self.prompt = ipywidgets.Textarea(prompt, description="prompt", layout=WIDE)
@@ -247,5 +259,9 @@ class WritingPanel(Explorer):
 
     def _show(self, drafts: list[Draft], with_odds: bool = False) -> None:
         columns = "".join(draft.as_html(with_odds) for draft in drafts)
-        note = "<p><small>Rest on a token to see its odds; dotted: less than 10% likely.</small></p>" * with_odds
-        self.result.value = f'<div style="display:flex;flex-wrap:wrap;gap:2em">{columns}</div>{note}'
+        note = f"{ODDS}<p><small>Point at a token, or press Tab, for its odds; dotted: below 10%.</small></p>"
+        self.result.value = f'<div style="display:flex;flex-wrap:wrap;gap:2em">{columns}</div>' + note * with_odds
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        # pages without this style, as code hosts, show a title under the mouse
+        return output(self.panel, self.result.value.replace(ODDS, "").replace(" data-odds=", " title="))

@@ -42,8 +42,8 @@ HOSTILE = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1
 SMALL: dict[str, dict[str, Any]] = {
     "01_tokenize": {"vocab_size": 2600, "character_coverage": 0.98},
     "02_dataset": {"context_size": 64},
-    "03_toyreverse": {"max_steps": 300, "test_strings": 20},
-    "04_scifi_train": {"context_size": 64, "batch_size": 2, "max_steps": 900},
+    "03_toyreverse": {"max_steps": 120, "test_strings": 20},
+    "04_scifi_train": {"context_size": 64, "batch_size": 2, "max_steps": 1000},
     "05_generate": {"max_new_tokens": 60},
 }
 
@@ -198,8 +198,8 @@ def open_notebook(lab: str, tabs: Callable[[], Page]) -> Iterator[Callable[[str]
     for notebook in opened:
         notebook.screenshot(f"{notebook.name}-end")
         assert notebook.errors == []
-        assert notebook.page.evaluate("window.owned") is None, "text from the corpus was executed"
-        notebook.command("notebook:shutdown-kernel")
+        assert notebook.page.evaluate("window.owned ?? null") is None, "text from the corpus was executed"
+        notebook.page.evaluate(f"void {CURRENT}?.sessionContext.shutdown()")
         notebook.page.close()
 
 
@@ -339,10 +339,13 @@ def test_text_is_written_stopped_and_looked_into(open_notebook: Callable[[str], 
     [tokens] = map(int, re.findall(r"stopped: (\d+) tokens", state.inner_text()))
     assert 0 < tokens < 1000
     token = text.locator(".llm-token").nth(3)
-    assert "likeliest here" in (token.get_attribute("title") or "")
+    assert "likeliest here" in (token.get_attribute("data-odds") or "")
+    token.hover()
+    shown = token.evaluate("element => getComputedStyle(element, '::after').content")
+    assert "likeliest here" in shown
     notebook.box("prompt").fill("却说曹操")
     count.press("Home")
-    for _ in range(3):
+    for _ in range(24):
         count.press("PageUp")
     choices = notebook.box("compare with")
     choices.select_option(index=1)
@@ -350,4 +353,5 @@ def test_text_is_written_stopped_and_looked_into(open_notebook: Callable[[str], 
     expect(state).to_contain_text("done")
     columns = notebook.page.locator(".widget-html", has_text="this checkpoint").last.locator("small", has_text="step=")
     expect(columns).to_have_count(1)
+    notebook.page.locator(".llm-token").nth(12).hover()
     notebook.screenshot("writing", state)

@@ -369,6 +369,8 @@ def test_the_panel_writes_what_generate_writes(tokenizer: Tokenizer) -> None:
     spans = re.findall(r'<span class="llm-token"[^>]*>([^<]*)</span>', panel.result.value)
     assert visible(expected).startswith(html.unescape("".join(spans))) and len(spans) > 10
     assert "done" in panel.state.value and "30 tokens" in panel.state.value
+    stand_in = panel._repr_mimebundle_()["text/html"]
+    assert stand_in.count(' title="') == len(spans) and "<style>" not in stand_in
 
 
 def test_stop_ends_the_writing(tokenizer: Tokenizer) -> None:
@@ -433,7 +435,7 @@ def test_written_text_is_escaped_token_by_token(tmp_path: Path, english: Path) -
     panel = WritingPanel(wide_model(tok), tok, HOSTILE, 60)
     panel.temperature.value = 2.0
     press_write(panel)
-    assert not tags(panel.result.value) - {"div", "small", "p", "b", "span"}
+    assert not tags(panel.result.value) - {"div", "small", "p", "b", "span", "style"}
     assert not set(panel.result.value) & {"\x1b", "\x00", "\u202e"}
 
 
