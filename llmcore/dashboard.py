@@ -28,7 +28,7 @@ from llmcore.markup import escaped
 from llmcore.runs import read_metrics
 from llmcore.train import Event, Trainer
 
-DRAWING_BUDGET = 0.01  # share of the time that live drawing may take
+DRAWING_BUDGET = 0.015  # share of the time that live drawing may take
 REFRESH = 0.2  # seconds between two updates of the numbers
 VALIDATED = ("val_loss", "val_bits_per_byte", "exact_match")  # measured now and then, shown until the next time
 

@@ -176,10 +176,10 @@ class WritingPanel(Explorer):
         self.count = slider(whole, max(1, min(1000, max_new_tokens)), 1, 1000, 1, "tokens at most")
         self.seed = ipywidgets.Text("0", description="seed", placeholder="empty: another text each time")
         self.other = ipywidgets.Dropdown(
-            options=[("nothing", None), *((shown(path), path) for path in others)],
+            options=[("nothing", None), *((f"{path.parent.name}/{path.name}", path) for path in others)],
             description="compare with",
             style=LABELLED,
-            layout={"max_width": "95%"},
+            layout={"width": "30em"},
         )
         self.write = ipywidgets.Button(description="write", icon="play", tooltip="continue the prompt")
         self.stop = ipywidgets.Button(description="stop writing", icon="stop", tooltip="stop here", disabled=True)

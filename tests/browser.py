@@ -43,7 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "01_tokenize": {"vocab_size": 2600, "character_coverage": 0.98},
     "02_dataset": {"context_size": 64},
     "03_toyreverse": {"max_steps": 120, "test_strings": 20},
-    "04_scifi_train": {"context_size": 64, "batch_size": 2, "max_steps": 1000},
+    "04_scifi_train": {"context_size": 64, "batch_size": 2, "max_steps": 1100},
     "05_generate": {"max_new_tokens": 60},
 }
 
@@ -169,8 +169,10 @@ class Notebook:
         return wait_for(met, f"{what} in {self.name}")
 
     def state(self) -> Locator:
-        """What the last dashboard or writing panel says it is doing."""
-        return self.page.locator(".widget-html", has_text="state:").last
+        """What the last dashboard or writing panel says it is doing, brought into view: unseen cells are not drawn."""
+        found = self.page.locator(".widget-html", has_text="state:").last
+        found.evaluate("element => element.scrollIntoView({block: 'start'})")
+        return found
 
     def button(self, name: str) -> Locator:
         return self.page.locator("button.jupyter-button:enabled", has_text=re.compile(rf"^\s*{name}\s*$")).last
@@ -179,9 +181,11 @@ class Notebook:
         """The text box or number with a label."""
         return self.page.get_by_label(label, exact=True).last
 
-    def screenshot(self, name: str, at: Locator | None = None) -> None:
+    def screenshot(self, name: str, at: Locator | None = None, point_at: Locator | None = None) -> None:
         if at is not None:
             at.evaluate("element => element.scrollIntoView({block: 'center'})")
+        if point_at is not None:
+            point_at.hover()
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
@@ -242,7 +246,8 @@ def test_a_reversed_string_and_where_the_heads_look(open_notebook: Callable[[str
     notebook = open_notebook("03_toyreverse")
     notebook.run_all()
     run = project / "outputs" / "toyreverse" / "toy-reverse"
-    notebook.wait_for(lambda: notebook.state().count() and "training" in notebook.state().inner_text(), "training")
+    notebook.wait_for(lambda: notebook.page.locator("img.llm-curves").count(), "the dashboard")
+    expect(notebook.state()).to_contain_text("state: training")
     notebook.box("prompt").fill("abc123")
     notebook.button("sample now").click()
     expect(notebook.page.locator(".widget-html", has_text="abc123 →").last).to_be_visible()
@@ -277,8 +282,9 @@ def test_training_is_watched_paused_resumed_and_stopped(
     notebook = open_notebook("04_scifi_train")
     notebook.run_all()
     run = project / "outputs" / "runs" / "scifi-mini"
+    notebook.wait_for(lambda: notebook.page.locator("img.llm-curves").count(), "the dashboard")
     state = notebook.state()
-    notebook.wait_for(lambda: state.count() and "state: training" in state.inner_text(), "training")
+    expect(state).to_contain_text("state: training")
     first = wait_for(lambda: curve(notebook), "a curve")
     wait_for(lambda: curve(notebook) != first, "the curve to move")
 
@@ -353,5 +359,4 @@ def test_text_is_written_stopped_and_looked_into(open_notebook: Callable[[str], 
     expect(state).to_contain_text("done")
     columns = notebook.page.locator(".widget-html", has_text="this checkpoint").last.locator("small", has_text="step=")
     expect(columns).to_have_count(1)
-    notebook.page.locator(".llm-token").nth(12).hover()
-    notebook.screenshot("writing", state)
+    notebook.screenshot("writing", state, point_at=notebook.page.locator(".llm-token").nth(12))
