@@ -191,6 +191,7 @@ class TrainingDashboard:
             display(figure)
             return
         # a page that was closed and opened again shows the panel for good, the others replace it by the picture
+        self._show(self.events[-1], trainer, 0.0)
         self._say(ended)
         self._draw()
         for control in self._controls:
@@ -235,12 +236,12 @@ class TrainingDashboard:
         self.status, self.numbers, self.newest = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "1000px"})
         self.picture.add_class("llm-curves")
-        sampling = [self.sample, self.prompt] if trainer.sampler else []
-        buttons = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save, self.log_x, *sampling])
-        buttons.layout.flex_flow = "row wrap"
+        steering = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save, self.log_x])
+        steering.layout.flex_flow = "row wrap"
+        asking = ipywidgets.HBox([self.sample, self.prompt] if trainer.sampler else [])
         self._say("starting: the first step may compile the model")
         self._draw()  # the first picture takes longest: it loads the fonts
-        return ipywidgets.VBox([buttons, self.status, self.numbers, self.picture, self.newest])
+        return ipywidgets.VBox([steering, asking, self.status, self.numbers, self.picture, self.newest])
 
     def _say(self, state: str) -> None:
         """Put the state into words, and let only those buttons be pressed that do something."""

@@ -304,7 +304,6 @@ def training_curves(
         axes[name].plot(steps, series(key) if thin else [], color=color, linewidth=1.2)
         axes[name].set_ylabel(label, fontsize=8)
         axes[name].tick_params(labelsize=8, labelbottom=name == "speed")
-    axes["rate"].yaxis.set_major_formatter(EngFormatter(sep=" "))
     axes["speed"].yaxis.set_major_formatter(EngFormatter(sep=" "))
     if thin:
         norm = series("grad_norm")

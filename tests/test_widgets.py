@@ -146,6 +146,7 @@ def test_pause_resume_and_stop(tmp_path: Path, watched: None, screen: Screen) ->
     assert run.result().stopped_early and run.last_checkpoint
     assert read_metrics(run.run_dir)[-1]["step"] == run.step == checkpoint_step(run)
     assert "stopped at step" in words(board.status.value) and board.stop.disabled
+    assert f"{run.step:,}/100,000" in words(board.numbers.value)
     assert not isinstance(screen.shown[-1], dict), "the panel was not replaced by a picture"
 
 
