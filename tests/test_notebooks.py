@@ -72,6 +72,13 @@ def test_the_readme_shows_what_the_notebooks_found() -> None:
     assert sample in writing
 
 
+def test_the_readmes_pictures_exist_and_are_small() -> None:
+    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    pictures = [NOTEBOOKS.parent / path for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", readme)]
+    assert len(pictures) == 5
+    assert all(path.stat().st_size < 250_000 for path in pictures)
+
+
 def run_nbval(notebook: Path, root: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
     environment = {**os.environ, "LLM_WORKBOOK_ROOT": str(root)}
