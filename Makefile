@@ -8,7 +8,7 @@ BIN := .venv/bin/
 READY := .venv/.installed
 endif
 
-.PHONY: demo test test-fast lint lab notebooks bench clean
+.PHONY: demo test test-fast test-browser lint lab notebooks bench clean
 
 # Five notebooks, one after the other, at their default parameters: about 6 minutes on two CPU cores.
 demo: $(READY)
@@ -23,6 +23,10 @@ test: $(READY)
 # Only what takes seconds.
 test-fast: $(READY)
 	$(BIN)python -m pytest -m "not slow"
+
+# A real JupyterLab in headless Chromium: the widgets are used, screenshots go to outputs/screenshots/.
+test-browser: $(READY)
+	$(BIN)python -m pytest tests/browser.py
 
 lint: $(READY)
 	$(BIN)ruff check .

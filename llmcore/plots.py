@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
+import io
+import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
@@ -19,6 +22,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
+from PIL import Image
+
+from llmcore.markup import visible
+from llmcore.runs import summarize, validations
 
 P = ParamSpec("P")
 
@@ -33,6 +40,32 @@ SYSTEM_FONTS = (
     "WenQuanYi Zen Hei",
     "SimHei",
 )
+
+
+class Picture(Figure):
+    """A Figure that shows itself in a notebook: crisp on fine screens, with its titles for those who cannot see it."""
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
+        said = [self.get_suptitle(), *(axes.get_title(loc="left") for axes in self.axes)]
+        words = "; ".join(part for part in said if part) or "picture"
+        return (
+            {"image/png": png(self), "text/plain": f"<picture: {words}>"},
+            {"image/png": {"width": width, "height": height, "alt": words}},
+        )
+
+
+def png(figure: Figure, live: bool = False) -> bytes:
+    """A figure as PNG: twice as fine as the screen and in 256 colours, or, for a live view, as fast as can be."""
+    buffer = io.BytesIO()
+    if live:
+        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+        return buffer.getvalue()
+    figure.savefig(buffer, format="png", dpi=2 * figure.dpi, facecolor="white")
+    few = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    few.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
 
 
 @functools.cache
@@ -81,8 +114,13 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
     return draw
 
 
+def plain(text: str) -> str:
+    """Text from outside as a label: no formula begins at a dollar sign, no control character is left."""
+    return visible(text).replace("$", r"\$")
+
+
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
+    figure = Picture(figsize=(width, height), layout="constrained", dpi=100)
     return figure, list(np.atleast_1d(figure.subplots(rows, columns)).ravel())
 
 
@@ -159,7 +197,7 @@ def text_pieces(
         if "⏎" in piece:
             x, line = 0.0, line + 1
     height = 0.42 * (boxes[-1][1] + 1 if boxes else 1)
-    figure = Figure(figsize=(9, height + 0.7), layout="constrained", dpi=100)
+    figure = Picture(figsize=(9, height + 0.7), layout="constrained", dpi=100)
     axes = figure.add_subplot()
     colors = ["#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6"]
     scale = matplotlib.colormaps["YlOrRd"]
@@ -176,7 +214,7 @@ def text_pieces(
                 edgecolor="none",
             )
         )
-        axes.text(x + width / 2, -line - 0.43, piece, ha="center", va="center", color="black", fontsize=11)
+        axes.text(x + width / 2, -line - 0.43, plain(piece), ha="center", va="center", color="black", fontsize=11)
     axes.set(xlim=(0, columns), ylim=(-(boxes[-1][1] + 1) if boxes else -1, 0.1))
     axes.set_title(title)
     axes.axis("off")
@@ -210,6 +248,7 @@ def training_curves(
     title: str = "",
     metric: str = "val_loss",
     metric_label: str = "validation loss (nats per token)",
+    log_x: bool = False,
 ) -> Figure:
     """Loss, learning rate, gradient norm and speed of a run, from the trainer's events.
 
@@ -218,8 +257,12 @@ def training_curves(
         title: of the whole picture.
         metric: what to draw beside the training loss: "val_loss", or "exact_match", which gets an axis of its own.
         metric_label: its name and unit.
+        log_x: draw steps on a logarithmic axis, which gives the early ones room.
     """
-    figure = Figure(figsize=(10, 4.6), layout="constrained", dpi=100)
+    figure = Picture(figsize=(10, 4.6), dpi=100)
+    # margins by hand: a layout engine would take most of a live drawing's time
+    gap = 0.42 if metric == "val_loss" else 0.7  # the second axis needs room
+    figure.subplots_adjust(left=0.065, right=0.985, top=0.93, bottom=0.11, wspace=gap, hspace=0.25)
     axes = figure.subplot_mosaic([["loss", "loss", "rate"], ["loss", "loss", "norm"], ["loss", "loss", "speed"]])
     events = list(events)
     thin = events[:: max(1, len(events) // 2000)]
@@ -239,16 +282,22 @@ def training_curves(
         target.set(ylabel=metric_label, ylim=(0, 1.03))
         target.yaxis.set_major_formatter(PercentFormatter(1.0))
         target.grid(False)
+        target.spines["right"].set_visible(True)
     if marked:
         label = f"{metric_label}: {marked[-1][1]:{'.4g' if metric == 'val_loss' else '.2%'}}"
-        lines = target.plot(*zip(*marked, strict=True), color=RED, marker="o", markersize=4, label=label)
-        handles = [*axes["loss"].get_lines(), *(lines if metric != "val_loss" else [])]
-        axes["loss"].legend(handles=handles, loc="best" if metric == "val_loss" else "center right")
-    else:
-        axes["loss"].legend()
+        target.plot(*zip(*marked, strict=True), color=RED, marker="o", markersize=4, label=label)
     finite = loss[np.isfinite(loss)]
     if len(finite):
         axes["loss"].set_ylim(min(0.0, finite.min()) if finite.min() < 1 else finite.min() * 0.95, finite.max() * 1.02)
+    counts = [(event["step"], event.get("skipped", 0)) for event in events]
+    skipped = [step for (_, before), (step, now) in itertools.pairwise(counts) if now > before]
+    if skipped:
+        place = np.full(len(skipped), 0.985)
+        down = axes["loss"].get_xaxis_transform()  # x in steps, y in heights of the axes
+        axes["loss"].plot(skipped, place, "kx", transform=down, label=f"skipped: {len(skipped)}")
+    lines = [*axes["loss"].get_lines(), *(target.get_lines() if target is not axes["loss"] else [])]
+    corner = "upper right" if metric == "val_loss" else "center right"
+    axes["loss"].legend(handles=lines, loc=corner, frameon=True, framealpha=0.8, edgecolor="none")
     _label(axes["loss"], title, "optimizer step", "loss (nats per token)")
     for name, key, label, color in (
         ("rate", "learning_rate", "learning rate", GREEN),
@@ -257,12 +306,68 @@ def training_curves(
     ):
         axes[name].plot(steps, series(key) if thin else [], color=color, linewidth=1.2)
         axes[name].set_ylabel(label, fontsize=8)
-        axes[name].tick_params(labelsize=8)
+        axes[name].tick_params(labelsize=8, labelbottom=name == "speed")
+    axes["speed"].yaxis.set_major_formatter(EngFormatter(sep=" "))
     if thin:
         norm = series("grad_norm")
         axes["norm"].set_ylim(0, 1.2 * float(np.nanpercentile(norm[np.isfinite(norm)], 98)) if len(finite) else None)
-        axes["speed"].set_ylim(0, 1.3 * float(np.median(series("tokens_per_second"))))
+        axes["speed"].set_ylim(0, 1.2 * float(np.percentile(series("tokens_per_second"), 98)))
     axes["speed"].set_xlabel("optimizer step", fontsize=8)
+    if log_x:
+        for each in figure.axes:
+            each.set_xscale("log")
+        axes["loss"].set_xlabel("optimizer step (log scale)")
+    return figure
+
+
+COSTS = {  # column of `runs.validations` -> what its axis says
+    "steps": "optimizer steps",
+    "tokens": "tokens read",
+    "seconds": "seconds spent in steps",
+    "flops": "compute (FLOPs)",
+}
+
+
+@styled
+def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") -> Figure:
+    """Validation loss of several runs against steps, tokens, time and compute, one panel each.
+
+    Bits per byte where every run has them, so that vocabularies compare; else nats per token. Runs differ in colour,
+    marker and dashes. Those without a validation are left out, and named in the title.
+
+    Args:
+        run_dirs: folders of runs, as `runs.find_runs` finds them.
+        title: what to see; empty: which run ends lowest.
+    """
+    names = [row["run"] for row in summarize(run_dirs)]
+    runs = list(zip(names, map(validations, run_dirs), strict=True))
+    silent = [name for name, found in runs if not found]
+    drawn = [(name, found) for name, found in runs if found]
+    in_bits = all("val_bits_per_byte" in point for _, found in drawn for point in found)
+    measure, unit = ("val_bits_per_byte", "bits per byte") if in_bits else ("val_loss", "nats per token")
+    figure, panels = _figure(10, 6.2, 2, 2)
+    for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
+        for number, (name, found) in enumerate(drawn):
+            axes.plot(
+                [point[cost] for point in found],
+                [point[measure] for point in found],
+                marker="os^Dv*"[number % 6],
+                linestyle=("-", "--", "-.", ":")[number // 6 % 4],
+                markersize=4,
+                label=plain(name),
+            )
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        _label(axes, "", label, f"validation ({unit})")
+    if drawn:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        end, lowest = min((found[-1][measure], name) for name, found in drawn)
+        words = f"{lowest} ends lowest of {len(drawn)} runs" if len(drawn) > 1 else f"{lowest} ends"
+        title = title or f"{words}, at {end:.3f} {unit}"
+    else:
+        title = title or "No run has been validated yet"
+    if silent:
+        title += f" (not validated yet: {', '.join(silent)})"
+    figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
@@ -293,7 +398,8 @@ def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | No
     if max(values.values()) >= 1000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", visible=False)
-    _label(axes, title, unit, "")
+    _label(axes, "", unit, "")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)  # above the names too, which may be long
     return figure
 
 
@@ -304,7 +410,7 @@ def next_tokens(pieces: Sequence[str], probabilities: Sequence[float], title: st
     places = np.arange(len(pieces))
     drawn = axes.barh(places, probabilities, color=BLUE)
     axes.bar_label(drawn, [f"{p:.1%}" for p in probabilities], padding=4, fontsize=9)
-    axes.set_yticks(places, list(pieces), fontsize=12)
+    axes.set_yticks(places, [plain(piece) for piece in pieces], fontsize=12)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.margins(x=0.15)

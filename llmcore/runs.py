@@ -1,4 +1,4 @@
-"""A run's folder: its name, its lock, its metrics, and what the run was made with."""
+"""A run's folder: its name, its lock, its metrics, what it was made with, and how it compares with others."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmcore.config import PRESETS, ModelConfig
 from llmcore.files import resolve, shown
 
 try:
@@ -124,3 +125,77 @@ def _commit() -> str | None:
     if Path(top).resolve() != here.parent:  # installed into an environment that lies in someone's own repository
         return None
     return head + ("+changes" if status.strip() else "")
+
+
+# Runs side by side
+
+
+def find_runs(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The run folders below a folder, at any depth, in order of their names: those with metrics and a configuration."""
+    found = (path.parent for path in resolve(output_dir).rglob("metrics.jsonl"))
+    return sorted(folder for folder in found if (folder / "config.json").exists())
+
+
+def read_run(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """A run's `config.json`: model, train, data, precision, device, environment and history."""
+    return json.loads((resolve(run_dir) / "config.json").read_text(encoding="utf-8"))
+
+
+def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """A run's validations, and what each had cost by then.
+
+    Returns:
+        For each: val_loss (nats per token) and, where the data knows, val_bits_per_byte; steps, tokens, seconds (spent
+        in steps, without validation and samples) and flops (forward and backward).
+    """
+    model = ModelConfig.from_dict(read_run(run_dir)["model"])
+    found, seconds = [], 0.0
+    for event in read_metrics(run_dir):
+        seconds += event["seconds"]
+        if "val_loss" in event:
+            point: dict[str, float] = {k: event[k] for k in ("val_loss", "val_bits_per_byte") if k in event}
+            costs = {"seconds": seconds, "flops": event["tokens"] * model.flops_per_token()}
+            found.append({**point, "steps": event["step"], "tokens": event["tokens"], **costs})
+    return found
+
+
+def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]]:
+    """Runs as rows of a table, values as words: what each was, what it cost and how good it became.
+
+    "differs in" names the training settings that are not the same in all of them.
+    """
+    configs = [read_run(folder) for folder in run_dirs]
+    settings = [config["train"] for config in configs]
+    varied = [name for name in (settings[0] if settings else {}) if len({str(each.get(name)) for each in settings}) > 1]
+    rows = []
+    for folder, config in zip(map(resolve, run_dirs), configs, strict=True):
+        events, measured = read_metrics(folder), validations(folder)
+        last = measured[-1] if measured else {}
+        best = min((point["val_loss"] for point in measured), default=None)
+        model, train = ModelConfig.from_dict(config["model"]), config["train"]
+        seconds = sum(event["seconds"] for event in events)
+        rows.append(
+            {
+                "run": folder.name,
+                "preset": preset_of(model),
+                "parameters": f"{model.n_params() / 1e6:,.1f} M",
+                "steps": f"{events[-1]['step'] if events else 0:,} of {train['max_steps']:,}",
+                "tokens": f"{events[-1]['tokens'] if events else 0:,}",
+                "validation (nats/token)": f"{last['val_loss']:.3f}" if last else "–",
+                "best": f"{best:.3f}" if best is not None else "–",
+                "bits per byte": f"{last['val_bits_per_byte']:.3f}" if "val_bits_per_byte" in last else "–",
+                "time": f"{seconds / 60:,.1f} min",
+                "device": f"{config['device']}, {config['precision']}",
+                "differs in": ", ".join(f"{name}={train.get(name)}" for name in varied) or "–",
+            }
+        )
+    return rows
+
+
+def preset_of(model: ModelConfig) -> str:
+    """The preset whose shape a model has, whatever its vocabulary and context; "–" for a shape of one's own."""
+    shape = ("dim", "n_layers", "n_heads", "hidden_dim")
+    same = (
+        name for name, (preset, _) in PRESETS.items() if all(getattr(preset, s) == getattr(model, s) for s in shape)
+    )
+    return next(same, "–")

@@ -93,6 +93,7 @@ class Trainer:
         config: how to train.
         output_dir: the run's folder; `metrics.jsonl` and checkpoints go there.
         tokenizer: copied into checkpoints and used for samples.
+        sampler: what makes a sample of a prompt where there is no tokenizer to do it with.
         callbacks: each is called with every event before it is logged, and may add to it.
         device: "auto", "cpu", "cuda" or "mps".
         resume: a checkpoint to go on from: its folder, or "latest" or "best" of this run.
@@ -116,6 +117,7 @@ class Trainer:
         output_dir: str | os.PathLike[str],
         *,
         tokenizer: Tokenizer | None = None,
+        sampler: Callable[[str], str] | None = None,
         callbacks: Sequence[Callable[[Event], None]] = (),
         device: str = "auto",
         resume: str | os.PathLike[str] | None = None,
@@ -142,6 +144,7 @@ class Trainer:
             keep_freed_memory()
         self.model, self.train_data, self.val_data = model.to(self.device), train_data, val_data
         self.config, self.tokenizer, self.callbacks = config, tokenizer, list(callbacks)
+        self.sampler = sampler or (self._write if tokenizer is not None else None)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -152,6 +155,7 @@ class Trainer:
         self.last_checkpoint: Path | None = None
         self.stop_requested = False
         self._save_requested = self._sample_requested = False
+        self._sample_prompt: str | None = None
         self._half_a_step = False  # an error has left the weights between two steps
         self._environment = environment(self.device)
         self._history: list[Event] = []
@@ -187,16 +191,23 @@ class Trainer:
         """Write a checkpoint after the current step."""
         self._save_requested = True
 
-    def sample(self) -> None:
-        """Write a sample after the current step."""
-        self._sample_requested = True
+    def sample(self, prompt: str | None = None) -> None:
+        """Write a sample after the current step, of the configured prompt or another."""
+        self._sample_requested, self._sample_prompt = True, prompt
+
+    def catch_up(self) -> Event:
+        """Do at once what `save` and `sample` asked for: for a run that is paused between two steps."""
+        event = self._sample() if self._sample_requested else {}
+        if self._save_requested and self._sound():
+            event["checkpoint"] = str(self._save())
+        return event
 
     def steps(self) -> Generator[Event]:
         """Train step by step, yielding one event per optimizer step; saves at the end, or when closed.
 
         An event has step, tokens, loss (nats per token), learning_rate, grad_norm, skipped (steps so far),
         seconds (of this step) and tokens_per_second; after a validation also val_loss, val_perplexity and
-        val_bits_per_byte; after a sample, sample; after a save, checkpoint.
+        val_bits_per_byte; after a sample, sample and sample_prompt; after a save, checkpoint.
 
         SIGINT and SIGTERM end the run after the current step as `stop()` does; a second one raises at once.
 
@@ -234,8 +245,8 @@ class Trainer:
                         self._update_plateau(event["val_loss"])
                     sound = self._sound()
                     sample_due = _due(self.step, config.sample_interval) or (last and config.sample_interval)
-                    if sound and (self._sample_requested or (self.tokenizer and sample_due)):
-                        event["sample"] = self._sample()
+                    if sound and (self._sample_requested or sample_due):
+                        event |= self._sample()
                     try:
                         for callback in self.callbacks:
                             callback(event)
@@ -420,24 +431,32 @@ class Trainer:
             event["val_bits_per_byte"] = self.val_loss / math.log(2) / bytes_per_token
         return event
 
-    def _sample(self) -> str:
-        self._sample_requested = False
-        if self.tokenizer is None:
-            return ""
+    def _sample(self) -> Event:
+        prompt = self.config.sample_prompt if self._sample_prompt is None else self._sample_prompt
+        self._sample_requested, self._sample_prompt = False, None
+        if self.sampler is None:
+            return {}
         self.model.eval()
+        try:
+            return {"sample": self.sampler(prompt), "sample_prompt": prompt}
+        except ValueError as error:  # someone typed what cannot be encoded: no reason for a run to die
+            return {"sample": f"(no sample: {error})", "sample_prompt": prompt}
+
+    def _write(self, prompt: str) -> str:
+        assert self.tokenizer is not None
+        config = self.config
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return "".join(
-                stream(
-                    self.model,
-                    self.tokenizer,
-                    self.config.sample_prompt,
-                    self.config.sample_tokens,
-                    temperature=0.8,
-                    top_p=0.95,
-                    seed=self.config.seed,
-                )
+            pieces = stream(
+                self.model,
+                self.tokenizer,
+                prompt,
+                config.sample_tokens,
+                temperature=0.8,
+                top_p=0.95,
+                seed=config.seed,
             )
+            return "".join(pieces)
 
     # Saving and resuming
 

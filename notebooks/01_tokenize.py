@@ -20,9 +20,9 @@
 # everything works and learns; it is no stand-in for four thousand modern novels. For those, set `data_dir` to
 # `data/scifi` (fetched from the Hugging Face Hub), or to a folder of your own.
 #
-# Next: [2 · A data set](02_dataset.ipynb) · All notebooks:
-# [1](01_tokenize.ipynb) [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb)
-# [5](05_generate.ipynb)
+# Next: [2 · From tokens to batches](02_dataset.ipynb)
+#
+# All notebooks: **1** [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb) [5](05_generate.ipynb)
 
 # %% tags=["parameters"]
 data_dir: str = "data/sanguo"  # folder of .txt files, or data/sanguo, data/scifi, data/zhwiki
@@ -38,7 +38,6 @@ from llmcore.parameters import check_parameters
 check_parameters(globals(), "data_dir model_prefix vocab_size character_coverage errors seed")
 
 # %%
-# %matplotlib inline
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -56,7 +55,7 @@ files, refused = readable_texts(folder, errors)
 texts = [read_text(file) for file in files]
 print(*(f"left out: {name}: {reason}\n" for name, reason in refused.items()), sep="", end="")
 characters = sum(map(len, texts))
-print(texts[0][:220])
+print(widgets.visible(texts[0][:220]))
 
 # %% tags=["nbval-check-output"]
 print(f"{len(files)} files, {characters:,} characters, {sum(len(t.encode()) for t in texts):,} bytes")
@@ -91,7 +90,7 @@ plots.piece_lengths(Counter(map(len, pieces)), f"{len(pieces):,} pieces that are
 
 # %%
 longest = sorted(pieces, key=len, reverse=True)[:48]
-plots.text_pieces(longest, "The longest pieces")
+plots.text_pieces(longest, f"The longest of {len(pieces):,} pieces have up to {len(longest[0])} characters")
 
 # %% [markdown]
 # How many characters have a piece of their own, and how often does the tokenizer have to spell one in bytes?
@@ -113,6 +112,7 @@ print(f"unknown tokens: {ids.count(tok.unk_id)}")
 sizes = [int(vocab_size * factor) for factor in (0.7, 1, 1.5, 2, 3, 4)]
 with tempfile.TemporaryDirectory() as scratch:
     ratios = tokenizer.compression_by_vocab_size(files, sizes, Path(scratch), character_coverage=character_coverage)
+    largest = tokenizer.Tokenizer(Path(scratch, f"vocab-{max(ratios)}.model"))
 
 # %%
 small, large = min(ratios), max(ratios)
@@ -142,11 +142,13 @@ plots.text_pieces(shown_pieces, f"{len(sentence)} characters become {len(shown_p
 
 # %% [markdown]
 # ## Try it
-# In JupyterLab, a box to type in appears below; a headless run leaves it out.
+# Type into the box, and both tokenizers cut your text at once. Below each piece: its id, its bytes, and how often it
+# occurs if more than once. Try a name the novel is full of, one it has never heard of, and an emoji. (Where nobody can
+# type, as on a code host, the result alone is shown.)
 
 # %%
-if widgets.is_watched():
-    display(widgets.token_explorer(tok, sentence))
+both = {f"{each.vocab_size:,} pieces": each for each in (tok, largest)}
+widgets.TokenExplorer(both, sentence[:60])
 
 # %% [markdown]
 # ## What to try next

@@ -17,6 +17,8 @@
 # | `data_dir`; `tokenizer_model_file` from notebook 1 | `dataset_dir`: token files | 5 seconds |
 #
 # Before: [1 · From text to tokens](01_tokenize.ipynb) · Next: [3 · A toy task](03_toyreverse.ipynb)
+#
+# All notebooks: [1](01_tokenize.ipynb) **2** [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb) [5](05_generate.ipynb)
 
 # %% tags=["parameters"]
 data_dir: str = "data/sanguo"  # folder of .txt files
@@ -34,10 +36,9 @@ from llmcore.parameters import check_parameters
 check_parameters(globals(), "data_dir tokenizer_model_file dataset_dir val_fraction errors context_size preset seed")
 
 # %%
-# %matplotlib inline
 import numpy as np
 
-from llmcore import config, corpus, plots
+from llmcore import config, corpus, plots, widgets
 from llmcore.dataset import TokenDataset, prepare_dataset
 from llmcore.files import read_text, shown
 from llmcore.planner import TOKENS_PER_PARAMETER, training_cost
@@ -105,8 +106,8 @@ plots.rank_frequency(counts, f"{rare:.0%} of the vocabulary occurs fewer than te
 # %%
 x, y = train.batch(step=0, batch_size=4, seed=seed)
 for row in range(2):
-    print("x:", tok.decode(x[row, :24].tolist()).replace("\n", "⏎"))
-    print("y:", tok.decode(y[row, :24].clamp(min=0).tolist()).replace("\n", "⏎"), "\n")
+    print("x:", widgets.visible(tok.decode(x[row, :24].tolist())).replace("\n", "⏎"))
+    print("y:", widgets.visible(tok.decode(y[row, :24].clamp(min=0).tolist())).replace("\n", "⏎"), "\n")
 
 # %% tags=["nbval-check-output"]
 again, _ = train.batch(step=0, batch_size=4, seed=seed)
@@ -132,6 +133,14 @@ plots.bars(rows, f"{preset} reads the corpus {cost['tokens'] / len(train.tokens)
 # %% tags=["nbval-check-output"]
 print(f"compute-optimal size for this corpus read once: {len(train.tokens) / TOKENS_PER_PARAMETER:,.0f} parameters")
 print(f"{preset} has {cost['parameters']:,.0f}")
+
+# %% [markdown]
+# ## Try it
+# Page through the windows, or jump to a document by its name. A rule marks where a document begins: a window may hold
+# the end of one and the beginning of the next, and the model is left to find out from the `■ end` between them.
+
+# %%
+widgets.DataExplorer(TokenDataset(dataset_dir, "val", min(context_size, 128)), tok)
 
 # %% [markdown]
 # ## What to try next

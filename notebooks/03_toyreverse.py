@@ -18,6 +18,8 @@
 # | nothing: the strings are random | a run in `output_dir` | under 2 minutes on two CPU cores |
 #
 # Before: [2 · From tokens to batches](02_dataset.ipynb) · Next: [4 · Training a language model](04_scifi_train.ipynb)
+#
+# All notebooks: [1](01_tokenize.ipynb) [2](02_dataset.ipynb) **3** [4](04_scifi_train.ipynb) [5](05_generate.ipynb)
 
 # %% tags=["parameters"]
 preset: str = "toy-reverse"  # shape of the model and how it is trained
@@ -34,7 +36,6 @@ from llmcore.parameters import check_parameters
 check_parameters(globals(), "preset output_dir max_steps test_strings prompt device seed")
 
 # %%
-# %matplotlib inline
 import torch
 
 from llmcore import config, plots, reverse, widgets
@@ -77,10 +78,17 @@ print(f"{tokens:,} tokens of training, padding included, at most 3.5 million: {t
 # %% [markdown]
 # ## Training
 # At each validation, 300 strings of full length are reversed in earnest: all 32 characters and the end must be right.
+# In JupyterLab, *sample now* asks the half-trained model for a string of your own.
 
 # %%
 trainer = Trainer(
-    model, data, reverse.ReverseData(), train_config, new_run_dir(output_dir, "toy-reverse"), device=device
+    model,
+    data,
+    reverse.ReverseData(),
+    train_config.replace(sample_prompt=prompt),
+    new_run_dir(output_dir, "toy-reverse"),
+    device=device,
+    sampler=lambda text: " → " + reverse.answers(model, [text])[0],
 )
 probe = reverse.random_strings(300, reverse.MAX_LENGTH, seed=seed + 1)
 trainer.callbacks.append(reverse.measure_exact_match(model, probe))
@@ -147,11 +155,11 @@ print("each row adds up to one:", bool((weights.sum(-1) - 1).abs().max() < 1e-4)
 
 # %% [markdown]
 # ## Try it
-# In JupyterLab, a box to type in appears below; a headless run leaves it out.
+# Type a string, read the answer, and move the slider along it: for each sign it writes, the table shows how much each
+# head looks at which token. (Where nobody can type, the table shows one sign of the answer.)
 
 # %%
-if widgets.is_watched():
-    display(widgets.answer_box(lambda text: reverse.answers(model, [text])[0], prompt, "reverse"))
+widgets.ReversalExplorer(model, prompt)
 
 # %% [markdown]
 # ## What to try next

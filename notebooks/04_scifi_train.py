@@ -20,6 +20,8 @@
 # On one 80 GB GPU, `preset` takes `scifi-117M`, `scifi-1.5B` or `zhwiki-2.46B`.
 #
 # Before: [3 · A toy task](03_toyreverse.ipynb) · Next: [5 · Writing](05_generate.ipynb)
+#
+# All notebooks: [1](01_tokenize.ipynb) [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) **4** [5](05_generate.ipynb)
 
 # %% tags=["parameters"]
 preset: str = "scifi-mini"  # scifi-mini, scifi-117M, scifi-1.5B, zhwiki-2.46B
@@ -47,10 +49,9 @@ names = "preset data_dir tokenizer_model_file dataset_dir output_dir project che
 check_parameters(globals(), names + " max_steps batch_size learning_rate prompt device precision tracker seed")
 
 # %%
-# %matplotlib inline
 import torch
 
-from llmcore import config, corpus, plots
+from llmcore import config, corpus, plots, widgets
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.dataset import TokenDataset, prepare_dataset
 from llmcore.device import pick_device
@@ -58,7 +59,7 @@ from llmcore.evaluate import xz_bits_per_byte
 from llmcore.files import read_text, readable_texts, shown, text_name
 from llmcore.model import Transformer
 from llmcore.planner import measure_speed, training_cost
-from llmcore.runs import new_run_dir, read_metrics
+from llmcore.runs import find_runs, new_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.trackers import tracker_callback
 from llmcore.train import Trainer
@@ -112,9 +113,9 @@ print(f"compute: {cost['flops']:.2e} FLOPs")
 
 # %% [markdown]
 # ## Training, first half
-# The curve is live in JupyterLab, with buttons to pause, stop, save and sample; a headless run prints a line at each
-# validation and keeps the last picture. To show what happens when a run is interrupted, a callback presses stop in the
-# middle.
+# The curve is live in JupyterLab, with buttons to pause, resume, stop, save and sample a prompt of your own; a headless
+# run prints a line at each validation and keeps the last picture. The tab may be closed: the run goes on. To show what
+# happens when a run is interrupted, a callback presses stop in the middle.
 
 # %%
 torch.manual_seed(seed)
@@ -161,7 +162,6 @@ second = Trainer(
 )
 resumed_at = second.step
 dashboard = TrainingDashboard(f"{preset}: {cost['parameters'] / 1e6:.1f}M parameters")
-dashboard.events = read_metrics(run_dir)
 await dashboard.run(second)
 
 # %% tags=["nbval-check-output"]
@@ -178,7 +178,8 @@ print("steps skipped for a loss that is not finite:", second.skipped)
 # %%
 for event in events:
     if "sample" in event:
-        print(f"--- step {event['step']:,}, loss {event['loss']:.2f}\n{prompt}{event['sample']}\n")
+        text = widgets.visible(event.get("sample_prompt", prompt) + event["sample"])
+        print(f"--- step {event['step']:,}, loss {event['loss']:.2f}\n{text}\n")
 
 # %% [markdown]
 # ## How good is it?
@@ -200,10 +201,12 @@ bits = {
     "xz on the held-out text, training text known": xz_bits_per_byte(seen, unseen or seen),
     f"{preset}, held-out text": last["val_bits_per_byte"],
 }
-plots.bars(bits, "Bits per byte of text: less is better", "bits per byte", highlight=f"{preset}, held-out text")
+known = bits["xz on the held-out text, training text known"]
+title = f"{preset} needs {last['val_bits_per_byte']:.2f} bits per byte, a file compressor {known:.2f}"
+plots.bars(bits, title, "bits per byte of text (less is better)", highlight=f"{preset}, held-out text")
 
 # %% tags=["nbval-check-output"]
-print(f"better than xz: {last['val_bits_per_byte'] < bits['xz on the held-out text, training text known']}")
+print(f"better than xz: {last['val_bits_per_byte'] < known}")
 print(f"at most 2.15 bits per byte on held-out chapters: {last['val_bits_per_byte'] <= 2.15}")
 
 # %% [markdown]
@@ -221,6 +224,18 @@ again = Trainer(
 # %% tags=["nbval-check-output"]
 print("the loaded model validates the same:", abs(again.validate()["val_loss"] - last["val_loss"]) < 1e-4)
 print("its tokenizer is ours:", checkpoint.tokenizer.fingerprint == tok.fingerprint)
+
+# %% [markdown]
+# ## Runs side by side
+# Every run in `output_dir`, this one included, by what it cost: steps, tokens, time, compute. After a sweep with
+# papermill (three learning rates, say: the README has the command) this cell is the comparison.
+
+# %%
+runs = find_runs(output_dir)
+widgets.run_table(runs)
+
+# %%
+plots.compare_runs(runs)
 
 # %% [markdown]
 # ## What to try next

@@ -17,6 +17,8 @@
 # | a run of notebook 4 | text and pictures | half a minute on two CPU cores |
 #
 # Before: [4 · Training](04_scifi_train.ipynb) · First: [1 · From text to tokens](01_tokenize.ipynb)
+#
+# All notebooks: [1](01_tokenize.ipynb) [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb) **5**
 
 # %% tags=["parameters"]
 checkpoint_dir: str = "latest"  # latest or best of output_dir, or a folder: a run or one checkpoint
@@ -38,17 +40,18 @@ names = "checkpoint_dir output_dir prompt max_new_tokens temperature top_k top_p
 check_parameters(globals(), names)
 
 # %%
-# %matplotlib inline
 import time
 
 import torch
 
 from llmcore import plots, widgets
-from llmcore.checkpoint import load_checkpoint
+from llmcore.checkpoint import checkpoints, load_checkpoint
 from llmcore.device import pick_device
 from llmcore.export import from_hf, to_gguf, to_hf, to_llama2c
 from llmcore.files import resolve, shown
 from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
+from llmcore.quantize import int8_weights
+from llmcore.runs import find_runs
 
 device = str(pick_device(device))
 
@@ -70,7 +73,7 @@ print("every parameter is finite:", all(bool(p.isfinite().all()) for p in model.
 sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
 print(prompt, end="")
 for piece in stream(model, tok, prompt, max_new_tokens, temperature, **sampling):
-    print(piece, end="", flush=True)
+    print(widgets.visible(piece), end="", flush=True)
 
 # %% tags=["nbval-check-output"]
 few = min(max_new_tokens, 40)
@@ -85,7 +88,7 @@ print("the same seed gives the same text:", generate(model, tok, prompt, few, te
 # %%
 for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
     text = generate(model, tok, prompt, min(max_new_tokens, 80), degree, **sampling)
-    print(f"--- temperature {degree}\n{prompt}{text}\n")
+    print(f"--- temperature {degree}\n{widgets.visible(prompt + text)}\n")
 
 # %% [markdown]
 # ## The next token
@@ -134,7 +137,8 @@ print("a window's mean is its loss:", abs(sum(nats[: len(window) - 1]) / (len(wi
 
 # %% [markdown]
 # ## How fast
-# One text alone, and sixteen at once: reading the weights costs the same for both.
+# One text alone, and sixteen at once: reading the weights costs the same for both. On a CPU the weights may also be
+# rounded to int8, a quarter of the bytes to read: that pays where they are many.
 
 # %%
 rates = {}
@@ -142,7 +146,16 @@ for count in (1, 16):
     started = time.perf_counter()
     generate(model, tok, [prompt] * count, 64, seed=seed)
     rates[f"{count} at once"] = count * 64 / (time.perf_counter() - started)
-plots.bars(rates, f"Many texts at once use {device} better", "tokens per second")
+one, sixteen = rates.values()
+plots.bars(rates, f"Sixteen texts at once: {sixteen / one:.1f} times the tokens per second", "tokens per second")
+
+# %%
+small = int8_weights(model) if device == "cpu" else model
+rounded = surprise(small, ids)
+print(f"the paragraph in int8: {sum(rounded) / len(rounded):.3f} nats per token, {mean:.3f} in float32")
+
+# %% tags=["nbval-check-output"]
+print("int8 changes the mean surprise by less than 1%:", abs(sum(rounded) / sum(nats) - 1) < 0.01)
 
 # %% [markdown]
 # ## Take it elsewhere
@@ -176,11 +189,15 @@ print("read back, every weight is the same:", all(torch.equal(ours, same) for ou
 
 # %% [markdown]
 # ## Try it
-# In JupyterLab, a panel to write with appears below; a headless run leaves it out.
+# A prompt of your own, every knob, and a button to stop. Rest the mouse on a token of the finished text to see its
+# probability and what might have stood there instead; what was less than 10% likely is underlined. *Compare with* lets
+# another checkpoint write beside this one. (Where nobody can press buttons, the text alone is shown.)
 
 # %%
-if widgets.is_watched():
-    display(widgets.generation_panel(model, tok, prompt, max_new_tokens))
+others = [path for run in find_runs(output_dir) for path in checkpoints(run) if path != checkpoint.path]
+panel = widgets.WritingPanel(model, tok, prompt, min(max_new_tokens, 80), others)
+await panel.start()
+panel
 
 # %% [markdown]
 # ## What to try next

@@ -67,9 +67,16 @@ def test_the_readme_shows_what_the_notebooks_found() -> None:
     readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
     training, writing = output_of(read("04_scifi_train")), output_of(read("05_generate"))
     [bits] = re.findall(r"\*\*([\d.]+) bits\s+per\s+byte\*\*", readme)
-    assert re.findall(r"([\d.]+) bits/byte", training)[-1] == bits
+    assert re.findall(r"bits/byte ([\d.]+)", training)[-1] == bits
     [sample] = re.findall(r"^> (却说曹操.*)$", readme, re.MULTILINE)
     assert sample in writing
+
+
+def test_the_readmes_pictures_exist_and_are_small() -> None:
+    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    pictures = [NOTEBOOKS.parent / path for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", readme)]
+    assert len(pictures) == 5
+    assert all(path.stat().st_size < 250_000 for path in pictures)
 
 
 def run_nbval(notebook: Path, root: Path) -> subprocess.CompletedProcess[str]:

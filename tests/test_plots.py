@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -11,8 +12,13 @@ import pytest
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from PIL import Image
 
 from llmcore import plots
+from llmcore.runs import find_runs, read_metrics
+
+from .test_train import trainer
+from .tiny import quick, tiny_config
 
 
 def events(steps: int) -> list[dict[str, float]]:
@@ -47,6 +53,69 @@ def test_training_curves_survive_the_first_step_and_a_loss_that_is_not_a_number(
         figure.draw_without_rendering()
         low, high = figure.axes[0].get_ylim()
         assert math.isfinite(low) and math.isfinite(high)
+
+
+def test_skipped_steps_are_marked_and_counted() -> None:
+    some = [{**event, "skipped": (event["step"] >= 7) + 2 * (event["step"] >= 40)} for event in events(50)]
+    figure = plots.training_curves(some)
+    assert line(figure, 0, "skipped: 2")[:, 0].tolist() == [7, 40]
+
+
+def test_steps_may_be_on_a_logarithmic_axis() -> None:
+    assert {axes.get_xscale() for axes in plots.training_curves(events(50), log_x=True).axes} == {"log"}
+    assert {axes.get_xscale() for axes in plots.training_curves(events(50)).axes} == {"linear"}
+
+
+def run_folder(folder: Path, rate: float, **options: object) -> Path:
+    trainer(folder, quick(max_steps=8, eval_interval=2, learning_rate=rate), **options).fit()
+    return folder
+
+
+def test_runs_are_drawn_against_steps_tokens_time_and_compute(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / f"lr={rate}", rate) for rate in (1e-3, 1e-2, 1e-1)]
+    assert find_runs(tmp_path) == sorted(folders)
+    figure = plots.compare_runs(folders)
+    for number, folder in enumerate(folders):
+        events = read_metrics(folder)
+        validated = [event for event in events if "val_loss" in event]
+        flops = tiny_config().flops_per_token()
+        drawn = [axes.get_lines()[number] for axes in figure.axes]
+        assert {tuple(each.get_ydata()) for each in drawn} == {tuple(e["val_bits_per_byte"] for e in validated)}
+        steps, tokens, seconds, compute = (each.get_xdata() for each in drawn)
+        assert list(steps) == [2, 4, 6, 8] and list(tokens) == [event["tokens"] for event in validated]
+        assert seconds[-1] == pytest.approx(sum(event["seconds"] for event in events))
+        assert list(compute) == pytest.approx([event["tokens"] * flops for event in validated])
+    assert [axes.get_xlabel() for axes in figure.axes] == list(plots.COSTS.values())
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {folder.name for folder in folders}
+    best = min(folders, key=lambda folder: read_metrics(folder)[-1]["val_loss"])
+    assert figure.get_suptitle().startswith(f"{best.name} ends lowest of 3 runs")
+    looks = {(each.get_color(), each.get_marker()) for each in figure.axes[0].get_lines()}
+    assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 3
+
+
+def test_a_run_that_was_not_validated_is_named_and_left_out(tmp_path: Path) -> None:
+    silent = run_folder(tmp_path / "silent", 1e-2, val=False)
+    assert plots.compare_runs([silent]).get_suptitle().startswith("No run has been validated yet")
+    figure = plots.compare_runs([silent, run_folder(tmp_path / "heard", 1e-2)])
+    assert len(figure.axes[0].get_lines()) == 1 and "not validated yet: silent" in figure.get_suptitle()
+    assert plots.compare_runs([]).axes
+
+
+def test_no_text_from_outside_is_taken_for_a_formula_or_an_escape() -> None:
+    odd = [r"$\frac{$", "$x$", "\x1b[31m", "a$b"]
+    for figure in (plots.text_pieces(odd, "odd"), plots.next_tokens(odd, [0.4, 0.3, 0.2, 0.1], "odd")):
+        figure.draw_without_rendering()
+    drawn = [text.get_text() for text in plots.text_pieces(odd, "odd").axes[0].texts]
+    assert drawn == [r"\$\frac{\$", r"\$x\$", "⟨1B⟩[31m", r"a\$b"]
+
+
+def test_a_figure_shows_itself_crisp_small_and_with_words() -> None:
+    figure = plots.training_curves(events(300), "loss falls")
+    data, about = figure._repr_mimebundle_()
+    width, height = Image.open(io.BytesIO(data["image/png"])).size
+    assert (width, height) == (2 * about["image/png"]["width"], 2 * about["image/png"]["height"])
+    assert "loss falls" in about["image/png"]["alt"] and "loss falls" in data["text/plain"]
+    assert len(data["image/png"]) < 120_000
 
 
 def test_smoothing_keeps_a_constant_and_starts_unbiased() -> None:

@@ -1,0 +1,73 @@
+"""HTML for text that nobody has checked: corpora, prompts and models may hold tags and terminal escapes.
+
+Everything that comes from outside goes through `visible` (for a terminal or a figure) or `escaped` (for HTML).
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from llmcore.tokenizer import Tokenizer
+
+# Characters that act instead of showing: an escape (1B) could recolour or clear a terminal, others turn the direction
+# of writing around. They are shown by their number, ⟨1B⟩, as single bytes are.
+_ACTING = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_SIGNS = {code: f"⟨{code:02X}⟩" for code in _ACTING if chr(code) not in "\t\n"}
+
+BOX = (
+    "display:inline-block;padding:1px 4px;margin:1px;border:1px solid #888;border-radius:4px;color:#000;"
+    "text-align:center;vertical-align:top;line-height:1.35"
+)
+COLORS = ("#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6")  # pale, so that black text stays readable in any theme
+
+
+def visible(text: str) -> str:
+    """Text in which control characters show as numbers instead of acting; newlines and tabs stay."""
+    return text.translate(_SIGNS)
+
+
+def escaped(text: object) -> str:
+    """Text for an HTML page, as content or as an attribute in quotes: no tag, entity or control character acts."""
+    return html.escape(visible(str(text)))
+
+
+def show_piece(tokenizer: Tokenizer, id: int) -> str:
+    """A token as a person reads it: "⏎" for a newline, "␣" for spaces, ⟨E4⟩ for a lone byte."""
+    if tokenizer.is_byte(id):
+        return f"⟨{tokenizer.id_to_bytes(id)[0]:02X}⟩"
+    text = visible(tokenizer.id_to_bytes(id).decode())
+    return text.replace("\n", "⏎").replace("\t", "␉").replace(" ", "␣") or tokenizer.id_to_piece(id)
+
+
+def boxes(pieces: Sequence[str], notes: Sequence[str] = (), hints: Sequence[str] = ()) -> str:
+    """Pieces as boxes with an edge, in alternating colours; a box with "⏎" ends its line.
+
+    Args:
+        pieces: the texts.
+        notes: small print below each.
+        hints: what each says when the mouse rests on it.
+    """
+    made = []
+    for number, piece in enumerate(pieces):
+        note = f"<br><small>{escaped(notes[number])}</small>" if notes else ""
+        hint = f' title="{escaped(hints[number])}"' if hints else ""
+        style = f"background:{COLORS[number % len(COLORS)]};{BOX}"
+        made.append(f'<span{hint} style="{style}">{escaped(piece)}{note}</span>' + ("<br>" if "⏎" in piece else ""))
+    return f"<div>{''.join(made)}</div>"
+
+
+def table(rows: Iterable[Mapping[str, object]], caption: str = "") -> str:
+    """Rows with the same keys as a table: the keys above, one row each; numbers to the right."""
+    rows = list(rows)
+    if not rows:
+        return "<p>nothing yet</p>"
+    head = "".join(f'<th scope="col" style="text-align:left">{escaped(name)}</th>' for name in rows[0])
+    body = ""
+    for row in rows:
+        cells = [(escaped(value), re.match(r"[\d.,]+( |$)", str(value))) for value in row.values()]
+        body += "<tr>" + "".join(f'<td style="text-align:{"right" if n else "left"}">{v}</td>' for v, n in cells)
+        body += "</tr>"
+    title = f"<caption>{escaped(caption)}</caption>" if caption else ""
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

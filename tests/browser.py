@@ -1,0 +1,368 @@
+"""The notebooks in a real browser: `make test-browser`.
+
+A JupyterLab of its own on loopback, with a token, over a project root of its own under build/browser/; each notebook is
+opened in headless Chromium, run at a small size, and its widgets are used. Screenshots go to outputs/screenshots/. The
+corpus is a part of the novel and one file that means harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+import pytest
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+from llmcore.checkpoint import checkpoints
+from llmcore.corpus import fetch
+from llmcore.files import PROJECT_ROOT
+from llmcore.runs import read_metrics
+
+ROOT = PROJECT_ROOT / "build" / "browser"
+SCREENSHOTS = PROJECT_ROOT / "outputs" / "screenshots"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+CURRENT = "window.jupyterapp.shell.currentWidget"
+PATIENCE = 90_000  # milliseconds that a condition may take on a busy machine
+
+HOSTILE = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'> \x1b[31mred\x1b[0m 曹操大怒。\n"
+SMALL: dict[str, dict[str, Any]] = {
+    "01_tokenize": {"vocab_size": 2600, "character_coverage": 0.98},
+    "02_dataset": {"context_size": 64},
+    "03_toyreverse": {"max_steps": 120, "test_strings": 20},
+    "04_scifi_train": {"context_size": 64, "batch_size": 2, "max_steps": 1200},
+    "05_generate": {"max_new_tokens": 60},
+}
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """The condition's first true value, looked for until patience ends."""
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.1)
+    return value
+
+
+@pytest.fixture(scope="session")
+def project() -> Path:
+    """A project root with a small corpus and the notebooks, their parameters set to small values."""
+    shutil.rmtree(ROOT, ignore_errors=True)
+    texts = ROOT / "data" / "texts"
+    texts.mkdir(parents=True)
+    for chapter in sorted(fetch("sanguo", PROJECT_ROOT / "data").glob("*.txt"))[:24]:
+        shutil.copy(chapter, texts)
+    (texts / "000-hostile.txt").write_text(HOSTILE * 30, encoding="utf-8")
+    (ROOT / "notebooks").mkdir()
+    for name, parameters in SMALL.items():
+        notebook = jupytext.read(PROJECT_ROOT / "notebooks" / f"{name}.py")
+        text = {"data_dir": "data/texts"} if name[:2] in ("01", "02", "04") else {}
+        lines = [f"{key} = {value!r}" for key, value in {**parameters, **text}.items()]
+        cell = nbformat.v4.new_code_cell("\n".join(["# Parameters", *lines]))  # what papermill would inject
+        tagged = next(n for n, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
+        notebook.cells.insert(tagged + 1, cell)
+        nbformat.write(notebook, ROOT / "notebooks" / f"{name}.ipynb")
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def lab(project: Path) -> Iterator[str]:
+    """The address of a running JupyterLab, up to and with its token; its settings are those of a first start."""
+    private = {f"JUPYTER_{kind}_DIR": str(project / "jupyter" / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    private["JUPYTERLAB_SETTINGS_DIR"] = str(project / "jupyter" / "settings")
+    private["JUPYTERLAB_WORKSPACES_DIR"] = str(project / "jupyter" / "workspaces")
+    environment = {**os.environ, **private, "LLM_WORKBOOK_ROOT": str(project), "OMP_NUM_THREADS": "1"}
+    environment.pop("LLM_WORKBOOK_WATCHED", None)
+    no_news = project / "jupyter" / "CONFIG" / "labconfig" / "page_config.json"
+    no_news.parent.mkdir(parents=True)
+    no_news.write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
+    token = secrets.token_hex(16)
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]
+    command += [f"--ServerApp.root_dir={project}", f"--IdentityProvider.token={token}", "--allow-root"]
+    command += ["--LabApp.expose_app_in_browser=True"]
+    with (
+        open(project / "lab.log", "wb") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
+        runtime = project / "jupyter" / "RUNTIME"
+        try:
+            info = wait_for(lambda: [*runtime.glob("jpserver-*.json")], f"JupyterLab; see {log.name}")[0]
+            url = wait_for(lambda: info.read_text() and json.loads(info.read_text())["url"], "its address")
+            yield f"{url}lab/tree/notebooks/{{}}.ipynb?reset&token={token}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def tabs(project: Path) -> Iterator[Callable[[], Page]]:
+    """Opens new tabs in one headless browser."""
+    if CHROMIUM is None:
+        pytest.exit("make test-browser needs Chromium; on Debian or Ubuntu: apt-get install chromium", returncode=2)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    fonts = project / "share" / "fonts"  # Chinese glyphs for a machine that has none
+    fonts.parent.mkdir()
+    fonts.symlink_to(str(importlib.resources.files("pylopdf_fonts_zh_cn")))
+    environment: dict[str, str | float | bool] = {**os.environ, "XDG_DATA_HOME": str(fonts.parent)}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS, env=environment)
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, device_scale_factor=1.5)
+        context.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
+        yield context.new_page
+        browser.close()
+
+
+class Notebook:
+    """One notebook in one tab, and all that the browser's console complains about."""
+
+    def __init__(self, name: str, lab: str, page: Page) -> None:
+        self.name, self.page = name, page
+        self.errors: list[str] = []
+        page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.open(lab)
+
+    def open(self, lab: str) -> None:
+        self.page.goto(lab.format(self.name))
+        self.page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+
+    def command(self, name: str) -> None:
+        """Execute one of JupyterLab's commands, without waiting for what it does."""
+        self.page.evaluate(f"void window.jupyterapp.commands.execute('{name}')")
+
+    def run_all(self) -> None:
+        status = f"{CURRENT}.sessionContext.session?.kernel?.status"
+        wait_for(lambda: self.page.evaluate(status) == "idle", "a kernel")
+        self.command("notebook:run-all-cells")
+
+    def cells(self) -> list[dict[str, Any]]:
+        """The document as it stands."""
+        return self.page.evaluate(f"{CURRENT}.content.model.toJSON().cells")
+
+    def wait_until_done(self) -> None:
+        """Wait until every cell has run."""
+        self.wait_for(lambda: all(c["execution_count"] for c in self.cells() if c["cell_type"] == "code"), "the end")
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
+        """As `wait_for`, but an error in a cell ends the wait."""
+
+        def met() -> Any:
+            outputs = [output for cell in self.cells() for output in cell.get("outputs", [])]
+            errors = ["\n".join(output["traceback"]) for output in outputs if output["output_type"] == "error"]
+            assert not errors, errors[0]
+            return condition()
+
+        return wait_for(met, f"{what} in {self.name}")
+
+    def state(self) -> Locator:
+        """What the last dashboard or writing panel says it is doing, brought into view: unseen cells are not drawn."""
+        found = self.page.locator(".widget-html", has_text="state:").last
+        found.evaluate("element => element.scrollIntoView({block: 'start'})")
+        return found
+
+    def button(self, name: str) -> Locator:
+        return self.page.locator("button.jupyter-button:enabled", has_text=re.compile(rf"^\s*{name}\s*$")).last
+
+    def box(self, label: str) -> Locator:
+        """The text box or number with a label."""
+        return self.page.get_by_label(label, exact=True).last
+
+    def screenshot(self, name: str, at: Locator | None = None, point_at: Locator | None = None) -> None:
+        if at is not None:
+            at.evaluate("element => element.scrollIntoView({block: 'center'})")
+        if point_at is not None:
+            point_at.hover()
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+@pytest.fixture
+def open_notebook(lab: str, tabs: Callable[[], Page]) -> Iterator[Callable[[str], Notebook]]:
+    """Opens a notebook by name; at the end of the test its console must have been silent."""
+    opened = []
+
+    def open_one(name: str) -> Notebook:
+        opened.append(Notebook(name, lab, tabs()))
+        return opened[-1]
+
+    yield open_one
+    for notebook in opened:
+        notebook.screenshot(f"{notebook.name}-end")
+        assert notebook.errors == []
+        assert notebook.page.evaluate("window.owned ?? null") is None, "text from the corpus was executed"
+        notebook.page.evaluate(f"void {CURRENT}?.sessionContext.shutdown()")
+        notebook.page.close()
+
+
+def test_tokens_of_typed_text(open_notebook: Callable[[str], Notebook]) -> None:
+    notebook = open_notebook("01_tokenize")
+    notebook.run_all()
+    notebook.wait_until_done()
+    text = notebook.box("text")
+    text.fill("曹操 <script>window.owned = 1</script>")
+    result = notebook.page.locator(".widget-html", has_text="characters per token").last
+    expect(result).to_contain_text("tokens")
+    boxes = result.locator("span[title^='id ']")
+    expect(boxes.first).to_contain_text("曹操")
+    assert boxes.first.get_attribute("title").startswith("id ")
+    text.fill("却说曹操引兵至许都，与众将商议。The emperor 🐉 sleeps.")
+    expect(result.locator("text=⟨F0⟩").first).to_be_visible()
+    text.fill("却说曹操引兵至许都，与众将商议。忽报玄德已取龘州。The emperor sleeps.")
+    expect(result.locator("text=⟨BE⟩").first).to_be_visible()
+    notebook.command("toc:show-panel")
+    expect(notebook.page.locator(".jp-TableOfContents")).to_contain_text("What it learned")
+    notebook.screenshot("tokens", text)
+
+
+def test_pages_of_a_data_set(open_notebook: Callable[[str], Notebook]) -> None:
+    notebook = open_notebook("02_dataset")
+    notebook.run_all()
+    notebook.wait_until_done()
+    result = notebook.page.locator(".widget-html", has_text="val split").last
+    expect(result).to_contain_text("begins")
+    before = result.inner_text()
+    notebook.button("on").click()
+    expect(result).to_contain_text("window 1 of")
+    assert result.inner_text() != before
+    notebook.button("back").click()
+    expect(result).to_contain_text("window 0 of")
+    notebook.screenshot("data", result)
+
+
+def test_a_reversed_string_and_where_the_heads_look(open_notebook: Callable[[str], Notebook], project: Path) -> None:
+    notebook = open_notebook("03_toyreverse")
+    notebook.run_all()
+    run = project / "outputs" / "toyreverse" / "toy-reverse"
+    notebook.wait_for(lambda: notebook.page.locator("img.llm-curves").count(), "the dashboard")
+    expect(notebook.state()).to_contain_text("state: training")
+    notebook.box("prompt").fill("abc123")
+    notebook.button("sample now").click()
+    expect(notebook.page.locator(".widget-html", has_text="abc123 →").last).to_be_visible()
+    notebook.button("stop and save").click()
+    notebook.wait_until_done()
+    assert checkpoints(run)
+    string = notebook.box("string")
+    string.fill("Novel42")
+    result = notebook.page.locator(".widget-html", has_text="To write sign").last
+    expect(result).to_contain_text("“2”")
+    slider = notebook.page.get_by_role("slider").last
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowRight")
+    expect(result).to_contain_text("To write sign 4, “e”")
+    expect(result.locator("tr")).to_have_count(9)
+    string.fill("no spaces")
+    expect(notebook.page.locator(".widget-html", has_text="neither an ASCII letter nor a digit").last).to_be_visible()
+    string.fill("Novel42")
+    expect(result).to_contain_text("“e”")
+    notebook.screenshot("attention", result)
+
+
+def curve(notebook: Notebook) -> str:
+    """The address of the picture in the live panel, which changes with it."""
+    return notebook.page.locator("img.llm-curves").last.get_attribute("src") or ""
+
+
+def test_training_is_watched_paused_resumed_and_stopped(
+    open_notebook: Callable[[str], Notebook], lab: str, project: Path
+) -> None:
+    notebook = open_notebook("04_scifi_train")
+    notebook.run_all()
+    run = project / "outputs" / "runs" / "scifi-mini"
+    notebook.wait_for(lambda: notebook.page.locator("img.llm-curves").count(), "the dashboard")
+    state = notebook.state()
+    expect(state).to_contain_text("state: training")
+    first = wait_for(lambda: curve(notebook), "a curve")
+    wait_for(lambda: curve(notebook) != first, "the curve to move")
+    wait_for(lambda: any("val_loss" in event for event in read_metrics(run)), "a validation")
+
+    notebook.button("pause").click()
+    expect(state).to_contain_text("paused at step")
+    [step] = map(int, re.findall(r"paused at step (\d+)", state.inner_text()))
+    assert read_metrics(run)[-1]["step"] == step
+    notebook.box("prompt").fill("玄德 <b>")
+    notebook.button("sample now").click()
+    sample = notebook.page.locator(".widget-html", has_text=f"sample after step {step}").last
+    expect(sample).to_contain_text("玄德 <b>")
+    notebook.button("save now").click()
+    wait_for(lambda: [path for path in checkpoints(run) if f"={step:06d}_" in path.name], "a checkpoint")
+    notebook.screenshot("training-paused", notebook.page.locator("img.llm-curves").last)
+    assert read_metrics(run)[-1]["step"] == step, "the run went on while it was paused"
+    notebook.button("resume").click()
+    expect(state).to_contain_text("state: training")
+    wait_for(lambda: read_metrics(run)[-1]["step"] > step + 3, "the run to go on")
+    notebook.button("stop and save").click()
+
+    # the notebook goes on by itself from the checkpoint; the page is left in the middle of it, and opened again
+    expect(notebook.page.locator("text=saved as step=")).to_be_visible()
+    reached = read_metrics(run)[-1]["step"]
+    notebook.wait_for(lambda: read_metrics(run)[-1]["step"] > reached + 3, "the second half")
+    notebook.command("docmanager:save")
+    wait_for(lambda: not notebook.page.evaluate(f"{CURRENT}.context.model.dirty"), "the notebook to be saved")
+    notebook.page.goto("about:blank")
+    reached = read_metrics(run)[-1]["step"]
+    wait_for(lambda: read_metrics(run)[-1]["step"] > reached + 3, "the run to go on without a page")
+    for _ in range(4):  # JupyterLab sometimes stays "unknown" of a busy kernel that it meets again, until a reload
+        notebook.open(lab)
+        with contextlib.suppress(AssertionError):
+            expect(notebook.page.locator("img.llm-curves")).to_be_attached(timeout=15_000)
+            break
+    expect(notebook.state()).to_contain_text("state: training")
+    notebook.button("stop and save").click()
+    expect(notebook.state()).to_contain_text("stopped at step")
+    last = read_metrics(run)[-1]["step"]
+    assert [event["step"] for event in read_metrics(run)] == list(range(1, last + 1))
+    assert f"step={last:06d}_" in checkpoints(run)[-1].name
+    assert (run / "curves.png").exists()
+    notebook.screenshot("training-reopened", notebook.page.locator("img.llm-curves").last)
+
+
+def test_text_is_written_stopped_and_looked_into(open_notebook: Callable[[str], Notebook]) -> None:
+    notebook = open_notebook("05_generate")
+    notebook.run_all()
+    notebook.wait_until_done()
+    state = notebook.state()
+    expect(state).to_contain_text("done")
+    notebook.box("prompt").fill("玄德曰 <script>window.owned = 1</script>")
+    count = notebook.page.get_by_role("slider").last
+    count.focus()
+    count.press("End")  # a thousand tokens
+    notebook.button("write").click()
+    expect(state).to_contain_text("so far")
+    text = notebook.page.locator(".widget-html", has_text="玄德曰 <script>").last
+    short = text.inner_text()
+    wait_for(lambda: len(text.inner_text()) > len(short) + 10, "the text to grow")
+    notebook.button("stop writing").click()
+    expect(state).to_contain_text("stopped:")
+    [tokens] = map(int, re.findall(r"stopped: (\d+) tokens", state.inner_text()))
+    assert 0 < tokens < 1000
+    token = text.locator(".llm-token").nth(3)
+    assert "likeliest here" in (token.get_attribute("data-odds") or "")
+    token.hover()
+    shown = token.evaluate("element => getComputedStyle(element, '::after').content")
+    assert "likeliest here" in shown
+    notebook.box("prompt").fill("却说曹操")
+    count.press("Home")
+    for _ in range(24):
+        count.press("PageUp")
+    choices = notebook.box("compare with")
+    choices.select_option(index=1)
+    notebook.button("write").click()
+    expect(state).to_contain_text("done")
+    columns = notebook.page.locator(".widget-html", has_text="this checkpoint").last.locator("small", has_text="step=")
+    expect(columns).to_have_count(1)
+    notebook.screenshot("writing", state, point_at=notebook.page.locator(".llm-token").nth(12))

@@ -1,0 +1,471 @@
+"""The dashboard and the explorers, used as a person uses them: values set, buttons clicked, results read."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from IPython.display import HTML
+
+from llmcore import reverse
+from llmcore.checkpoint import checkpoints, save_checkpoint
+from llmcore.config import ModelConfig
+from llmcore.dashboard import TrainingDashboard, duration, facts
+from llmcore.dataset import TokenDataset, prepare_dataset
+from llmcore.explorers import DataExplorer, ReversalExplorer, TokenExplorer
+from llmcore.generate import generate
+from llmcore.markup import boxes, escaped, show_piece, table, visible
+from llmcore.model import Transformer
+from llmcore.plots import png
+from llmcore.runs import read_metrics
+from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.train import Event, Trainer
+from llmcore.widgets import run_table
+from llmcore.writing import WritingPanel, odds
+
+from .test_train import trainer
+from .tiny import quick, tiny_model
+
+HOSTILE = "<script>window.owned = true</script> \x1b[31mred\x1b[0m <img src=x onerror=alert(1)> \u202eback & \x00 $x$"
+
+
+def words(markup: str) -> str:
+    """What a reader sees of some HTML."""
+    return html.unescape(re.sub(r"<[^>]*>", " ", markup))
+
+
+def tags(markup: str) -> set[str]:
+    return set(re.findall(r"<\s*/?\s*(\w+)", markup))
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_WORKBOOK_WATCHED", "1")
+
+
+@pytest.fixture
+def headless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_WORKBOOK_WATCHED", "0")
+
+
+class Screen:
+    """What `display` was given, in order, and what was put in its place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shown: list[Any] = []
+        monkeypatch.setattr("llmcore.dashboard.display", self.display)
+
+    def display(self, thing: Any, **_: Any) -> Screen:
+        self.shown.append(thing)
+        return self
+
+    def update(self, thing: Any) -> None:
+        self.shown[-1] = thing
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    return Screen(monkeypatch)
+
+
+class Person:
+    """Does one thing after another between the steps of a run, each as soon as its condition holds."""
+
+    def __init__(self, run: Trainer) -> None:
+        self.run, self.dashboard = run, TrainingDashboard("a run")
+
+    async def act(self, *acts: tuple[Callable[[], bool], Callable[[], None]]) -> None:
+        async def play() -> None:
+            for condition, deed in acts:
+                while not condition():
+                    await asyncio.sleep(0)
+                deed()
+
+        await asyncio.wait_for(asyncio.gather(self.dashboard.run(self.run), play()), 120)
+
+    def says(self, text: str) -> Callable[[], bool]:
+        return lambda: text in words(self.dashboard.status.value)
+
+
+# Safety
+
+
+def test_nothing_from_outside_acts() -> None:
+    for shown in (escaped(HOSTILE), boxes([HOSTILE], [HOSTILE], [HOSTILE]), table([{HOSTILE: HOSTILE}], HOSTILE)):
+        assert not tags(shown) & {"script", "img"}
+        assert not set(shown) & {"\x1b", "\x00", "\u202e"}
+    assert "⟨1B⟩[31mred⟨1B⟩[0m" in visible(HOSTILE) and visible("一\n二\t三 ⏎ é🙂") == "一\n二\t三 ⏎ é🙂"
+    hint = re.search(r'title="([^"]*)"', boxes(["a"], hints=['" onmouseover="alert(1)']))
+    assert hint and html.unescape(hint[1]) == '" onmouseover="alert(1)'
+
+
+# The dashboard
+
+
+def test_headless_prints_a_line_at_each_validation_and_leaves_one_picture(
+    tmp_path: Path, headless: None, screen: Screen, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=6, eval_interval=2))
+    dashboard = TrainingDashboard("a run")
+    asyncio.run(dashboard.run(run))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["step 2/6", "step 4/6", "step 6/6"]
+    assert all("validation" in line and "bits/byte" in line and "memory" in line for line in lines)
+    [figure] = screen.shown
+    [x, _] = figure.axes[0].get_lines()[0].get_data()
+    assert list(x) == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "run" / "curves.png").read_bytes() == png(figure)
+    assert dashboard.panel is None
+
+
+def test_pause_resume_and_stop(tmp_path: Path, watched: None, screen: Screen) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=100_000))
+    person = Person(run)
+    board, at = person.dashboard, []
+
+    def paused() -> None:
+        at.append((run.step, len(read_metrics(run.run_dir)), board.pause.disabled, board.resume.disabled))
+        board.resume.click()
+
+    asyncio.run(
+        person.act(
+            (lambda: run.step >= 3, lambda: board.pause.click()),
+            (person.says("paused at step"), paused),
+            (lambda: run.step >= at[0][0] + 3, lambda: board.stop.click()),
+        )
+    )
+    [(step, lines, cannot_pause, cannot_resume)] = at
+    assert step == lines and cannot_pause and not cannot_resume
+    assert run.result().stopped_early and run.last_checkpoint
+    assert read_metrics(run.run_dir)[-1]["step"] == run.step == checkpoint_step(run)
+    assert "stopped at step" in words(board.status.value) and board.stop.disabled
+    assert f"{run.step:,}/100,000" in words(board.numbers.value)
+    assert not isinstance(screen.shown[-1], dict), "the panel was not replaced by a picture"
+
+
+def checkpoint_step(run: Trainer) -> int:
+    return int(checkpoints(run.run_dir)[-1].name.split("=")[1].split("_")[0])
+
+
+def test_a_paused_run_saves_and_samples_at_once(tmp_path: Path, watched: None, screen: Screen) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=100_000), sampler=lambda prompt: prompt[::-1] + HOSTILE)
+    person = Person(run)
+    board = person.dashboard
+
+    def ask() -> None:
+        board.prompt.value = "<b>曹操"
+        board.sample.click()
+        board.save.click()
+
+    asyncio.run(
+        person.act(
+            (lambda: run.step >= 2, lambda: board.pause.click()),
+            (person.says("paused at step"), ask),
+            (
+                lambda: "操曹" in board.newest.value and bool(checkpoints(run.run_dir)),
+                lambda: board.stop.click(),
+            ),
+        )
+    )
+    assert checkpoint_step(run) == run.step, "stop took a step although the run was paused"
+    assert not tags(board.newest.value) & {"script", "img"} and "\x1b" not in board.newest.value
+    assert "<b>曹操" in words(board.newest.value)
+
+
+def test_a_prompt_that_cannot_be_sampled_is_said_and_the_run_goes_on(
+    tmp_path: Path, watched: None, screen: Screen
+) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=100_000), sampler=lambda text: "".join(reverse.encode(text)))
+    person = Person(run)
+    board = person.dashboard
+
+    def ask() -> None:
+        board.prompt.value = "曹"
+        board.sample.click()
+
+    told = "'曹' is neither an ASCII letter nor a digit"
+    asyncio.run(
+        person.act(
+            (lambda: run.step >= 2, ask),
+            (lambda: told in words(board.newest.value), lambda: board.stop.click()),
+        )
+    )
+    assert [event for event in read_metrics(run.run_dir) if told in event.get("sample", "")]
+
+
+def test_run_again_goes_on_with_the_whole_curve(tmp_path: Path, watched: None, screen: Screen) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=12))
+    run.callbacks.append(lambda event: run.stop() if event["step"] == 5 else None)
+    for steps in (5, 12, 12):  # the third time there is nothing left to do
+        board = TrainingDashboard("again")
+        asyncio.run(board.run(run))
+        assert [event["step"] for event in board.events] == list(range(1, steps + 1))
+        assert list(screen.shown[-1].axes[0].get_lines()[0].get_xdata()) == list(range(1, steps + 1))
+    assert len(read_metrics(run.run_dir)) == 12
+    assert "finished" in words(board.status.value)
+
+
+def test_an_error_in_training_is_said_and_raised(tmp_path: Path, watched: None, screen: Screen) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=12))
+
+    def fail(event: Event) -> None:
+        if event["step"] == 4:
+            raise ZeroDivisionError
+
+    run.callbacks.append(fail)
+    board = TrainingDashboard("fails")
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(board.run(run))
+    assert "error" in words(board.status.value)
+    assert checkpoint_step(run) == 4
+
+
+def test_the_axis_of_steps_is_linear_or_logarithmic(tmp_path: Path, watched: None, screen: Screen) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=5))
+    board = TrainingDashboard("axis")
+    asyncio.run(board.run(run))
+    before = board.picture.value
+    board.log_x.value = True
+    assert board.picture.value != before
+    assert board.figure(log_x=True).axes[0].get_xscale() == "log" and board.figure().axes[0].get_xscale() == "linear"
+
+
+def test_numbers_have_words_and_units(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=2000))
+    event = {"step": 1500, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": 0.25, "skipped": 3}
+    said = facts({**event, "tokens_per_second": 1e4, "val_loss": 3.0}, run, seconds_left=200)
+    assert said["step"] == "1,500/2,000" and said["skipped"] == "3" and said["left"] == "3 min 20 s"
+    assert said["validation"] == "3.000" and said["tokens/s"] == "10,000" and said["memory"].endswith(" GB")
+    assert [duration(s) for s in (0.2, 59.6, 3600)] == ["0 s", "1 min 0 s", "1 h 0 min"]
+
+
+# The explorers
+
+
+def test_an_explorer_is_a_panel_to_a_person_and_html_to_everyone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explorer = TokenExplorer({"one": tokenizer}, "曹操")
+    view = "application/vnd.jupyter.widget-view+json"
+    for seen in ("0", "1"):
+        monkeypatch.setenv("LLM_WORKBOOK_WATCHED", seen)
+        bundle = explorer._repr_mimebundle_()
+        assert "曹操" in words(bundle["text/html"]) and (view in bundle) == (seen == "1")
+
+
+def test_typed_text_is_shown_in_the_pieces_of_both_tokenizers(
+    tokenizer: Tokenizer, english: Path, tmp_path: Path
+) -> None:
+    other = train_tokenizer(english.iterdir(), tmp_path / "en", 400, character_coverage=1.0)
+    explorer = TokenExplorer({"<novel>": tokenizer, "english": other}, "")
+    explorer.text.value = "曹操 the engines the\n" + HOSTILE
+    shown = words(explorer.result.value)
+    for each in (tokenizer, other):
+        ids = each.encode(explorer.text.value)
+        assert f"{len(ids)} tokens" in shown
+        for id in ids:
+            assert re.search(rf"{re.escape(show_piece(each, id))}\s+{id} · {len(each.id_to_bytes(id))} B", shown)
+    assert re.search(r" the\s+\d+ · \d B · 2×", shown.replace("␣", " "))
+    assert "<novel>" in shown and not tags(explorer.result.value) & {"script", "img", "novel"}
+    assert "\x1b" not in explorer.result.value
+    explorer.text.value = "\ud800"
+    assert "surrogate" in words(explorer.result.value)
+
+
+@pytest.fixture
+def small_data(english: Path, tmp_path: Path) -> tuple[TokenDataset, Tokenizer]:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for file in english.iterdir():
+        (texts / file.name).write_text(file.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    (texts / "<b>hostile.txt").write_text(HOSTILE * 3, encoding="utf-8")
+    tok = train_tokenizer(texts.iterdir(), tmp_path / "en", 400, character_coverage=1.0)
+    prepare_dataset(texts, tok, tmp_path / "data", 0.2)
+    return TokenDataset(tmp_path / "data", "train", 32), tok
+
+
+def test_windows_follow_one_another_and_documents_begin_where_the_data_set_says(
+    small_data: tuple[TokenDataset, Tokenizer],
+) -> None:
+    data, tok = small_data
+    explorer = DataExplorer(data, tok)
+    assert len(explorer.names) == len(data.offsets) - 1 > 2
+    for number in range(data.n_windows):
+        assert explorer.window.value == number
+        ids = data.tokens[number * 32 : number * 32 + 32].tolist()
+        pieces = re.findall(r'<span title="place (\d+), id (\d+)"', explorer.result.value)
+        assert pieces == [(str(number * 32 + n), str(id)) for n, id in enumerate(ids)]
+        begins = [int(o) for o in data.offsets[:-1] if number * 32 <= o < number * 32 + len(ids)]
+        assert words(explorer.result.value).count(" begins") == len(begins)
+        assert not tags(explorer.result.value) & {"script", "img"} and "\x1b" not in explorer.result.value
+        explorer.on.click()
+    explorer.on.click()
+    assert explorer.window.value == data.n_windows - 1
+    for name, offset in zip(explorer.names, data.offsets, strict=False):
+        explorer.document.value = name
+        assert explorer.window.value == min(int(offset) // 32, data.n_windows - 1)
+        assert name in words(explorer.result.value)
+
+
+@pytest.fixture
+def toy() -> Transformer:
+    torch.manual_seed(0)
+    shape = {"vocab_size": reverse.VOCAB_SIZE, "dim": 32, "n_layers": 2, "n_heads": 3, "head_dim": 8, "hidden_dim": 48}
+    return Transformer(ModelConfig(**shape, max_seq_len=80))
+
+
+def test_each_head_is_shown_where_it_looks_most(toy: Transformer) -> None:
+    explorer = ReversalExplorer(toy, "ab")
+    explorer.text.value = "Hello"
+    assert explorer.answer == reverse.answers(toy, ["Hello"])[0] and explorer.answer in words(explorer.result.value)
+    assert explorer.place.max == 6
+    explorer.place.value = 3
+    ids = [*reverse.question("Hello"), *reverse.encode("olleH")]
+    weights = toy.attention_weights(torch.tensor([ids]))[:, 0, :, 8, :9].detach()
+    rows = re.findall(r"<tr><th scope=.row.>(.*?)</tr>", explorer.result.value)
+    assert len(rows) == 6
+    for row, looks in zip(rows, weights.reshape(6, 9), strict=True):
+        shades = [float(alpha) for alpha in re.findall(r"rgba\(0,114,178,([\d.]+)\)", row)]
+        assert shades == pytest.approx(looks.tolist(), abs=0.006)
+        assert f"{float(looks.max()):.0%} at" in row and f"place {int(looks.argmax())}" in row
+    assert "To write sign 3" in words(explorer.result.value) and "“l”" in words(explorer.result.value)
+    explorer.text.value = "<script>"
+    assert "'<' is neither" in words(explorer.result.value) and "script" not in tags(explorer.result.value)
+
+
+def test_a_wrong_answer_is_said_in_words(toy: Transformer) -> None:
+    explorer = ReversalExplorer(toy, "abcdef")  # untrained: it cannot know
+    assert "wrong: it should be fedcba" in words(explorer.result.value)
+
+
+def wide_model(tokenizer: Tokenizer, seed: int = 0) -> Transformer:
+    return tiny_model(seed, std=0.3, vocab_size=tokenizer.vocab_size)
+
+
+def press_write(panel: WritingPanel) -> None:
+    async def press() -> None:
+        panel.write.click()
+        while panel.write.disabled:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(press(), 60))
+
+
+def test_the_panel_writes_what_generate_writes(tokenizer: Tokenizer) -> None:
+    model = wide_model(tokenizer)
+    panel = WritingPanel(model, tokenizer, "却说", 30)
+    panel.prompt.value, panel.seed.value = "曹操", "7"
+    panel.temperature.value, panel.top_k.value, panel.top_p.value = 1.1, 50, 0.9
+    panel.min_p.value, panel.repetition_penalty.value = 0.01, 1.2
+    press_write(panel)
+    sampling = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7}
+    expected = generate(model, tokenizer, "曹操", 30, 1.1, **sampling)
+    spans = re.findall(r'<span class="llm-token"[^>]*>([^<]*)</span>', panel.result.value)
+    assert visible(expected).startswith(html.unescape("".join(spans))) and len(spans) > 10
+    assert "done" in panel.state.value and "30 tokens" in panel.state.value
+    stand_in = panel._repr_mimebundle_()["text/html"]
+    assert stand_in.count(' title="') == len(spans) and "<style>" not in stand_in
+
+
+def test_stop_ends_the_writing(tokenizer: Tokenizer) -> None:
+    panel = WritingPanel(wide_model(tokenizer), tokenizer, "却说", 1000)
+
+    async def stop_soon() -> None:
+        panel.write.click()
+        while "so far" not in panel.state.value:
+            await asyncio.sleep(0)
+        panel.stop.click()
+        while panel.write.disabled:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(stop_soon(), 60))
+    found = re.search(r"stopped: (\d+) tokens", panel.state.value)
+    assert found and 0 < int(found[1]) < 1000
+
+
+def test_two_checkpoints_write_side_by_side(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    one, two = wide_model(tokenizer), wide_model(tokenizer, seed=1)
+    path = save_checkpoint(tmp_path / "run", two, tokenizer, step=3, loss=2.0)
+    panel = WritingPanel(one, tokenizer, "曹操", 12, [path])
+    panel.other.value = path
+    press_write(panel)
+    shown = words(re.sub(r"</?span[^>]*>", "", panel.result.value))
+    for model in (one, two):
+        written = generate(model, tokenizer, "曹操", 12, 0.8, top_p=0.95, seed=0)
+        assert visible(written).rstrip("�")[:10] in shown
+    assert "step=000003" in shown
+
+
+def test_a_wrong_seed_or_a_missing_checkpoint_is_said_in_words(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    panel = WritingPanel(wide_model(tokenizer), tokenizer, "曹操", 5, [tmp_path / "step=1_gone"])
+    panel.seed.value = "seven"
+    press_write(panel)
+    assert "whole number" in panel.state.value
+    panel.seed.value, panel.other.value = "", tmp_path / "step=1_gone"
+    press_write(panel)
+    assert "gone" in panel.state.value and not panel.write.disabled
+
+
+def test_odds_are_the_models_own_in_the_window_before_the_token(tokenizer: Tokenizer) -> None:
+    model = wide_model(tokenizer)
+    context = model.config.max_seq_len
+    ids = np.random.default_rng(0).integers(300, 4000, 2 * context + 5).tolist()
+    found = odds(model, ids, 1, tokenizer.vocab_size)
+    assert len(found) == len(ids) - 1
+    with torch.inference_mode():
+        first = model(torch.tensor([ids[:context]]))[0].softmax(-1)
+    for place in (1, 2, context - 1, context):
+        (token, own), *rivals = found[place - 1]
+        assert token == ids[place] and own == pytest.approx(float(first[place - 1, ids[place]]), rel=1e-3)
+        assert [id for id, _ in rivals] == first[place - 1].topk(5).indices.tolist()
+    assert all(0 < own <= max(p for _, p in rivals) + 1e-6 for (_, own), *rivals in found)
+
+
+def test_written_text_is_escaped_token_by_token(tmp_path: Path, english: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text((HOSTILE + "\n") * 200, encoding="utf-8")
+    tok = train_tokenizer(texts.iterdir(), tmp_path / "t", 320, character_coverage=1.0)
+    panel = WritingPanel(wide_model(tok), tok, HOSTILE, 60)
+    panel.temperature.value = 2.0
+    press_write(panel)
+    assert not tags(panel.result.value) - {"div", "small", "p", "b", "span", "style"}
+    assert not set(panel.result.value) & {"\x1b", "\x00", "\u202e"}
+
+
+def test_every_control_has_a_label(tokenizer: Tokenizer, toy: Transformer, tmp_path: Path, watched: None) -> None:
+    board = TrainingDashboard()
+    board.panel = board._build(trainer(tmp_path / "run", quick(), sampler=str.upper))
+    panels = [board.panel, TokenExplorer({"a": tokenizer}, "").panel, ReversalExplorer(toy, "ab").panel]
+    panels.append(WritingPanel(wide_model(tokenizer), tokenizer, "", 5, [tmp_path]).panel)
+    controls = []
+    while panels:
+        each = panels.pop()
+        panels += getattr(each, "children", ())
+        if "value" in each.traits() or "icon" in each.traits():
+            controls.append(each)
+    named = [c for c in controls if type(c).__name__ not in ("HTML", "Image")]
+    assert len(named) > 15 and all(control.description for control in named)
+
+
+# Runs side by side
+
+
+def test_the_table_says_what_each_run_was(tmp_path: Path) -> None:
+    for rate in (1e-3, 1e-2):
+        trainer(tmp_path / f"lr-{rate}", quick(max_steps=4, eval_interval=2, learning_rate=rate)).fit()
+    shown = run_table(sorted(tmp_path.iterdir()))
+    assert isinstance(shown, HTML)
+    text = words(shown.data)
+    for rate in (1e-3, 1e-2):
+        last = read_metrics(tmp_path / f"lr-{rate}")[-1]
+        assert f"lr-{rate}" in text and f"learning_rate={rate}" in text
+        assert f"{last['val_loss']:.3f}" in text and f"{last['val_bits_per_byte']:.3f}" in text
+    assert "4 of 4" in text and "cpu, fp32" in text
