@@ -1,0 +1,171 @@
+"""What one GPU reaches at the real sizes: `python -m tests.benchmarks.gpu`; with `toy`, the same paths at a tiny size.
+
+A ladder of training settings, then transformers' Llama in the last of them, then decoding. The peak that utilisation
+is a share of is measured too, by a large matrix product: no table of devices can be wrong about it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmcore import config
+from llmcore.config import ModelConfig, TrainConfig
+from llmcore.device import pick_device
+from llmcore.generate import generate_ids
+from llmcore.model import Transformer
+from llmcore.train import Trainer, is_out_of_memory
+from tests.benchmarks.checkpoint import RandomText
+from tests.benchmarks.peers import transformers_llama
+
+TOY = ModelConfig(vocab_size=256, dim=32, n_layers=2, n_heads=2, max_seq_len=32)
+# settings by rung: batch size, then what differs from the defaults
+LADDERS: dict[str, list[tuple[int, dict[str, Any]]]] = {
+    "scifi-117M": [
+        (8, {"precision": "fp32", "compile": "off"}),
+        (8, {"precision": "bf16", "compile": "off"}),
+        (8, {"precision": "bf16", "compile": "on"}),
+        (32, {"precision": "bf16", "compile": "on"}),
+        (64, {"precision": "bf16", "compile": "on"}),
+    ],
+    "scifi-1.5B": [
+        (8, {"precision": "bf16", "compile": "on"}),
+        (16, {"precision": "bf16", "compile": "on", "gradient_checkpointing": True}),
+    ],
+    "toy": [
+        (2, {"precision": "fp32", "compile": "off"}),
+        (2, {"precision": "bf16", "compile": "off", "gradient_checkpointing": True}),
+    ],
+}
+
+
+def shape_of(name: str) -> ModelConfig:
+    """The shape of a preset, or the tiny one."""
+    return TOY if name == "toy" else config.preset(name)[0]
+
+
+def wait(device: torch.device) -> None:
+    """Let a GPU finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_each(call: Callable[[], object], device: torch.device, rounds: int, warm_up: int = 2) -> float:
+    """Median seconds of a call."""
+    times = []
+    for _ in range(warm_up + rounds):
+        wait(device)
+        started = time.perf_counter()
+        call()
+        wait(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[warm_up:])
+
+
+def peak_flops(device: torch.device, size: int) -> float:
+    """Operations per second of a square bf16 matrix product, the fastest thing that the device does for us."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds_each(lambda: left @ right, device, 20, 5)
+
+
+def training_row(name: str, batch_size: int, changes: dict[str, Any], device: torch.device, peak: float) -> str:
+    """One rung: the trainer's own steps."""
+    shape = shape_of(name)
+    how = TrainConfig(max_steps=10**6, batch_size=batch_size, **changes)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(Transformer(shape), RandomText(shape), None, how, folder, device=str(device))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        rate = statistics.median(event["tokens_per_second"] for event in trainer.measured_steps(9)[3:])
+    words = ", ".join(str(value) if key != "compile" else f"compile {value}" for key, value in changes.items())
+    words = words.replace("True", "checkpointed")
+    return row(name, f"llmcore, {words}", batch_size, rate, shape, device, peak)
+
+
+def peer_row(name: str, batch_size: int, device: torch.device, peak: float) -> str:
+    """transformers' Llama in bf16 autocast, compiled on a GPU, with the same fused optimizer."""
+    shape = shape_of(name)
+    model = transformers_llama(shape).to(device)
+    run = torch.compile(model) if device.type == "cuda" else model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    data = RandomText(shape)
+
+    def step() -> None:
+        x = data.batch(0, batch_size)[0].to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = run(input_ids=x, labels=x, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    rate = batch_size * shape.max_seq_len / seconds_each(step, device, 6, 3)
+    return row(name, "transformers Llama, bf16", batch_size, rate, shape, device, peak)
+
+
+def row(
+    name: str, who: str, batch_size: int, rate: float, shape: ModelConfig, device: torch.device, peak: float
+) -> str:
+    """A row of the training table."""
+    memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f}" if device.type == "cuda" else "–"
+    return f"| {name} | {who} | {batch_size} | {rate:,.0f} | {rate * shape.flops_per_token() / peak:.1%} | {memory} |"
+
+
+def decoding_row(name: str, device: torch.device, new: int) -> str:
+    """Greedy tokens per second in bf16, one prompt and sixteen, beside transformers' `generate`."""
+    shape = shape_of(name)
+    model = Transformer(shape).to(device).bfloat16().eval()
+    theirs = transformers_llama(shape).to(device).bfloat16().eval()
+    prompts = torch.randint(4, shape.vocab_size, (16, 8)).tolist()
+    first = torch.tensor(prompts[:1], device=device)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    calls: list[tuple[int, Callable[[], object]]] = [
+        (1, lambda: list(generate_ids(model, prompts[:1], new, temperature=0))),
+        (16, lambda: list(generate_ids(model, prompts, new, temperature=0))),
+        (1, lambda: theirs.generate(first, attention_mask=torch.ones_like(first), **options)),
+    ]
+    rates = [count * new / seconds_each(call, device, 3, 1) for count, call in calls]
+    return f"| {name} | " + " | ".join(f"{rate:,.0f}" for rate in rates) + " |"
+
+
+def main(names: list[str]) -> None:
+    """Print both tables. A rung that does not fit into the memory says so."""
+    device = pick_device()
+    if device.type == "cpu" and names != ["toy"]:
+        sys.exit("this benchmark needs a GPU; `python -m tests.benchmarks.gpu toy` runs its paths without one")
+    peak = peak_flops(device, 8192 if device.type == "cuda" else 256)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    print(f"{machine}, torch {torch.__version__}; a bf16 matrix product reaches {peak / 1e12:.3g} TFLOP/s\n")
+    print("| size | who | batch | tokens/s | of that peak | GB |\n| --- | --- | --- | --- | --- | --- |")
+    for name in names:
+        for batch_size, changes in LADDERS[name]:
+            attempt(lambda b=batch_size, c=changes, n=name: training_row(n, b, c, device, peak))
+        attempt(lambda b=batch_size, n=name: peer_row(n, b, device, peak))
+    print("\n| size | decoding, tokens/s | 16 prompts | transformers |\n| --- | --- | --- | --- |")
+    for name in names:
+        attempt(lambda n=name: decoding_row(n, device, 8 if n == "toy" else 128))
+
+
+def attempt(make: Callable[[], str]) -> None:
+    """Print a row, or that there was no room for it."""
+    torch.compiler.reset()
+    try:
+        print(make(), flush=True)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print("| | out of memory |", flush=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["scifi-117M", "scifi-1.5B"])
