@@ -296,8 +296,8 @@ def training_curves(
         down = axes["loss"].get_xaxis_transform()  # x in steps, y in heights of the axes
         axes["loss"].plot(skipped, place, "kx", transform=down, label=f"skipped: {len(skipped)}")
     lines = [*axes["loss"].get_lines(), *(target.get_lines() if target is not axes["loss"] else [])]
-    corner: Any = "upper right" if metric == "val_loss" else "center right"
-    axes["loss"].legend(handles=lines, loc=corner, frameon=True, framealpha=0.8, edgecolor="none")
+    frame: dict[str, Any] = {"frameon": True, "framealpha": 0.8, "edgecolor": "none"}  # readable over the curves
+    axes["loss"].legend(handles=lines, loc="upper right" if metric == "val_loss" else "center right", **frame)
     _label(axes["loss"], title, "optimizer step", "loss (nats per token)")
     for name, key, label, color in (
         ("rate", "learning_rate", "learning rate", GREEN),

@@ -231,7 +231,8 @@ class WritingPanel(Explorer):
             if self._second is None or self._second[0] != path:
                 self._say(f"loading {shown(path)}")
                 checkpoint = load_checkpoint(path, device=str(self.model.tok_embeddings.weight.device))
-                assert checkpoint.tokenizer is not None
+                if checkpoint.tokenizer is None:
+                    raise ValueError(f"{shown(path)} has no tokenizer: it is of the toy task")
                 self._second = (path, checkpoint.model, checkpoint.tokenizer)
             writers.append((shown(path), *self._second[1:]))
         drafts = []
