@@ -361,8 +361,8 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
     if drawn:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         end, lowest = min((found[-1][measure], name) for name, found in drawn)
-        words = f"{lowest} ends lowest of {len(drawn)} runs" if len(drawn) > 1 else f"{lowest} ends"
-        title = title or f"{words}, at {end:.3f} {unit}"
+        words = f"{lowest} ends lowest of {len(drawn)} runs," if len(drawn) > 1 else f"{lowest} ends"
+        title = title or f"{words} at {end:.3f} {unit}"
     else:
         title = title or "No run has been validated yet"
     if silent:

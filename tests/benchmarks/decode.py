@@ -54,7 +54,7 @@ def their_decoding(shape: ModelConfig) -> Callable[[], object]:
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
-def measure(size: str, rounds: int = 5) -> tuple[list[str], list[str]]:
+def measure(size: str, rounds: int = 4) -> tuple[list[str], list[str]]:
     """Rows of the table, and the targets' figures in words."""
     shape = SIZES[size]
     contestants: dict[str, Any] = {"theirs": (their_decoding, shape)}
