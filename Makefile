@@ -10,7 +10,7 @@ endif
 
 .PHONY: demo test test-fast test-browser lint lab notebooks bench clean
 
-# Five notebooks, one after the other, at their default parameters: about 6 minutes on two CPU cores.
+# Five notebooks, one after the other, at their default parameters: about 7 minutes on two CPU cores.
 demo: $(READY)
 	$(BIN)python -m tests.demo
 
