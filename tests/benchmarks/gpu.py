@@ -23,6 +23,7 @@ from llmcore.model import Transformer
 from llmcore.train import Trainer, is_out_of_memory
 from tests.benchmarks.checkpoint import RandomText
 from tests.benchmarks.peers import transformers_llama
+from tests.benchmarks.steps import PEERS, peer_step
 
 TOY = ModelConfig(vocab_size=256, dim=32, n_layers=2, n_heads=2, max_seq_len=32)
 # settings by rung: batch size, then what differs from the defaults
@@ -89,26 +90,13 @@ def training_row(name: str, batch_size: int, changes: dict[str, Any], device: to
 
 
 def peer_row(name: str, batch_size: int, device: torch.device, peak: float) -> str:
-    """transformers' Llama in bf16 autocast, compiled on a GPU, with the same fused optimizer."""
+    """transformers' Llama, compiled and in bf16, with the same fused optimizer."""
     shape = shape_of(name)
-    model = transformers_llama(shape).to(device)
-    run = torch.compile(model) if device.type == "cuda" else model
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    data = RandomText(shape)
-
-    def step() -> None:
-        x = data.batch(0, batch_size)[0].to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = run(input_ids=x, labels=x, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    step = peer_step(PEERS[0], shape, batch_size, compiled=True, device=device.type)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     rate = batch_size * shape.max_seq_len / seconds_each(step, device, 6, 3)
-    return row(name, "transformers Llama, bf16", batch_size, rate, shape, device, peak)
+    return row(name, "transformers Llama, bf16, compile on", batch_size, rate, shape, device, peak)
 
 
 def row(

@@ -42,16 +42,18 @@ def our_step(shape: ModelConfig, batch_size: int, compiled: bool) -> Callable[[]
     return trainer._train_step
 
 
-def peer_step(peer: str, shape: ModelConfig, batch_size: int, compiled: bool) -> Callable[[], object]:
-    """A plain loop around a peer: what its users would write."""
-    model: nn.Module = transformers_llama(shape) if peer == PEERS[0] else GPT(shape)
+def peer_step(
+    peer: str, shape: ModelConfig, batch_size: int, compiled: bool, device: str = "cpu"
+) -> Callable[[], object]:
+    """A plain loop around a peer: what its users would write. Compiled, it runs in bf16 too."""
+    model: nn.Module = (transformers_llama(shape) if peer == PEERS[0] else GPT(shape)).to(device)
     data, step = RandomText(shape), iter(range(10**9))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     run = torch.compile(model) if compiled else model
 
     def take() -> None:
-        x, y = data.batch(next(step), batch_size)
-        with torch.autocast("cpu", torch.bfloat16, enabled=compiled):
+        x, y = (ids.to(device) for ids in data.batch(next(step), batch_size))
+        with torch.autocast(device, torch.bfloat16, enabled=compiled):
             # Hugging Face shifts the labels itself
             loss = run(input_ids=x, labels=x, use_cache=False).loss if peer == PEERS[0] else run(x, y)
         loss.backward()
