@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +245,21 @@ def bootstrap_interval(amounts: ArrayLike, sizes: ArrayLike, seed: int = 0, leve
         ratios.append(times @ amounts / (times @ sizes))
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def paired_difference(one: Evaluation, other: Evaluation, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
+    """How many bits per byte more one model needs than another on the same documents, and its 95% interval.
+
+    Documents that are hard for one are hard for the other, so this tells apart what the two intervals cannot.
+
+    Raises:
+        ValueError: if they were evaluated on different documents.
+    """
+    pairs = list(zip(one.documents, other.documents, strict=False))
+    if len(one.documents) != len(other.documents) or any((a.name, a.bytes) != (b.name, b.bytes) for a, b in pairs):
+        raise ValueError("the two evaluations are not of the same documents")
+    between = Evaluation.of([replace(a, nats=a.nats - b.nats) for a, b in pairs], seed)
+    return between.total.bits_per_byte, between.interval
 
 
 def xz_bits_per_byte(known: str, text: str) -> float:

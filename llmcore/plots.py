@@ -423,26 +423,29 @@ def document_scores(evaluations: Mapping[str, Evaluation], title: str) -> Figure
     shown = ordered if len(ordered) <= 24 else ordered[:10] + ordered[-10:]
     gap = 0 if len(shown) == len(ordered) else 1  # a row left free for what is not shown
     rows = np.array([place + gap * (place >= 10) for place in range(len(shown))])
-    labels = [name if len(name) <= 40 else f"{name[:19]}…{name[-20:]}" for name in (names[number] for number in shown)]
-    figure, [axes] = _figure(7, 1.3 + 0.26 * (len(shown) + gap))
+    labels = [name if len(name) <= 24 else f"…{name[-23:]}" for name in (names[number] for number in shown)]
+    figure, [axes] = _figure(8, 1.2 + 0.2 * len(evaluations) + 0.26 * (len(shown) + gap))
     for number, (name, each) in enumerate(evaluations.items()):
         if [score.name for score in each.documents] != names:
             raise ValueError(f"{name} was evaluated on other documents than {next(iter(evaluations))}")
         color = (RED, BLUE, GREEN, PURPLE)[number % 4]
         bits = [each.documents[document].bits_per_byte for document in shown]
-        total, label = each.total.bits_per_byte, f"{name}: {each.total.bits_per_byte:.3f}"
-        axes.plot(bits, rows, color=color, marker="os^D"[number % 4], linestyle="none", label=plain(label))
+        total, label = each.total.bits_per_byte, f"{name}: {each.total.bits_per_byte:.3f} in all"
         axes.axvline(total, color=color, linewidth=1.2)
         if each.interval:
             axes.axvspan(*each.interval, color=color, alpha=0.12, linewidth=0)
+            label += " (line), 95% interval {:.3f} to {:.3f} (band)".format(*each.interval)
+        axes.plot(bits, rows, color=color, marker="os^D"[number % 4], linestyle="none", label=plain(label))
     axes.set_yticks(rows, [plain(label) for label in labels])
     if gap:
         said = f"⋮ {len(ordered) - len(shown):,} documents between"
-        axes.text(0.01, 10, said, transform=axes.get_yaxis_transform(), va="center", color=GREY)
+        axes.text(
+            0.01, 10, said, transform=axes.get_yaxis_transform(), va="center", color=GREY, backgroundcolor="white"
+        )
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.5 / len(shown))
-    _label(axes, "", "bits per byte (less is better); line: all together, band: its 95% interval", "")
-    figure.legend(loc="outside lower left", ncols=2)
+    _label(axes, "", "bits per byte (less is better)", "")
+    figure.legend(loc="outside lower left")
     figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 

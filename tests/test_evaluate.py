@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcore.dataset import DatasetError, TokenDataset, prepare_dataset
-from llmcore.evaluate import Evaluation, Score, bootstrap_interval, evaluate, xz_bits_per_byte
+from llmcore.evaluate import Evaluation, Score, bootstrap_interval, evaluate, paired_difference, xz_bits_per_byte
 from llmcore.files import find_texts, read_text
 from llmcore.model import Transformer
 from llmcore.ngram import NGram, evaluate_ngram
@@ -128,8 +129,10 @@ def test_a_data_set_gives_its_texts_back(english: Path, english_tokenizer: Token
     for split in ("train", "val"):
         data = TokenDataset(folder, split, 16)
         found |= data.texts(english_tokenizer)
-        assert list(data.texts(english_tokenizer, limit=1)) == data.names[:1]
-        assert data.texts(english_tokenizer, limit=9) == data.texts(english_tokenizer)
+        for documents in (1, len(data.names)):
+            exactly = int(data.offsets[documents])
+            assert list(data.texts(english_tokenizer, exactly)) == data.names[:documents]
+            assert list(data.texts(english_tokenizer, exactly - 1)) == data.names[: max(1, documents - 1)]
     assert found == {path.name: read_text(path) for path in find_texts(english)}
     with pytest.raises(DatasetError, match="another tokenizer"):
         data.texts(tokenizer)
@@ -175,6 +178,12 @@ def test_an_interval_is_seeded_holds_the_total_and_needs_documents() -> None:
     assert some == Evaluation.of(scores, seed=1) != Evaluation.of(scores, seed=2)
     assert some.interval is not None and some.interval[0] < some.total.bits_per_byte < some.interval[1]
     assert "9 documents (95% interval" in str(some)
+    easier = Evaluation.of([replace(score, nats=score.nats - 7 * math.log(2)) for score in scores])
+    difference, bounds = paired_difference(easier, some)
+    assert difference == pytest.approx(easier.total.bits_per_byte - some.total.bits_per_byte)
+    assert bounds == pytest.approx((-0.007, -0.007), rel=0.01)  # far narrower than either's own interval
+    with pytest.raises(ValueError, match="not of the same documents"):
+        paired_difference(some, Evaluation.of(scores[:8]))
     assert Evaluation.of(scores[:4]).interval is None and "too few" in str(Evaluation.of(scores[:4]))
     with pytest.raises(ValueError, match="needs 5 documents"):
         bootstrap_interval([1.0], [1.0])
