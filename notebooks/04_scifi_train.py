@@ -218,19 +218,18 @@ bits = {
     preset: ours.total.bits_per_byte,
 }
 best = min(bits, key=bits.get)
-title = f"{best} needs the fewest bits: {bits[best]:.2f} a byte"
+title = f"The fewest bits per byte, {bits[best]:.2f}: {best}"
 plots.bars(bits, title, "bits per byte of held-out text (less is better)", highlight=preset)
 
 # %% [markdown]
-# Documents differ more than the models do, so the intervals may overlap. But what is hard for one is hard for the
-# other, and their difference, document by document, is far surer. All this is about more text of the same kind; of
-# other books, or of another training run, it says nothing.
+# Documents often differ more than models do, and then the intervals overlap. But what is hard for one model is hard for
+# the other, and their difference, document by document, is far surer. All this is about more text of the same kind (and
+# the tokenizer, which both share, was made from the whole corpus); of other books, or of another training run, it says
+# nothing.
 
 # %%
 difference, interval = paired_difference(ours, counting)
-bounds = (
-    "too few documents for an interval" if interval is None else "95% interval {:+.3f} to {:+.3f}".format(*interval)
-)
+bounds = "95% interval {:+.3f} to {:+.3f}".format(*interval) if interval else "too few documents for an interval"
 print(f"{preset} less 4-grams: {difference:+.3f} bits per byte ({bounds})")
 wins = sum(a.nats < b.nats for a, b in zip(ours.documents, counting.documents, strict=True))
 title = f"{preset} beats 4-grams on {wins} of {len(texts)} held-out documents"
