@@ -274,6 +274,31 @@ class TokenDataset:
         self.n_targets = len(self.tokens) - 1
         self.n_windows = -(-self.n_targets // context_size)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the documents, in the order of `offsets`."""
+        return [source["path"] for source in self.manifest["sources"] if source["split"] in (self.split, "both")]
+
+    def texts(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> dict[str, str]:
+        """The documents' texts by name, decoded (without loss); None for all, else the first ones up to `max_tokens`.
+
+        At least one document is given, whatever its length.
+
+        Raises:
+            DatasetError: if the data set was made with another tokenizer.
+        """
+        if tokenizer.fingerprint != self.manifest["tokenizer"]:
+            raise DatasetError(
+                f"{self.path.parent} was made with another tokenizer; run 02_dataset again with this one"
+            )
+        ends = self.offsets[1:]
+        count = len(ends) if max_tokens is None else max(1, int((ends <= max_tokens).sum()))
+        spans = itertools.pairwise(self.offsets[: count + 1])
+        return {
+            name: tokenizer.decode(self.tokens[start:end].tolist())
+            for name, (start, end) in zip(self.names[:count], spans, strict=True)
+        }
+
     def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """The batch of a training step: a pure function of its arguments, with no state behind it.
 

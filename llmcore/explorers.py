@@ -98,8 +98,7 @@ class DataExplorer(Explorer):
 
     def __init__(self, data: TokenDataset, tokenizer: Tokenizer) -> None:
         self.data, self.tokenizer = data, tokenizer
-        sources = data.manifest["sources"]
-        self.names = [source["path"] for source in sources if source["split"] in (data.split, "both")]
+        self.names = data.names
         self.window = ipywidgets.BoundedIntText(0, 0, data.n_windows - 1, description="window")
         self.back = ipywidgets.Button(description="back", icon="arrow-left", tooltip="the window before")
         self.on = ipywidgets.Button(description="on", icon="arrow-right", tooltip="the next window")

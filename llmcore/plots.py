@@ -24,6 +24,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from llmcore.evaluate import Evaluation
 from llmcore.markup import visible
 from llmcore.runs import summarize, validations
 
@@ -400,6 +401,52 @@ def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | No
     axes.grid(axis="y", visible=False)
     _label(axes, "", unit, "")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)  # above the names too, which may be long
+    return figure
+
+
+@styled
+def document_scores(evaluations: Mapping[str, Evaluation], title: str) -> Figure:
+    """Bits per byte of each document, hardest on top, with every model's total as a line and its interval as a band.
+
+    Of more than 24 documents, the ten hardest and the ten easiest are shown.
+
+    Args:
+        evaluations: of the same documents, by model; the first gives the order.
+        title: what to see.
+
+    Raises:
+        ValueError: if they are not of the same documents.
+    """
+    first = next(iter(evaluations.values())).documents
+    names = [score.name for score in first]
+    ordered = sorted(range(len(names)), key=lambda number: -first[number].bits_per_byte)
+    shown = ordered if len(ordered) <= 24 else ordered[:10] + ordered[-10:]
+    gap = 0 if len(shown) == len(ordered) else 1  # a row left free for what is not shown
+    rows = np.array([place + gap * (place >= 10) for place in range(len(shown))])
+    labels = [name if len(name) <= 24 else f"…{name[-23:]}" for name in (names[number] for number in shown)]
+    figure, [axes] = _figure(8, 1.2 + 0.2 * len(evaluations) + 0.26 * (len(shown) + gap))
+    for number, (name, each) in enumerate(evaluations.items()):
+        if [score.name for score in each.documents] != names:
+            raise ValueError(f"{name} was evaluated on other documents than {next(iter(evaluations))}")
+        color = (RED, BLUE, GREEN, PURPLE)[number % 4]
+        bits = [each.documents[document].bits_per_byte for document in shown]
+        total, label = each.total.bits_per_byte, f"{name}: {each.total.bits_per_byte:.3f} in all"
+        axes.axvline(total, color=color, linewidth=1.2)
+        if each.interval:
+            axes.axvspan(*each.interval, color=color, alpha=0.12, linewidth=0)
+            label += " (line), 95% interval {:.3f} to {:.3f} (band)".format(*each.interval)
+        axes.plot(bits, rows, color=color, marker="os^D"[number % 4], linestyle="none", label=plain(label))
+    axes.set_yticks(rows, [plain(label) for label in labels])
+    if gap:
+        said = f"⋮ {len(ordered) - len(shown):,} documents between"
+        axes.text(
+            0.01, 10, said, transform=axes.get_yaxis_transform(), va="center", color=GREY, backgroundcolor="white"
+        )
+    axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.5 / len(shown))
+    _label(axes, "", "bits per byte (less is better)", "")
+    figure.legend(loc="outside lower left")
+    figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 

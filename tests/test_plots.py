@@ -15,6 +15,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image
 
 from llmcore import plots
+from llmcore.evaluate import Evaluation, Score
 from llmcore.runs import find_runs, read_metrics
 
 from .test_train import trainer
@@ -138,6 +139,39 @@ def test_every_piece_is_drawn_in_order() -> None:
 def test_rank_frequency_is_sorted_and_leaves_out_what_never_occurs() -> None:
     figure = plots.rank_frequency([5, 0, 100, 20, 0, 1], "counts")
     assert line(figure, 0, "tokens")[:, 1].tolist() == [100, 20, 5, 1]
+
+
+def scores(bits: list[float], name: str = "第{}回") -> Evaluation:
+    return Evaluation.of([Score(name.format(n), 1000, 400, 300, 1000 * b * math.log(2)) for n, b in enumerate(bits)])
+
+
+def test_each_document_has_a_point_and_each_model_its_total_and_interval() -> None:
+    ours, floor = scores([1.5, 2.5, 2.0, 1.75, 2.25]), scores([2.0, 2.75, 2.5, 2.2, 2.3])
+    figure = plots.document_scores({"ours": ours, "floor": floor}, "$ours$ is better")
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["第1回", "第4回", "第2回", "第3回", "第0回"]
+    assert axes.yaxis_inverted()
+    assert line(figure, 0, "ours: 2.000")[:, 0] == pytest.approx([2.5, 2.25, 2.0, 1.75, 1.5])
+    assert line(figure, 0, "floor: 2.350")[:, 0] == pytest.approx([2.75, 2.3, 2.5, 2.2, 2.0])
+    bands = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
+    assert bands == [pytest.approx(ours.interval), pytest.approx(floor.interval)]
+    with pytest.raises(ValueError, match="floor was evaluated on other documents than ours"):
+        plots.document_scores({"ours": ours, "floor": scores([1.0])}, "")
+    figure.draw_without_rendering()
+
+
+def test_of_many_documents_the_hardest_and_the_easiest_ten_are_shown() -> None:
+    figure = plots.document_scores({"ours": scores([1 + n / 300 for n in range(300)], "a/long/$path/" * 5 + "{}")}, "")
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [name.split("/")[-1] for name in names] == [str(n) for n in [*range(299, 289, -1), *range(9, -1, -1)]]
+    assert max(map(len, names)) < 50 and "280 documents between" in figure.axes[0].texts[0].get_text()
+    figure.draw_without_rendering()
+
+
+def test_one_document_is_drawn_without_an_interval() -> None:
+    figure = plots.document_scores({"ours": scores([1.5])}, "one")
+    assert not figure.axes[0].patches
+    figure.draw_without_rendering()
 
 
 def test_attention_maps_show_one_square_a_head() -> None:
