@@ -150,6 +150,28 @@ def test_pause_resume_and_stop(tmp_path: Path, watched: None, screen: Screen) ->
     assert not isinstance(screen.shown[-1], dict), "the panel was not replaced by a picture"
 
 
+def test_what_a_page_sends_during_a_step_has_acted_before_the_next(
+    tmp_path: Path, watched: None, screen: Screen
+) -> None:
+    sent, acted = [], []
+
+    async def message() -> None:
+        for _ in range(8):  # what a reopened page asks takes about seven, in ipykernel 7.4
+            await asyncio.sleep(0)
+        acted.append(run.step)
+
+    async def train() -> None:
+        def step_done(event: Event) -> None:
+            sent.append(asyncio.get_running_loop().create_task(message()))
+
+        run.callbacks.append(step_done)
+        await TrainingDashboard("a run").run(run)
+
+    run = trainer(tmp_path / "run", quick(max_steps=5))
+    asyncio.run(train())
+    assert acted == [1, 2, 3, 4, 5]
+
+
 def checkpoint_step(run: Trainer) -> int:
     return int(checkpoints(run.run_dir)[-1].name.split("=")[1].split("_")[0])
 
