@@ -102,6 +102,8 @@ def test_nothing_from_outside_acts() -> None:
         assert not tags(shown) & {"script", "img"}
         assert not set(shown) & {"\x1b", "\x00", "\u202e"}
     assert "⟨1B⟩[31mred⟨1B⟩[0m" in visible(HOSTILE) and visible("一\n二\t三 ⏎ é🙂") == "一\n二\t三 ⏎ é🙂"
+    bare = re.sub(r"<[^>]*>", "", boxes(["曹操", "大⏎", "怒"], ["7", "8", "9"]))  # what code hosts leave of it
+    assert bare.split() == ["曹操", "7", "大⏎", "8", "怒", "9"]
     hint = re.search(r'title="([^"]*)"', boxes(["a"], hints=['" onmouseover="alert(1)']))
     assert hint and html.unescape(hint[1]) == '" onmouseover="alert(1)'
 
