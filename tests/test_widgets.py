@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import html
+import itertools
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,7 +165,7 @@ def test_what_a_page_sends_during_a_step_has_acted_before_the_next(
         acted.append(run.step)
 
     async def train() -> None:
-        def step_done(event: Event) -> None:
+        def step_done(_: Event) -> None:
             sent.append(asyncio.get_running_loop().create_task(message()))
 
         run.callbacks.append(step_done)
@@ -172,6 +174,30 @@ def test_what_a_page_sends_during_a_step_has_acted_before_the_next(
     run = trainer(tmp_path / "run", quick(max_steps=5))
     asyncio.run(train())
     assert acted == [1, 2, 3, 4, 5]
+
+
+def test_drawing_takes_a_hundredth_of_the_time(
+    tmp_path: Path, watched: None, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, drawn = 0.0, []
+    monkeypatch.setattr("llmcore.dashboard.time", types.SimpleNamespace(perf_counter=lambda: now))
+
+    def picture_changed(_: Any) -> None:
+        nonlocal now
+        drawn.append(now)
+        now += 0.5
+
+    def step_done(event: Event) -> None:
+        nonlocal now
+        if event["step"] == 1:
+            board.picture.observe(picture_changed, "value")
+        now += 1.0
+
+    run, board = trainer(tmp_path / "run", quick(max_steps=160), callbacks=[step_done]), TrainingDashboard("a run")
+    asyncio.run(board.run(run))
+    *while_running, _ = drawn  # the last one is drawn at the end
+    assert len(while_running) >= 3 and all(b - a >= 50 for a, b in itertools.pairwise(while_running))
+    assert 0 < board.overhead < 0.01
 
 
 def checkpoint_step(run: Trainer) -> int:
