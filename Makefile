@@ -33,9 +33,9 @@ lint: $(READY)
 	$(BIN)ruff format --check .
 	$(BIN)mypy
 
+# .jupyter/ keeps JupyterLab from asking about news and looking for updates.
 lab: $(READY)
-	$(BIN)jupyter lab notebooks --LabApp.news_url=None \
-		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 # Execute the notebooks and store their outputs, after an edit of their .py halves.
 notebooks: $(READY)

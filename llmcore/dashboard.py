@@ -28,8 +28,9 @@ from llmcore.markup import escaped
 from llmcore.runs import read_metrics
 from llmcore.train import Event, Trainer
 
-DRAWING_BUDGET = 0.015  # share of the time that live drawing may take
-REFRESH = 0.2  # seconds between two updates of the numbers
+DRAWING_BUDGET = 0.01  # share of the time that live drawing may take
+REFRESH = 0.5  # seconds between two updates of the numbers
+ROUNDS = 10  # of the event loop between two steps
 VALIDATED = ("val_loss", "val_bits_per_byte", "exact_match")  # measured now and then, shown until the next time
 
 
@@ -134,7 +135,7 @@ class TrainingDashboard:
             self.panel = self._build(trainer)
             stand_in = f"<p>Training was going on when this was saved; its run is in {shown(trainer.run_dir)}.</p>"
             handle = display(output(self.panel, stand_in), raw=True, display_id=True)
-            await asyncio.sleep(0)
+            await _let_messages_in()
         clock = _Clock()
         steps = trainer.steps()
         next_draw = next_refresh = 0.0
@@ -154,7 +155,7 @@ class TrainingDashboard:
                     if now >= next_draw:
                         cost = self._draw()
                         next_draw = time.perf_counter() + cost / DRAWING_BUDGET
-                await asyncio.sleep(0)
+                await _let_messages_in()
                 if self._paused and not trainer.stop_requested:
                     await self._wait(trainer, left, clock)
             done = trainer.step >= trainer.config.max_steps
@@ -273,6 +274,17 @@ class TrainingDashboard:
         started = time.perf_counter()
         self.picture.value = plots.png(self.figure(self.log_x.value), live=True)
         return time.perf_counter() - started
+
+
+async def _let_messages_in() -> None:
+    """Let the kernel act on all that a page has sent, for some tens of microseconds.
+
+    A message passes through several rounds of the event loop before it acts. With one round a step, a click would take
+    several steps, and so would the question that a reopened page asks for its widgets: JupyterLab sends it after three
+    seconds without an answer to its first one, which waits for the end of the cell, and gives up one second later.
+    """
+    for _ in range(ROUNDS):
+        await asyncio.sleep(0)
 
 
 class _Clock:

@@ -208,6 +208,6 @@ class ReversalExplorer(Explorer):
         self.result.value = (
             f"<p>answer: <code><b>{escaped(self.answer)}</b></code> ({verdict})</p>"
             f"<p>To write sign {self.place.value}, “{escaped(written)}”, each head looks at (^ begin, | separator; the "
-            f"darker, the more; framed: the most):</p>"
+            f"bluer, the more; framed: the most):</p>"
             f"<table><tr><th></th>{head}<th></th></tr>{rows}</table>"
         )

@@ -17,7 +17,7 @@ _ACTING = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x20
 _SIGNS = {code: f"⟨{code:02X}⟩" for code in _ACTING if chr(code) not in "\t\n"}
 
 BOX = (
-    "display:inline-block;padding:1px 4px;margin:1px;border:1px solid #888;border-radius:4px;color:#000;"
+    "display:inline-block;padding:1px 4px;margin:1px 0;border:1px solid #888;border-radius:4px;color:#000;"
     "text-align:center;vertical-align:top;line-height:1.35"
 )
 COLORS = ("#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6")  # pale, so that black text stays readable in any theme
@@ -44,6 +44,8 @@ def show_piece(tokenizer: Tokenizer, id: int) -> str:
 def boxes(pieces: Sequence[str], notes: Sequence[str] = (), hints: Sequence[str] = ()) -> str:
     """Pieces as boxes with an edge, in alternating colours; a box with "⏎" ends its line.
 
+    Code hosts drop every style: the spaces between the boxes then part the pieces.
+
     Args:
         pieces: the texts.
         notes: small print below each.
@@ -51,11 +53,11 @@ def boxes(pieces: Sequence[str], notes: Sequence[str] = (), hints: Sequence[str]
     """
     made = []
     for number, piece in enumerate(pieces):
-        note = f"<br><small>{escaped(notes[number])}</small>" if notes else ""
+        note = f' <small style="display:block">{escaped(notes[number])}</small>' if notes else ""
         hint = f' title="{escaped(hints[number])}"' if hints else ""
         style = f"background:{COLORS[number % len(COLORS)]};{BOX}"
         made.append(f'<span{hint} style="{style}">{escaped(piece)}{note}</span>' + ("<br>" if "⏎" in piece else ""))
-    return f"<div>{''.join(made)}</div>"
+    return f"<div>{' '.join(made)}</div>"
 
 
 def table(rows: Iterable[Mapping[str, object]], caption: str = "") -> str:
@@ -67,7 +69,8 @@ def table(rows: Iterable[Mapping[str, object]], caption: str = "") -> str:
     body = ""
     for row in rows:
         cells = [(escaped(value), re.match(r"[\d.,]+( |$)", str(value))) for value in row.values()]
-        body += "<tr>" + "".join(f'<td style="text-align:{"right" if n else "left"}">{v}</td>' for v, n in cells)
+        right, left = "text-align:right;white-space:nowrap", "text-align:left"
+        body += "<tr>" + "".join(f'<td style="{right if n else left}">{v}</td>' for v, n in cells)
         body += "</tr>"
     title = f"<caption>{escaped(caption)}</caption>" if caption else ""
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -87,9 +87,7 @@ def lab(project: Path) -> Iterator[str]:
     private["JUPYTERLAB_WORKSPACES_DIR"] = str(project / "jupyter" / "workspaces")
     environment = {**os.environ, **private, "LLM_WORKBOOK_ROOT": str(project), "OMP_NUM_THREADS": "1"}
     environment.pop("LLM_WORKBOOK_WATCHED", None)
-    no_news = project / "jupyter" / "CONFIG" / "labconfig" / "page_config.json"
-    no_news.parent.mkdir(parents=True)
-    no_news.write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}')
+    environment["JUPYTER_CONFIG_PATH"] = str(PROJECT_ROOT / ".jupyter")  # as `make lab` does
     token = secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]
     command += [f"--ServerApp.root_dir={project}", f"--IdentityProvider.token={token}", "--allow-root"]
@@ -316,7 +314,7 @@ def test_training_is_watched_paused_resumed_and_stopped(
     notebook.page.goto("about:blank")
     reached = read_metrics(run)[-1]["step"]
     wait_for(lambda: read_metrics(run)[-1]["step"] > reached + 3, "the run to go on without a page")
-    for _ in range(4):  # JupyterLab sometimes stays "unknown" of a busy kernel that it meets again, until a reload
+    for _ in range(4):  # a step, drawing or validation that takes a second on a busy machine: see _let_messages_in
         notebook.open(lab)
         with contextlib.suppress(AssertionError):
             expect(notebook.page.locator("img.llm-curves")).to_be_attached(timeout=15_000)

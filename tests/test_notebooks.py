@@ -63,6 +63,19 @@ def test_a_notebook_has_tagged_parameters_pictures_and_at_least_four_checked_fac
     assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_outputs_stand_without_widgets_styles_and_scripts(name: str) -> None:
+    """As on a code host, which runs nothing and drops styles."""
+    shown = [output.data for cell in code_cells(read(name)) for output in cell.outputs if "data" in output]
+    assert shown and all({"image/png", "text/html", "text/plain"} & data.keys() for data in shown)
+    for data in shown:
+        assert not [kind for kind in data if "widget" in kind], "a widget without its kernel is a blank"
+        page = data.get("text/html", "")
+        assert not re.search("<(style|script|img|link|iframe)", page)
+        bare = re.sub("<[^>]*>", "", page)
+        assert "text/html" not in data or len(bare.split()) > 10
+
+
 def test_the_readme_shows_what_the_notebooks_found() -> None:
     readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
     training, writing = output_of(read("04_scifi_train")), output_of(read("05_generate"))

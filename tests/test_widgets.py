@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import html
+import itertools
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,8 @@ def test_nothing_from_outside_acts() -> None:
         assert not tags(shown) & {"script", "img"}
         assert not set(shown) & {"\x1b", "\x00", "\u202e"}
     assert "⟨1B⟩[31mred⟨1B⟩[0m" in visible(HOSTILE) and visible("一\n二\t三 ⏎ é🙂") == "一\n二\t三 ⏎ é🙂"
+    bare = re.sub(r"<[^>]*>", "", boxes(["曹操", "大⏎", "怒"], ["7", "8", "9"]))  # what code hosts leave of it
+    assert bare.split() == ["曹操", "7", "大⏎", "8", "怒", "9"]
     hint = re.search(r'title="([^"]*)"', boxes(["a"], hints=['" onmouseover="alert(1)']))
     assert hint and html.unescape(hint[1]) == '" onmouseover="alert(1)'
 
@@ -148,6 +152,52 @@ def test_pause_resume_and_stop(tmp_path: Path, watched: None, screen: Screen) ->
     assert "stopped at step" in words(board.status.value) and board.stop.disabled
     assert f"{run.step:,}/100,000" in words(board.numbers.value)
     assert not isinstance(screen.shown[-1], dict), "the panel was not replaced by a picture"
+
+
+def test_what_a_page_sends_during_a_step_has_acted_before_the_next(
+    tmp_path: Path, watched: None, screen: Screen
+) -> None:
+    sent, acted = [], []
+
+    async def message() -> None:
+        for _ in range(8):  # what a reopened page asks takes about seven, in ipykernel 7.4
+            await asyncio.sleep(0)
+        acted.append(run.step)
+
+    async def train() -> None:
+        def step_done(_: Event) -> None:
+            sent.append(asyncio.get_running_loop().create_task(message()))
+
+        run.callbacks.append(step_done)
+        await TrainingDashboard("a run").run(run)
+
+    run = trainer(tmp_path / "run", quick(max_steps=5))
+    asyncio.run(train())
+    assert acted == [1, 2, 3, 4, 5]
+
+
+def test_drawing_takes_a_hundredth_of_the_time(
+    tmp_path: Path, watched: None, screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, drawn = 0.0, []
+    monkeypatch.setattr("llmcore.dashboard.time", types.SimpleNamespace(perf_counter=lambda: now))
+
+    def picture_changed(_: Any) -> None:
+        nonlocal now
+        drawn.append(now)
+        now += 0.5
+
+    def step_done(event: Event) -> None:
+        nonlocal now
+        if event["step"] == 1:
+            board.picture.observe(picture_changed, "value")
+        now += 1.0
+
+    run, board = trainer(tmp_path / "run", quick(max_steps=160), callbacks=[step_done]), TrainingDashboard("a run")
+    asyncio.run(board.run(run))
+    *while_running, _ = drawn  # the last one is drawn at the end
+    assert len(while_running) >= 3 and all(b - a >= 50 for a, b in itertools.pairwise(while_running))
+    assert board.overhead == pytest.approx(0.5 * len(while_running) / (160 + 0.5 * len(while_running)))
 
 
 def checkpoint_step(run: Trainer) -> int:
