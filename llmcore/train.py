@@ -145,7 +145,7 @@ class Trainer:
         self.model, self.train_data, self.val_data = model.to(self.device), train_data, val_data
         self.config, self.tokenizer, self.callbacks = config, tokenizer, list(callbacks)
         self.sampler = sampler or (self._write if tokenizer is not None else None)
-        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model.activation_checkpointing = config.activation_checkpointing
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0

@@ -123,7 +123,7 @@ WRONG_TRAIN = {
     "min_lr_ratio": 2,
     "optimizer": "adam",
     "schedule": "cosin",
-    "gradient_checkpointing": 1,
+    "activation_checkpointing": "some",
 }
 
 
