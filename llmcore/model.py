@@ -44,6 +44,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x)
 
 
+LOSS_CHUNK = 1024  # tokens whose logits exist at a time
 CHUNK_ABOVE = 2**25  # logits in a batch from which on the loss is computed in chunks: 128 MiB of float32
 
 
@@ -52,7 +53,7 @@ def _chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of (tokens, dim) hidden states without the (tokens, vocab) logits."""
     options = nn.LinearCrossEntropyOptions()
     if hidden.device.type == "cpu":  # the defaults take five to ten times as long there
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy="accurate")
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK, acc_policy="accurate")
     if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

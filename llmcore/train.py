@@ -38,6 +38,7 @@ from llmcore.dataset import IGNORED
 from llmcore.device import pick_device, pick_precision
 from llmcore.files import resolve, shown, write_atomic
 from llmcore.generate import stream
+from llmcore.memory import advice, check_memory
 from llmcore.model import Transformer
 from llmcore.optim import build_optimizers, learning_rate_at
 from llmcore.runs import TrainingError, changes, environment, only_run, read_metrics
@@ -140,6 +141,7 @@ class Trainer:
             raise TrainingError(
                 f"{shown(self.run_dir)} holds a run already; resume it (resume='latest') or choose another output_dir"
             )
+        check_memory(model.config, config, self.device.type)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model, self.train_data, self.val_data = model.to(self.device), train_data, val_data
@@ -365,19 +367,10 @@ class Trainer:
 
     def _out_of_memory(self) -> TrainingError:
         """The error to raise when memory has run out, with what the shapes say the run needs."""
-        from llmcore.planner import training_cost  # it builds on this module
-
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # room to save what the steps before have learnt
-        cost, config = training_cost(self.model.config, self.config), self.config
-        checkpointing = "" if config.gradient_checkpointing else ", set gradient_checkpointing=True"
-        return TrainingError(
-            f"out of memory in step {self.step + 1} on {self.device}. By estimate the run needs "
-            f"{(cost['state_bytes'] + cost['activation_bytes']) / 1e9:.2f} GB: {cost['state_bytes'] / 1e9:.2f} for "
-            f"weights, gradients and optimizer, {cost['activation_bytes'] / 1e9:.2f} for activations. Lower "
-            f"batch_size={config.batch_size} (raise grad_accum_steps={config.grad_accum_steps} by as much) or "
-            f"context_size={config.context_size or self.model.config.max_seq_len}{checkpointing}, and resume"
-        )
+        what = advice(self.model.config, self.config, self.device.type)
+        return TrainingError(f"out of memory in step {self.step + 1} on {self.device}. {what}, and resume")
 
     def _autocast(self) -> torch.autocast:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}[self.precision]
