@@ -77,7 +77,7 @@ def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") 
 
     chunked = tokens * model.vocab_size > CHUNK_ABOVE
     if chunked:  # the loss computes its own gradients at once
-        logits = size * (LOSS_CHUNK * model.vocab_size + 2 * table + tokens * model.dim)
+        logits = size * (min(LOSS_CHUNK, tokens) * model.vocab_size + 2 * table + tokens * model.dim)
         logits += 2 * (table + tokens * model.dim) * (size == 2)  # rounded weights and stream
     else:
         logits = tokens * 12 * model.vocab_size + 2 * table * (size == 2)  # log-probabilities and two gradients

@@ -584,12 +584,14 @@ def always_the_same_sums(device: torch.device) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one, instead of asking the system for zeroed pages again.
 
-    An uncompiled step on a CPU gains a tenth. Elsewhere (macOS, Windows, musl) this does nothing.
+    An uncompiled step on a CPU gains a tenth. Tensors of 32 MiB and more are left out: among them gaps would cost
+    memory, and models with such tensors multiply for longer than pages take. Elsewhere (macOS, Windows, musl) this
+    does nothing.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_mmap_max, 0)
+        mallopt(m_mmap_threshold, 2**25)
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
