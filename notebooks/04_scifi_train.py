@@ -59,8 +59,8 @@ from llmcore.dataset import TokenDataset, prepare_dataset
 from llmcore.device import pick_device
 from llmcore.evaluate import xz_bits_per_byte
 from llmcore.files import read_text, readable_texts, shown, text_name
-from llmcore.model import Transformer
 from llmcore.memory import check_memory, predict_memory
+from llmcore.model import Transformer
 from llmcore.planner import measure_memory, plan
 from llmcore.runs import find_runs, new_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer

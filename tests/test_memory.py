@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,26 +76,28 @@ def test_prediction_is_what_the_allocator_hands_out(
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("time", [64, 512])
+@pytest.mark.parametrize("time", [96, 512])
 def test_a_block_keeps_what_is_counted(bf16: bool, time: int) -> None:
     """autograd says which tensors it saves; each storage counts once, parameters and their casts do not."""
     block, kept = Block(SHAPE, 0), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    matrices = {tuple(p.shape) for p in block.parameters()} | {tuple(p.T.shape) for p in block.parameters()}
+    matrices = {shape for p in block.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
     cos, sin = rope_table(SHAPE.head_dim or 0, time, 1e4)
     shared = {each.untyped_storage().data_ptr() for each in (cos, sin)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage()
-        if place.data_ptr() not in weights | shared and tensor.dtype != torch.bool:
-            if not (tuple(tensor.shape) in matrices and tensor.dim() == 2 and time not in tensor.shape):
-                kept[place.data_ptr()] = place
+        cast = tensor.shape in matrices and tensor.dtype == torch.bfloat16  # of a weight
+        if place.data_ptr() not in weights | shared and tensor.dtype != torch.bool and not cast:
+            kept[place.data_ptr()] = place
         return tensor
 
     x = torch.randn(2, time, SHAPE.dim, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            y = block(x, cos, sin)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        y = block(x, cos, sin)
     counted = 2 * time * block_activations(SHAPE, "none", time, 2 if bf16 else 4, fused=False)
     assert sum(place.nbytes() for place in kept.values()) == counted
     assert y.shape == x.shape
@@ -143,8 +146,5 @@ def test_a_huge_plan_is_refused_before_anything_is_allocated() -> None:
     assert taken < 50e6 and seconds < 5
 
 
-def test_available_memory_is_at_most_the_machines() -> None:
-    free = available_memory("cpu")
-    assert 0 < free
-    held = torch.ones(50_000_000)
-    assert available_memory("cpu") < free + 100_000_000 and held.sum() > 0
+def test_available_memory_is_part_of_the_machines() -> None:
+    assert 0.01 < available_memory("cpu") / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < 1
