@@ -125,7 +125,8 @@ print(f"{cost.optimal_tokens / 1e6:.1f}M tokens")
 # %% [markdown]
 # Most of the memory goes to activations: what the forward pass keeps for the backward pass. **Activation
 # checkpointing** keeps less and computes it again: `selective` all but matrix products and attention, `full` whole
-# blocks. The lines are predicted for a step that is not compiled; each point is two such steps in a fresh process.
+# blocks. The lines are predicted for a step that is not compiled; each point is two such steps in a fresh process. The
+# lines count tensors; what a CPU's libraries take beside them in bf16 lifts the points above.
 
 # %%
 plain, policies = train_config.replace(compile="off", grad_accum_steps=1), ("none", "selective", "full")
