@@ -161,7 +161,8 @@ class TrainConfig(_JSONConfig):
         beta2: AdamW's second moment decay.
         grad_clip: largest gradient norm; 0 turns clipping off.
         precision: "auto", "bf16", "fp16" (CUDA only) or "fp32". Weights are always float32.
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        activation_checkpointing: what the backward pass computes again to save memory: "none", "selective" (all but
+            matrix products and attention) or "full" (whole blocks).
         compile: "auto" (when the run is long enough to win it back), "on" or "off".
         eval_interval: steps between validations; 0: only at the end.
         eval_batches: batches per validation; 0: the whole split.
@@ -195,7 +196,7 @@ class TrainConfig(_JSONConfig):
     beta2: float = 0.95
     grad_clip: float = 1.0
     precision: str = "auto"
-    gradient_checkpointing: bool = False
+    activation_checkpointing: str = "none"
     compile: str = "auto"
     eval_interval: int = 200
     eval_batches: int = 0
@@ -235,6 +236,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("optimizer", lambda value: value in ("adamw", "muon"), "adamw or muon"),
     ("schedule", lambda value: value in ("cosine", "wsd", "plateau"), "cosine, wsd or plateau"),
     ("precision", lambda value: value in ("auto", "bf16", "fp16", "fp32"), "auto, bf16, fp16 or fp32"),
+    ("activation_checkpointing", lambda value: value in ("none", "selective", "full"), "none, selective or full"),
     ("compile", lambda value: value in ("auto", "on", "off"), "auto, on or off"),
 ]
 
@@ -325,7 +327,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             grad_accum_steps=32,
             learning_rate=2.5e-4,
             warmup_steps=1000,
-            gradient_checkpointing=True,
+            activation_checkpointing="full",
             eval_interval=500,
             eval_batches=20,
             checkpoint_interval=1000,
@@ -340,7 +342,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             grad_accum_steps=32,
             learning_rate=2e-4,
             warmup_steps=2000,
-            gradient_checkpointing=True,
+            activation_checkpointing="full",
             eval_interval=500,
             eval_batches=20,
             checkpoint_interval=1000,

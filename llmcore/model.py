@@ -8,12 +8,13 @@ Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", arXiv:23
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llmcore.config import ModelConfig
 
@@ -43,6 +44,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x)
 
 
+LOSS_CHUNK = 1024  # tokens whose logits exist at a time
 CHUNK_ABOVE = 2**25  # logits in a batch from which on the loss is computed in chunks: 128 MiB of float32
 
 
@@ -51,7 +53,7 @@ def _chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of (tokens, dim) hidden states without the (tokens, vocab) logits."""
     options = nn.LinearCrossEntropyOptions()
     if hidden.device.type == "cpu":  # the defaults take five to ten times as long there
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy="accurate")
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK, acc_policy="accurate")
     if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -73,6 +75,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(-1).to(q.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+# What selective checkpointing keeps of a block: the results that take long to compute again, and are not the largest
+_aten = torch.ops.aten
+KEPT = [
+    _aten.mm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 class KVCache:
@@ -183,7 +196,13 @@ class Transformer(nn.Module):
     """The language model: `model(tokens)` gives logits, `model(tokens, targets)` the mean loss.
 
     Args:
-        config: the shape. Set `gradient_checkpointing` on the model to trade time for memory in training.
+        config: the shape.
+
+    Attributes:
+        activation_checkpointing: "none"; "full", which keeps only each block's input for the backward pass and computes
+            the block again (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174); or
+            "selective", which also keeps what is dear to compute again (Korthikanti et al., "Reducing Activation
+            Recomputation in Large Transformer Models", arXiv:2205.05198).
     """
 
     rope_cos: Tensor
@@ -192,7 +211,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.activation_checkpointing = "none"
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -248,10 +267,13 @@ class Transformer(nn.Module):
                 mask = (mask & ~padding[:, None, None, :]) | own
         x = self.tok_embeddings(tokens)
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
-            else:
+            if self.activation_checkpointing == "none" or not torch.is_grad_enabled() or cache is not None:
                 x = block(x, cos, sin, mask, cache)
+            elif self.activation_checkpointing == "selective":
+                keep = functools.partial(create_selective_checkpoint_contexts, KEPT)
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False, context_fn=keep)
+            else:
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
         if cache is not None:
             cache.length += time
         return self.norm(x)

@@ -88,6 +88,7 @@ class Kind:
 
 
 PARAMETERS: dict[str, Kind] = {
+    "activation_checkpointing": Kind(str, choices=("none", "selective", "full"), optional=True),
     "batch_size": Kind(int, 1, 1_000_000, optional=True),
     "character_coverage": Kind(float, 0.98, 1.0),
     "checkpoint_dir": Kind(Path, choices=("latest", "best"), optional=True, must_exist=True),

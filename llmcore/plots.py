@@ -143,6 +143,37 @@ def length_histogram(lengths: Sequence[int], unit: str, title: str) -> Figure:
 
 
 @styled
+def memory_against_batch(
+    predicted: Mapping[str, Mapping[int, float]], measured: Mapping[str, Mapping[int, float]], title: str
+) -> Figure:
+    """Bytes at the fullest moment of a step, by policy of activation checkpointing and batch size.
+
+    Args:
+        predicted: policy -> batch size -> bytes: a line each.
+        measured: the same, drawn as points of the line's colour.
+        title: the finding.
+    """
+    figure, [axes] = _figure(7, 3.4)
+    for (policy, line), color, marker in zip(predicted.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
+        axes.plot(list(line), [size / 1e6 for size in line.values()], color=color, label=f"{policy}, predicted")
+        points = measured.get(policy, {})
+        if points:
+            axes.plot(
+                list(points),
+                [size / 1e6 for size in points.values()],
+                marker,
+                color=color,
+                markersize=7,
+                label=f"{policy}, measured",
+            )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    _label(axes, title, "batch size (windows per forward pass)", "memory (MB)")
+    return figure
+
+
+@styled
 def piece_lengths(counts: Mapping[int, int], title: str) -> Figure:
     """How many pieces of the vocabulary have how many characters."""
     figure, [axes] = _figure(7, 2.8)

@@ -38,6 +38,7 @@ from llmcore.dataset import IGNORED
 from llmcore.device import pick_device, pick_precision
 from llmcore.files import resolve, shown, write_atomic
 from llmcore.generate import stream
+from llmcore.memory import advice, check_memory
 from llmcore.model import Transformer
 from llmcore.optim import build_optimizers, learning_rate_at
 from llmcore.runs import TrainingError, changes, environment, only_run, read_metrics
@@ -140,12 +141,13 @@ class Trainer:
             raise TrainingError(
                 f"{shown(self.run_dir)} holds a run already; resume it (resume='latest') or choose another output_dir"
             )
+        check_memory(model.config, config, self.device.type)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model, self.train_data, self.val_data = model.to(self.device), train_data, val_data
         self.config, self.tokenizer, self.callbacks = config, tokenizer, list(callbacks)
         self.sampler = sampler or (self._write if tokenizer is not None else None)
-        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model.activation_checkpointing = config.activation_checkpointing
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
@@ -365,19 +367,10 @@ class Trainer:
 
     def _out_of_memory(self) -> TrainingError:
         """The error to raise when memory has run out, with what the shapes say the run needs."""
-        from llmcore.planner import training_cost  # it builds on this module
-
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # room to save what the steps before have learnt
-        cost, config = training_cost(self.model.config, self.config), self.config
-        checkpointing = "" if config.gradient_checkpointing else ", set gradient_checkpointing=True"
-        return TrainingError(
-            f"out of memory in step {self.step + 1} on {self.device}. By estimate the run needs "
-            f"{(cost['state_bytes'] + cost['activation_bytes']) / 1e9:.2f} GB: {cost['state_bytes'] / 1e9:.2f} for "
-            f"weights, gradients and optimizer, {cost['activation_bytes'] / 1e9:.2f} for activations. Lower "
-            f"batch_size={config.batch_size} (raise grad_accum_steps={config.grad_accum_steps} by as much) or "
-            f"context_size={config.context_size or self.model.config.max_seq_len}{checkpointing}, and resume"
-        )
+        what = advice(self.model.config, self.config, self.device.type)
+        return TrainingError(f"out of memory in step {self.step + 1} on {self.device}. {what}, and resume")
 
     def _autocast(self) -> torch.autocast:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}[self.precision]
@@ -595,12 +588,14 @@ def always_the_same_sums(device: torch.device) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one, instead of asking the system for zeroed pages again.
 
-    An uncompiled step on a CPU gains a tenth. Elsewhere (macOS, Windows, musl) this does nothing.
+    An uncompiled step on a CPU gains a tenth. Tensors of 32 MiB and more are left out: among them gaps would cost
+    memory, and models with such tensors multiply for longer than pages take. Elsewhere (macOS, Windows, musl) this
+    does nothing.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_mmap_max, 0)
+        mallopt(m_mmap_threshold, 2**25)
         mallopt(m_trim_threshold, 2**31 - 1)
 
 

@@ -41,7 +41,7 @@ import numpy as np
 from llmcore import config, corpus, plots, widgets
 from llmcore.dataset import TokenDataset, prepare_dataset
 from llmcore.files import read_text, shown
-from llmcore.planner import TOKENS_PER_PARAMETER, training_cost
+from llmcore.planner import TOKENS_PER_PARAMETER, plan
 from llmcore.tokenizer import Tokenizer
 
 # %%
@@ -122,17 +122,17 @@ print("the same step gives the same batch:", bool((x == again).all()))
 
 # %%
 model_config, train_config = config.preset(preset)
-cost = training_cost(model_config.replace(vocab_size=tok.vocab_size), train_config)
+cost = plan(model_config.replace(vocab_size=tok.vocab_size), train_config)
 rows = {
     "tokens in the training split": len(train.tokens),
-    f"tokens {preset} reads": cost["tokens"],
-    f"compute-optimal for {preset}": cost["compute_optimal_tokens"],
+    f"tokens {preset} reads": cost.tokens,
+    f"compute-optimal for {preset}": cost.compute_optimal_tokens,
 }
-plots.bars(rows, f"{preset} reads the corpus {cost['tokens'] / len(train.tokens):.1f} times", "tokens")
+plots.bars(rows, f"{preset} reads the corpus {cost.epochs(len(train.tokens)):.1f} times", "tokens")
 
 # %% tags=["nbval-check-output"]
 print(f"compute-optimal size for this corpus read once: {len(train.tokens) / TOKENS_PER_PARAMETER:,.0f} parameters")
-print(f"{preset} has {cost['parameters']:,.0f}")
+print(f"{preset} has {cost.parameters:,.0f}")
 
 # %% [markdown]
 # ## Try it

@@ -36,6 +36,7 @@ context_size: int = None  # tokens in a window; None: the preset's
 max_steps: int = None  # optimizer steps; None: the preset's
 batch_size: int = None  # windows per step; None: the preset's
 learning_rate: float = None  # peak; None: the preset's
+activation_checkpointing: str = None  # none, selective or full; None: the preset's
 prompt: str = "却说曹操"  # what samples continue
 device: str = "auto"  # auto, cpu, cuda, mps
 precision: str = "auto"  # auto, bf16, fp16, fp32
@@ -46,7 +47,8 @@ seed: int = 0  # of the initial weights and the order of the data
 from llmcore.parameters import check_parameters
 
 names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size"
-check_parameters(globals(), names + " max_steps batch_size learning_rate prompt device precision tracker seed")
+names += " max_steps batch_size learning_rate activation_checkpointing prompt device precision tracker seed"
+check_parameters(globals(), names)
 
 # %%
 import torch
@@ -57,9 +59,10 @@ from llmcore.dataset import TokenDataset, prepare_dataset
 from llmcore.device import pick_device
 from llmcore.evaluate import evaluate, paired_difference, xz_bits_per_byte
 from llmcore.files import shown
+from llmcore.memory import check_memory, predict_memory
 from llmcore.model import Transformer
 from llmcore.ngram import evaluate_ngram
-from llmcore.planner import measure_speed, training_cost
+from llmcore.planner import measure_memory, plan
 from llmcore.runs import find_runs, new_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.trackers import tracker_callback
@@ -86,6 +89,7 @@ val_data = TokenDataset(dataset_dir, "val", window)
 
 # %%
 chosen = {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
+chosen["activation_checkpointing"] = activation_checkpointing
 chosen = {name: value for name, value in chosen.items() if value is not None}
 train_config = train_config.replace(precision=precision, seed=seed, sample_prompt=prompt, **chosen)
 
@@ -96,21 +100,57 @@ print(f"made with this tokenizer: {manifest['tokenizer'] == tok.fingerprint}")
 
 # %% [markdown]
 # ## What it will cost
-# Counted from the shapes, and timed with a few steps of a throw-away model.
+# Memory is counted from the shapes, tensor by tensor; the speed is timed with a few steps of a throw-away model. A run
+# that cannot fit is refused here, with the parameters to lower.
 
 # %%
-cost = training_cost(model_config, train_config)
-speed = measure_speed(model_config, train_config, train_data, device)
-seconds = speed["start_seconds"] + cost["tokens"] / speed["tokens_per_second"]
-print(f"memory: {cost['state_bytes'] / 1e6:,.0f} MB of weights, gradients and optimizer state,")
-print(f"        about {cost['activation_bytes'] / 1e6:,.0f} MB of activations")
-print(f"speed:  {speed['tokens_per_second']:,.0f} tokens per second on {device}")
-print(f"time:   about {seconds / 60:.1f} minutes, validation and samples not counted")
+check_memory(model_config, train_config, device)
+cost = plan(model_config, train_config, device, data=train_data)
+for what, how_much in cost.rows().items():
+    print(f"{what:32} {how_much}")
 
 # %% tags=["nbval-check-output"]
-print(f"parameters: {cost['parameters']:,}")
-print(f"tokens to train on: {cost['tokens']:,} ({cost['tokens'] / len(train_data.tokens):.1f} epochs)")
-print(f"compute: {cost['flops']:.2e} FLOPs")
+print(f"parameters: {cost.parameters:,}")
+print(f"tokens to train on: {cost.tokens:,} ({cost.epochs(len(train_data.tokens)):.1f} epochs)")
+print(f"compute: {cost.flops:.2e} FLOPs")
+
+# %% [markdown]
+# Hoffmann et al. ("Chinchilla", 2022) asked which model ends lowest for a given amount of compute: about the one that
+# reads twenty tokens per parameter. That is the best use of compute when there is text enough to be read only once.
+
+# %% tags=["nbval-check-output"]
+print(f"this run: {cost.parameters / 1e6:.1f}M parameters, {cost.tokens / cost.parameters:.1f} tokens for each")
+print(f"the same compute, spent best: {cost.optimal_parameters / 1e6:.1f}M parameters,", end=" ")
+print(f"{cost.optimal_tokens / 1e6:.1f}M tokens")
+
+# %% [markdown]
+# Most of the memory goes to activations: what the forward pass keeps for the backward pass. **Activation
+# checkpointing** keeps less and computes it again: `selective` all but matrix products and attention, `full` whole
+# blocks. The lines are predicted for a step that is not compiled; each point is two such steps in a fresh process. The
+# lines count tensors; what a CPU's libraries take beside them in bf16 lifts the points above.
+
+# %%
+plain, policies = train_config.replace(compile="off", grad_accum_steps=1), ("none", "selective", "full")
+sizes = [train_config.batch_size, 2 * train_config.batch_size]
+tried = {p: [plain.replace(activation_checkpointing=p, batch_size=s) for s in (1, *sizes)] for p in policies}
+predicted = {
+    p: {c.batch_size: predict_memory(model_config, c, device)["total"] for c in configs} for p, configs in tried.items()
+}
+
+# %%
+measured = {}
+if cost.parameters < 20e6:  # a larger model would take longer than this picture is worth
+    for p, size in (("none", sizes[0]), ("full", sizes[0]), ("full", sizes[1])):
+        peak = measure_memory(model_config, plain.replace(activation_checkpointing=p, batch_size=size), device)
+        measured.setdefault(p, {})[size] = peak["peak_bytes"]
+saved = 1 - predicted["full"][sizes[1]] / predicted["none"][sizes[1]]
+title = f"Computing blocks again saves {saved:.0%} of the memory at batch {sizes[1]}"
+plots.memory_against_batch(predicted, measured, title)
+
+# %%
+for p, points in measured.items():
+    for size, peak in points.items():
+        print(f"{p}, batch {size}: predicted {predicted[p][size] / 1e6:,.0f} MB, measured {peak / 1e6:,.0f} MB")
 
 # %% [markdown]
 # ## Training, first half
@@ -138,7 +178,7 @@ half = (trainer.step + train_config.max_steps) // 2
 trainer.callbacks.append(lambda event: trainer.stop() if event["step"] == half else None)
 
 # %%
-dashboard = TrainingDashboard(f"{preset}: {cost['parameters'] / 1e6:.1f}M parameters, first half")
+dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters, first half")
 await dashboard.run(trainer)
 result = trainer.result()
 print(f"step {result.step}, stopped early: {result.stopped_early}, saved as {result.checkpoint.name}")
@@ -162,7 +202,7 @@ second = Trainer(
     resume="latest",
 )
 resumed_at = second.step
-dashboard = TrainingDashboard(f"{preset}: {cost['parameters'] / 1e6:.1f}M parameters")
+dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters")
 await dashboard.run(second)
 
 # %% tags=["nbval-check-output"]

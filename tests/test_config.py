@@ -71,6 +71,11 @@ def test_unknown_key_names_the_nearest() -> None:
         TrainConfig.from_dict({"learning_rte": 1e-3})
 
 
+def test_a_setting_of_an_earlier_version_is_refused_with_its_new_name() -> None:
+    with pytest.raises(ConfigError, match=r"'gradient_checkpointing'.*activation_checkpointing"):
+        TrainConfig.from_dict({"gradient_checkpointing": True})
+
+
 def test_unknown_and_missing_keys_are_listed_together() -> None:
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict({"vocab_size": 10, "n_layer": 1, "n_head": 1})
@@ -123,7 +128,7 @@ WRONG_TRAIN = {
     "min_lr_ratio": 2,
     "optimizer": "adam",
     "schedule": "cosin",
-    "gradient_checkpointing": 1,
+    "activation_checkpointing": "some",
 }
 
 

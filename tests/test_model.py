@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmcore.model
@@ -140,21 +141,54 @@ def test_large_batches_never_hold_their_logits(monkeypatch: pytest.MonkeyPatch) 
     assert largest == tokens.numel() * 5000
 
 
-def test_gradient_checkpointing_changes_no_bit() -> None:
-    model, tokens, targets = tiny_model(std=0.1), random_ids(2, 24), random_ids(2, 24, seed=1)
-    loss, expected = loss_and_gradients(model, tokens, targets)
-    model.gradient_checkpointing = True
-    again, gradients = loss_and_gradients(model, tokens, targets)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_activation_checkpointing_changes_no_bit(policy: str, bf16: bool) -> None:
+    model, tokens, targets = tiny_model(std=0.1, n_kv_heads=2), random_ids(2, 24), random_ids(2, 24, seed=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss, expected = loss_and_gradients(model, tokens, targets)
+        model.activation_checkpointing = policy
+        again, gradients = loss_and_gradients(model, tokens, targets)
     assert torch.equal(loss, again)
+    assert gradients.keys() == expected.keys()
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
-def test_gradient_checkpointing_heeds_padding_and_cache() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activation_checkpointing_changes_no_more_than_rounding_when_compiled(bf16: bool) -> None:
+    model, tokens, targets = tiny_model(std=0.1), random_ids(2, 24), random_ids(2, 24, seed=1)
+    loss, expected = loss_and_gradients(model, tokens, targets)
+    tolerance = 3e-2 if bf16 else 1e-5
+    for model.activation_checkpointing in ("none", "selective", "full"):
+        torch.compiler.reset()
+        compiled: Any = torch.compile(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            again, gradients = loss_and_gradients(compiled, tokens, targets)
+        torch.testing.assert_close(again, loss, rtol=tolerance, atol=0)
+        for name, gradient in gradients.items():
+            difference = (gradient - expected[name.removeprefix("_orig_mod.")]).norm()
+            assert difference < tolerance * gradient.norm(), (model.activation_checkpointing, name)
+
+
+def test_selective_checkpointing_computes_no_product_again() -> None:
+    def flops(policy: str) -> int:
+        model, tokens = tiny_model(), random_ids(2, 24)
+        model.activation_checkpointing = policy
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens).backward()
+        return counter.get_total_flops()
+
+    assert flops("selective") == flops("none") < flops("full")
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_activation_checkpointing_heeds_padding_and_cache(policy: str) -> None:
     model, tokens = tiny_model(std=0.1), random_ids(2, 12)
     padding = torch.zeros(2, 12, dtype=torch.bool)
     padding[0, :5] = True
     expected = model.hidden_states(tokens, padding=padding)
-    model.gradient_checkpointing = True
+    model.activation_checkpointing = policy
     assert torch.equal(model.hidden_states(tokens, padding=padding), expected)
     cache = KVCache(model.config, 2)
     model.hidden_states(tokens[:, :7], cache)

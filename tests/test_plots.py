@@ -67,6 +67,19 @@ def test_steps_may_be_on_a_logarithmic_axis() -> None:
     assert {axes.get_xscale() for axes in plots.training_curves(events(50)).axes} == {"linear"}
 
 
+def test_memory_is_drawn_as_predicted_lines_and_measured_points() -> None:
+    predicted = {"none": {1: 1e8, 4: 3e8}, "selective": {1: 9e7, 4: 2e8}, "full": {1: 8e7, 4: 1e8}}
+    figure = plots.memory_against_batch(predicted, {"none": {2: 1.8e8}, "full": {4: 1.1e8}}, "half")
+    for policy, expected in predicted.items():
+        assert line(figure, 0, f"{policy}, predicted")[:, 1] == pytest.approx(
+            [size / 1e6 for size in expected.values()]
+        )
+    assert line(figure, 0, "none, measured").tolist() == [[2, 180]]
+    assert line(figure, 0, "full, measured").tolist() == [[4, 110]]
+    assert len(figure.axes[0].get_lines()) == 5
+    assert "MB" in figure.axes[0].get_ylabel() and figure.axes[0].get_ylim()[0] == 0
+
+
 def run_folder(folder: Path, rate: float, **options: object) -> Path:
     trainer(folder, quick(max_steps=8, eval_interval=2, learning_rate=rate), **options).fit()
     return folder

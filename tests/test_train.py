@@ -265,7 +265,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wsd-muon": {"schedule": "wsd", "optimizer": "muon", "decay_fraction": 0.5},
     "plateau": {"schedule": "plateau", "eval_interval": 1, "plateau_patience": 2, "learning_rate": 0.3},
     "bf16-accumulated": {"precision": "bf16", "grad_accum_steps": 3, "batch_size": 2},
-    "muon-checkpointed-bf16": {"precision": "bf16", "optimizer": "muon", "gradient_checkpointing": True},
+    "muon-checkpointed-bf16": {"precision": "bf16", "optimizer": "muon", "activation_checkpointing": "full"},
+    "selective": {"activation_checkpointing": "selective"},
 }
 
 
@@ -307,7 +308,7 @@ def test_resume_is_bit_exact(variant: str, at: int, tmp_path: Path) -> None:
     optimizer=st.sampled_from(["adamw", "muon"]),
     precision=st.sampled_from(["fp32", "bf16"]),
     grad_accum_steps=st.integers(1, 2),
-    gradient_checkpointing=st.booleans(),
+    activation_checkpointing=st.sampled_from(["none", "selective", "full"]),
 )
 def test_stops_anywhere_change_nothing(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int], **changes: Any
@@ -653,7 +654,7 @@ def test_out_of_memory_says_what_the_run_needs_and_loses_nothing(tmp_path: Path)
     one = Trainer(model, data, Batches(), quick(), tmp_path / "b", device="cpu")
     with pytest.raises(TrainingError) as caught:
         one.fit()
-    for word in ("in step 4 on cpu", "0.00 GB", "batch_size=4", "context_size=24", "gradient_checkpointing=True"):
+    for word in ("in step 4 on cpu", "0.06 GB", "batch_size=4", "context_size=24", "activation_checkpointing="):
         assert word in str(caught.value)
     assert load_checkpoint(tmp_path / "b", device="cpu").step == 3
     data.room = -1

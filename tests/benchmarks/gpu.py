@@ -37,11 +37,11 @@ LADDERS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     ],
     "scifi-1.5B": [
         (8, {"precision": "bf16", "compile": "on"}),
-        (16, {"precision": "bf16", "compile": "on", "gradient_checkpointing": True}),
+        (16, {"precision": "bf16", "compile": "on", "activation_checkpointing": "full"}),
     ],
     "toy": [
         (2, {"precision": "fp32", "compile": "off"}),
-        (2, {"precision": "bf16", "compile": "off", "gradient_checkpointing": True}),
+        (2, {"precision": "bf16", "compile": "off", "activation_checkpointing": "full"}),
     ],
 }
 
@@ -85,7 +85,6 @@ def training_row(name: str, batch_size: int, changes: dict[str, Any], device: to
             torch.cuda.reset_peak_memory_stats(device)
         rate = statistics.median(event["tokens_per_second"] for event in trainer.measured_steps(9)[3:])
     words = ", ".join(str(value) if key != "compile" else f"compile {value}" for key, value in changes.items())
-    words = words.replace("True", "checkpointed")
     return row(name, f"llmcore, {words}", batch_size, rate, shape, device, peak)
 
 

@@ -1,0 +1,139 @@
+"""Peak memory of training, beside transformers and beside the planner: `python -m tests.benchmarks.memory [part ...]`.
+
+Parts: `peers`, `117M`, `batch`. Each configuration takes two steps in a fresh process; what counts is its resident
+memory at most, less what it held before it built the model.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from llmcore import config
+from llmcore.config import ModelConfig, TrainConfig
+from llmcore.files import PROJECT_ROOT
+from llmcore.memory import predict_memory
+from llmcore.planner import measure_memory, resident_bytes
+from tests.benchmarks.peers import machine, transformers_llama
+
+PRESET = config.preset("scifi-117M")[0]
+WIDE = PRESET.replace(n_layers=4)
+EAGER = TrainConfig(compile="off", precision="fp32", batch_size=2)
+
+
+def peer_step(shape: ModelConfig, batch_size: int, checkpointing: bool, bf16: bool) -> Callable[[], None]:
+    """A plain training step of transformers' Llama, as its users would write it."""
+    model = transformers_llama(shape)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+    def take() -> None:
+        ids = torch.randint(shape.vocab_size, (batch_size, shape.max_seq_len))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return take
+
+
+def serve_peer() -> None:
+    """In a fresh process: read what to measure, take two steps, print the peak."""
+    request = json.loads(sys.stdin.read())
+    shape = ModelConfig.from_dict(request.pop("shape"))
+    tiny = shape.replace(dim=64, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=32, hidden_dim=64)
+    peer_step(tiny, **{**request, "batch_size": 1})()  # loads the code of torch and its libraries
+    base = resident_bytes()[0]
+    step = peer_step(shape, **request)
+    step(), step()
+    print(json.dumps({"peak_bytes": resident_bytes()[1] - base, "base_bytes": base}))
+
+
+def measure_peer(shape: ModelConfig, train: TrainConfig) -> dict[str, float]:
+    """transformers' memory for the same work as `measure_memory`."""
+    request = {"shape": shape.to_dict(), "batch_size": train.batch_size, "bf16": train.precision == "bf16"}
+    request["checkpointing"] = train.activation_checkpointing == "full"
+    code = "from tests.benchmarks.memory import serve_peer; serve_peer()"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        input=json.dumps(request),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=PROJECT_ROOT,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(name: str, who: str, train: TrainConfig, found: dict[str, float], predicted: float | None) -> str:
+    """One row of the table, in MB."""
+    error = f"{predicted / 1e6:,.0f} | {predicted / found['peak_bytes'] - 1:+.0%}" if predicted else " | "
+    return (
+        f"| {name} | {who} | {train.precision} | {train.activation_checkpointing} | {train.batch_size} "
+        f"| {found['peak_bytes'] / 1e6:,.0f} | {found['base_bytes'] / 1e6:,.0f} | {error} |"
+    )
+
+
+def ours(name: str, shape: ModelConfig, train: TrainConfig) -> tuple[str, float]:
+    """A row of the table for llmcore, and its peak in bytes."""
+    found = measure_memory(shape, train, "cpu")
+    who = "llmcore, compiled" if train.compile == "on" else "llmcore"
+    return row(name, who, train, found, predict_memory(shape, train)["total"]), found["peak_bytes"]
+
+
+def peers() -> Iterator[str]:
+    """Beside transformers: the same shape, precision and policy."""
+    for precision in ("fp32", "bf16"):
+        for policy in ("none", "full"):
+            train = EAGER.replace(precision=precision, activation_checkpointing=policy)
+            line, peak = ours("4 layers of 117M", WIDE, train)
+            yield line
+            theirs = measure_peer(WIDE, train)
+            yield row("4 layers of 117M", "transformers", train, theirs, None)
+            said.append(f"{precision}, {policy}: {peak / theirs['peak_bytes']:.2f} of transformers' (target 0.6)")
+
+
+def whole_preset() -> Iterator[str]:
+    """scifi-117M at batch 4 and context 1024 with full checkpointing, float32 master weights."""
+    for precision in ("fp32", "bf16"):
+        train = EAGER.replace(precision=precision, batch_size=4, activation_checkpointing="full")
+        line, peak = ours("scifi-117M", PRESET, train)
+        yield line
+        said.append(f"scifi-117M, batch 4, {precision}: {peak / 1e9:.2f} GB (target 4)")
+
+
+def batches() -> Iterator[str]:
+    """Memory against batch size, by policy, eager and compiled."""
+    shape, how = config.preset("scifi-mini")
+    for compiled in ("off", "on"):
+        for policy in ("none", "selective", "full"):
+            for batch_size in (8, 32):
+                changes = {"compile": compiled, "activation_checkpointing": policy, "batch_size": batch_size}
+                yield ours("scifi-mini", shape, how.replace(**changes))[0]
+
+
+PARTS = {"peers": peers, "117M": whole_preset, "batch": batches}
+said: list[str] = []  # the targets, in words
+
+
+def main() -> None:
+    """Print the table and the targets."""
+    print(f"Peak memory of two training steps in MB, on {machine()}\n")
+    print("| work | who | precision | checkpointing | batch | peak | held before | predicted | error |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for part in sys.argv[1:] or PARTS:
+        for line in PARTS[part]():
+            print(line, flush=True)
+    print("\n" + "\n".join(f"- {line}" for line in said))
+
+
+if __name__ == "__main__":
+    main()
