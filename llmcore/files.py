@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,3 +258,21 @@ def split_long(line: str, max_bytes: int) -> Iterator[str]:
         yield piece[:cut]
         start += cut
     yield line[start:]
+
+
+def cut_text(blocks: Iterable[str], inner_pairs: set[str], size: int) -> Iterator[str]:
+    """The same text in pieces of `size` to 2 * `size` characters (the last may be shorter).
+
+    Each ends at the first place where the two characters around are no inner pair, or after `size` if there is none.
+    """
+    rest = ""
+    for block in blocks:
+        rest, start = rest + block, 0
+        while len(rest) - start > 2 * size:
+            places = range(start + size, start + 2 * size)
+            cut = next((place for place in places if rest[place - 1 : place + 1] not in inner_pairs), places[0])
+            yield rest[start:cut]
+            start = cut
+        rest = rest[start:]
+    if rest:
+        yield rest
