@@ -42,7 +42,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-BLOCK = 1 << 16  # characters that are encoded in one go
+BLOCK = 1 << 14  # characters that are encoded in one go
 SAVED_EVERY = 1 << 24  # characters between two lines of the journal inside a long document
 JOURNAL = "journal.jsonl"
 
@@ -63,7 +63,7 @@ def prepare_dataset(
 
     Each file is read twice, a block at a time: once for its hash, and once to encode it. A document encodes as
     `tokenizer.encode` would encode it whole, except that text without any safe place to cut (see
-    `Tokenizer.inner_pairs`) over 65,536 characters, such as a very long row of the same letter, is cut there all the
+    `Tokenizer.inner_pairs`) over 16,384 characters, such as a very long row of the same letter, is cut there all the
     same. It decodes to the same text either way.
 
     Until the new files are complete, the data set that was there stays as it was. After a kill, or an error, the next
@@ -240,7 +240,10 @@ def _encode(part: _Part, done: _Done, tokenizer: Tokenizer, inner_pairs: set[str
         ids = tokenizer.encode_array(text)
         return np.append(ids, eos) if last and eos else ids
 
-    for text in cut_text(blocks, inner_pairs, BLOCK) if left else [""]:
+    if not left:  # of a text of one character
+        yield _Job(done, functools.partial(encode, "", True), 0, 0)
+        return
+    for text in cut_text(blocks, inner_pairs, BLOCK):
         left -= len(text)
         yield _Job(done, functools.partial(encode, text, not left), len(text), len(text.encode()))
     if digest.hexdigest() != part.text.sha256 or left:
