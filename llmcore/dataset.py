@@ -93,6 +93,13 @@ class TokenDataset:
             self._checked.add(number)
         return self.tokens[start:end].astype(np.int64)
 
+    def count_ids(self) -> NDArray[np.int64]:
+        """(vocab_size,) how often each id occurs, counted a block at a time."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for start in range(0, len(self.tokens), 1 << 20):
+            counts += np.bincount(self.read(start, start + (1 << 20)), minlength=self.vocab_size)
+        return counts
+
     def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """The batch of a training step: a pure function of its arguments, with no state behind it.
 

@@ -6,9 +6,10 @@ import codecs
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import shutil
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,14 @@ def text_blocks(path: Path, digest: Any = None) -> Iterator[str]:
 def read_text(path: Path) -> str:
     """A text file's content as one string; see `text_blocks`."""
     return "".join(text_blocks(Path(path)))
+
+
+def sample_texts(files: Sequence[Path], max_bytes: int = 10_000_000) -> list[str]:
+    """Texts to look at: all, or of a larger corpus the beginnings of evenly chosen files, of about so many bytes."""
+    size = sum(file.stat().st_size for file in files)
+    chosen = files[:: max(1, -(-size // max_bytes))]
+    blocks = 1 + max_bytes // len(chosen) // (1 << 20) if size > max_bytes else None
+    return ["".join(itertools.islice(text_blocks(file), blocks)) for file in chosen]
 
 
 def fsync(path: Path) -> None:

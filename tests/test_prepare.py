@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from llmcore import prepare
 from llmcore.dataset import DatasetError, TokenDataset, prepare_dataset, verify_dataset
-from llmcore.files import cut_text, find_texts, read_text, split_long, text_blocks
+from llmcore.files import cut_text, find_texts, read_text, sample_texts, split_long, text_blocks
 from llmcore.tokenizer import Tokenizer, sentences, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -409,3 +410,23 @@ def test_many_files_with_odd_names_are_all_there(tokenizer: Tokenizer, tmp_path:
         places[split] += source["tokens"]
         assert tokenizer.decode(ids.tolist()) == expected.pop(source["path"])
     assert not expected
+
+
+def test_a_sample_of_texts_is_all_of_a_few_and_bounded_for_many_or_a_large_one(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"{number:02d}.txt").write_text(f"{number:02d}" * 1000)
+    files = find_texts(tmp_path)
+    assert sample_texts(files) == [read_text(file) for file in files]
+    few = sample_texts(files, 20_000)
+    assert 5 <= len(few) <= 10 and set(few) < set(map(read_text, files))
+    (tmp_path / "z.txt").write_text("x" * 20_000_000)
+    assert sum(map(len, sample_texts(find_texts(tmp_path), 3_000_000))) <= 6_000_000
+    [large] = sample_texts([tmp_path / "z.txt"], 3_000_000)
+    assert 3_000_000 <= len(large) <= 6_000_000
+
+
+def test_ids_are_counted(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path) -> None:
+    prepare_dataset(sanguo, tokenizer, tmp_path / "d", progress=False)
+    counted = Counter(id for text in map(read_text, find_texts(sanguo)) for id in tokenizer.encode(text, eos=True))
+    total = sum(TokenDataset(tmp_path / "d", split, 8).count_ids() for split in ("train", "val"))
+    assert dict(enumerate(total)) == {id: counted[id] for id in range(tokenizer.vocab_size)}
