@@ -20,6 +20,8 @@ from tqdm import tqdm
 # Relative paths start here; tests and parallel runs set the variable to keep their files apart.
 PROJECT_ROOT = Path(os.environ.get("LLM_WORKBOOK_ROOT") or Path(__file__).parent.parent).resolve()
 
+READ_BYTES = 1 << 16  # at a time, of a text; the C library keeps larger pieces of memory for itself
+
 
 def resolve(path: str | os.PathLike[str]) -> Path:
     """A relative path is meant from the project's root, whatever the working folder.
@@ -149,7 +151,7 @@ def text_name(file: Path, folder: Path) -> str:
 
 
 def text_blocks(path: Path, digest: Any = None) -> Iterator[str]:
-    """A text file's content, a megabyte at a time: UTF-8, a byte order mark dropped, CRLF and CR turned into newlines.
+    """A text file's content, 64 KiB at a time: UTF-8, a byte order mark dropped, CRLF and CR turned into newlines.
 
     Args:
         path: the file.
@@ -162,7 +164,7 @@ def text_blocks(path: Path, digest: Any = None) -> Iterator[str]:
     place = 0
     with open(path, "rb") as file:
         while True:
-            raw = file.read(1 << 20)
+            raw = file.read(READ_BYTES)
             if digest is not None:
                 digest.update(raw)
             start, place = place, place + len(raw)
@@ -187,7 +189,7 @@ def sample_texts(files: Sequence[Path], max_bytes: int = 10_000_000) -> list[str
     """Texts to look at: all, or of a larger corpus the beginnings of evenly chosen files, of about so many bytes."""
     size = sum(file.stat().st_size for file in files)
     chosen = files[:: max(1, -(-size // max_bytes))]
-    blocks = 1 + max_bytes // len(chosen) // (1 << 20) if size > max_bytes else None
+    blocks = 1 + max_bytes // len(chosen) // READ_BYTES if size > max_bytes else None
     return ["".join(itertools.islice(text_blocks(file), blocks)) for file in chosen]
 
 
