@@ -124,7 +124,7 @@ class DataExplorer(Explorer):
 
     def _show(self, _: Any = None) -> None:
         first = self.window.value * self.data.context_size
-        ids = self.data.tokens[first : first + self.data.context_size].tolist()
+        ids = self.data.read(first, first + self.data.context_size).tolist()
         offsets = self.data.offsets
         document = int(np.searchsorted(offsets, first, side="right")) - 1
         parts, start = [], 0

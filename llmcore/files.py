@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
+import io
+import itertools
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 # Relative paths start here; tests and parallel runs set the variable to keep their files apart.
 PROJECT_ROOT = Path(os.environ.get("LLM_WORKBOOK_ROOT") or Path(__file__).parent.parent).resolve()
+
+READ_BYTES = 1 << 16  # at a time, of a text; the C library keeps larger pieces of memory for itself
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -56,12 +66,33 @@ def find_texts(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def readable_texts(folder: Path, errors: str = "strict") -> tuple[list[Path], dict[str, str]]:
-    """The texts of a folder that can be read, and why others cannot. Every file is read once.
+@dataclass(frozen=True)
+class TextFile:
+    """What is known of a text file after reading it once.
+
+    Attributes:
+        path: where it is.
+        name: its `text_name`.
+        sha256: of its raw bytes, in hexadecimal.
+        bytes: raw size.
+        characters, text_bytes: of its text as `read_text` gives it, the latter in UTF-8.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+    bytes: int
+    characters: int
+    text_bytes: int
+
+
+def survey_texts(folder: Path, errors: str = "strict", progress: bool = False) -> tuple[list[TextFile], dict[str, str]]:
+    """The texts of a folder that can be read, and why others cannot. Every file is read once, in constant memory.
 
     Args:
         folder: searched as by `find_texts`.
         errors: "strict" to refuse them all for one that cannot be read, "skip" to leave such files out.
+        progress: show a bar.
 
     Returns:
         The readable files, and the reason for each other one, by its `text_name`.
@@ -72,15 +103,32 @@ def readable_texts(folder: Path, errors: str = "strict") -> tuple[list[Path], di
     """
     if errors not in ("strict", "skip"):
         raise ValueError(f"errors={errors!r} must be strict or skip")
-    readable, refused = [], {}
-    for file in find_texts(folder):
+    files = find_texts(folder)
+    size = sum(file.stat().st_size for file in files if file.is_file())
+
+    def survey(file: Path) -> TextFile | str:
         try:
             if not file.is_file():  # a pipe would wait for ever
                 raise ValueError("it is no regular file")
-            read_text(file)
-            readable.append(file)
+            digest, characters, text_bytes = hashlib.sha256(), 0, 0
+            for block in text_blocks(file, digest):
+                characters += len(block)
+                text_bytes += len(block.encode())
+            return TextFile(
+                file, text_name(file, folder), digest.hexdigest(), file.stat().st_size, characters, text_bytes
+            )
         except (OSError, ValueError) as error:
-            refused[text_name(file, folder)] = getattr(error, "strerror", None) or str(error)
+            return getattr(error, "strerror", None) or str(error)
+
+    readable, refused = [], {}
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="check", disable=not progress, leave=False)
+    with bar, ThreadPoolExecutor() as pool:
+        for file, found in zip(files, pool.map(survey, files), strict=True):
+            if isinstance(found, str):
+                refused[text_name(file, folder)] = found
+            else:
+                readable.append(found)
+                bar.update(found.bytes)
     if refused and (errors == "strict" or not readable):
         some = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise ValueError(
@@ -91,24 +139,58 @@ def readable_texts(folder: Path, errors: str = "strict") -> tuple[list[Path], di
     return readable, refused
 
 
+def readable_texts(folder: Path, errors: str = "strict") -> tuple[list[Path], dict[str, str]]:
+    """The paths of the texts that can be read, and why others cannot: see `survey_texts`."""
+    texts, refused = survey_texts(folder, errors)
+    return [text.path for text in texts], refused
+
+
 def text_name(file: Path, folder: Path) -> str:
     """A file's path inside its folder; bytes that are no UTF-8 show as escapes."""
     return os.fsencode(file.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
 
 
-def read_text(path: Path) -> str:
-    """A text file's content: UTF-8, a byte order mark dropped, CRLF and CR turned into newlines.
+def text_blocks(path: Path, digest: Any = None) -> Iterator[str]:
+    """A text file's content, 64 KiB at a time: UTF-8, a byte order mark dropped, CRLF and CR turned into newlines.
+
+    Args:
+        path: the file.
+        digest: of hashlib; takes in the raw bytes on the way.
 
     Raises:
         ValueError: if the file is not UTF-8, naming it and the first bad byte.
     """
-    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        name = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise ValueError(f"{name} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    place = 0
+    with open(path, "rb") as file:
+        while True:
+            raw = file.read(READ_BYTES)
+            if digest is not None:
+                digest.update(raw)
+            start, place = place, place + len(raw)
+            try:
+                text = decoder.decode(raw if start else raw.removeprefix(codecs.BOM_UTF8), final=not raw)
+            except UnicodeDecodeError as error:  # its object may begin with what the block before has left over
+                bad = place - len(error.object) + error.start
+                name = os.fsencode(path).decode("utf-8", "backslashreplace")
+                raise ValueError(f"{name} is not UTF-8: byte {bad} is 0x{error.object[error.start]:02x}") from None
+            if text:
+                yield text
+            if not raw:
+                return
+
+
+def read_text(path: Path) -> str:
+    """A text file's content as one string; see `text_blocks`."""
+    return "".join(text_blocks(Path(path)))
+
+
+def sample_texts(files: Sequence[Path], max_bytes: int = 10_000_000) -> list[str]:
+    """Texts to look at: all, or of a larger corpus the beginnings of evenly chosen files, of about so many bytes."""
+    size = sum(file.stat().st_size for file in files)
+    chosen = files[:: max(1, -(-size // max_bytes))]
+    blocks = 1 + max_bytes // len(chosen) // READ_BYTES if size > max_bytes else None
+    return ["".join(itertools.islice(text_blocks(file), blocks)) for file in chosen]
 
 
 def fsync(path: Path) -> None:
@@ -171,23 +253,37 @@ def replacing_folder(folder: Path, known: Container[str]) -> Iterator[Path]:
 
 
 def split_long(line: str, max_bytes: int) -> Iterator[str]:
-    """Cut a line into pieces of at most `max_bytes` UTF-8 bytes that add up to the line.
+    """Cut a line into pieces of at most `max_bytes` UTF-8 bytes (4 or more) that add up to the line.
 
-    Cuts fall after sentence ends (. ? ! 。 ？ ！) where there is one, else between two characters.
+    Cuts fall after sentence ends (. ? ! 。 ？ ！) where there is one, else between two characters. A piece depends on
+    no more of the line than the first `max_bytes` that are left, so a line may also come in parts.
     """
-    if len(line) * 4 <= max_bytes or len(line.encode()) <= max_bytes:
-        yield line
-        return
-    start = size = 0
-    sentence_end = 0  # index after the last sentence end in the current piece
-    for index, character in enumerate(line):
-        width = len(character.encode())
-        while size + width > max_bytes and index > start:
-            cut = sentence_end if sentence_end > start else index
-            yield line[start:cut]
-            size = len(line[cut:index].encode())
-            start = cut
-        size += width
-        if character in ".?!。？！":
-            sentence_end = index + 1
+    start = 0
+    while (len(line) - start) * 4 > max_bytes:
+        # no character is longer than four bytes, none shorter than one
+        rest = line[start : start + max_bytes + 1].encode()
+        if len(rest) <= max_bytes:
+            break
+        piece = rest[:max_bytes].decode(errors="ignore")  # without half a character at its end
+        cut = max(map(piece.rfind, ".?!。？！")) + 1 or len(piece)
+        yield piece[:cut]
+        start += cut
     yield line[start:]
+
+
+def cut_text(blocks: Iterable[str], inner_pairs: set[str], size: int) -> Iterator[str]:
+    """The same text in pieces of `size` to 2 * `size` characters (the last may be shorter).
+
+    Each ends at the first place where the two characters around are no inner pair, or after `size` if there is none.
+    """
+    rest = ""
+    for block in blocks:
+        rest, start = rest + block, 0
+        while len(rest) - start > 2 * size:
+            places = range(start + size, start + 2 * size)
+            cut = next((place for place in places if rest[place - 1 : place + 1] not in inner_pairs), places[0])
+            yield rest[start:cut]
+            start = cut
+        rest = rest[start:]
+    if rest:
+        yield rest

@@ -43,26 +43,27 @@ from collections import Counter
 from pathlib import Path
 
 from llmcore import corpus, plots, tokenizer, widgets
-from llmcore.files import read_text, readable_texts, shown
+from llmcore.files import readable_texts, sample_texts, shown
 
 # %% [markdown]
 # ## The text
-# One file is one document: here, a chapter.
+# One file is one document: here, a chapter. Of a corpus larger than ten megabytes, this notebook looks at evenly chosen
+# parts; the tokenizer learns from a sample of up to 100 megabytes of its lines.
 
 # %%
 folder = corpus.open_corpus(data_dir)
 files, refused = readable_texts(folder, errors)
-texts = [read_text(file) for file in files]
+texts = sample_texts(files)
 print(*(f"left out: {name}: {reason}\n" for name, reason in refused.items()), sep="", end="")
 characters = sum(map(len, texts))
 print(widgets.visible(texts[0][:220]))
 
 # %% tags=["nbval-check-output"]
-print(f"{len(files)} files, {characters:,} characters, {sum(len(t.encode()) for t in texts):,} bytes")
+print(f"{len(texts)} files, {characters:,} characters, {sum(len(t.encode()) for t in texts):,} bytes")
 print(f"{len(set(''.join(texts))):,} different characters")
 
 # %%
-plots.length_histogram([len(t) for t in texts], "characters", f"{len(files)} documents, {characters:,} characters")
+plots.length_histogram([len(t) for t in texts], "characters", f"{len(texts)} documents, {characters:,} characters")
 
 # %% [markdown]
 # ## Learning the pieces

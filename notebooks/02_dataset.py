@@ -40,7 +40,7 @@ import numpy as np
 
 from llmcore import config, corpus, plots, widgets
 from llmcore.dataset import TokenDataset, prepare_dataset
-from llmcore.files import read_text, shown
+from llmcore.files import shown, text_blocks
 from llmcore.planner import TOKENS_PER_PARAMETER, plan
 from llmcore.tokenizer import Tokenizer
 
@@ -52,7 +52,8 @@ folder = corpus.open_corpus(data_dir)
 # ## Text to token files
 # Each document is encoded and ended by one eos token; all lie one behind the other in a file of 16-bit numbers, which
 # training reads as a memory map, so a corpus may be larger than memory. Running this again on unchanged input does
-# nothing: the manifest knows the hash of every source file and of the tokenizer.
+# nothing: the manifest knows the hash of every source file and of the tokenizer. Of a changed corpus only what is new
+# is encoded, and a preparation that was killed goes on where it stopped.
 
 # %%
 manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction, errors=errors)
@@ -83,10 +84,11 @@ held_out = [source["path"] for source in manifest["sources"] if source["split"] 
 print(len(held_out), "held out:", " ".join(held_out[:12]))
 
 # %% tags=["nbval-check-output"]
-document = train.tokens[train.offsets[0] : train.offsets[1]]
+document = tok.decode(train.read(0, min(int(train.offsets[1]), 100_000)).tolist()).rstrip("�")
 first = next(source for source in manifest["sources"] if source["split"] in ("train", "both"))
-print("the first document decodes to its file:", read_text(folder / first["path"]).startswith(tok.decode(document)))
-print("eos tokens:", int((train.tokens == tok.eos_id).sum()), "- documents:", len(train.offsets) - 1)
+print("the first document decodes to its file:", next(text_blocks(folder / first["path"])).startswith(document))
+counts = train.count_ids()
+print("eos tokens:", counts[tok.eos_id], "- documents:", len(train.offsets) - 1)
 
 # %% [markdown]
 # ## A few tokens do most of the work
@@ -94,7 +96,6 @@ print("eos tokens:", int((train.tokens == tok.eos_id).sum()), "- documents:", le
 # the tail of pieces seen only a few times: the model will never learn them well.
 
 # %%
-counts = np.bincount(train.tokens, minlength=tok.vocab_size)
 rare = (counts < 10).mean()
 plots.rank_frequency(counts, f"{rare:.0%} of the vocabulary occurs fewer than ten times")
 

@@ -16,23 +16,28 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcore.dataset import IGNORED, DatasetError, TokenDataset, _held_out, prepare_dataset, verify_dataset
+from llmcore.dataset import IGNORED, DatasetError, TokenDataset, prepare_dataset, verify_dataset
 from llmcore.files import find_texts
+from llmcore.prepare import _held_out
 from llmcore.tokenizer import Tokenizer
 
-HASHED = {"sha256": "bin", "offsets_sha256": "offsets"}
+HASHED = {"sha256": "bin", "offsets_sha256": "offsets", "hashes_sha256": "hashes"}
+BLOCK = 1 << 16  # bytes of a token file that have one hash
 
 
 def written(folder: Path, ids: np.ndarray, vocab_size: int = 70_000, dtype: str = "<u4") -> Path:
     """A data set by hand, in the documented format: both splits hold the same ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"bin": ids.astype(dtype).tobytes(), "offsets": np.array([0, len(ids)], dtype="<u8").tobytes()}
+    raw = ids.astype(dtype).tobytes()
+    blocks = [hashlib.sha256(raw[place : place + BLOCK]).digest() for place in range(0, len(raw), BLOCK)]
+    offsets = np.array([0, len(ids)], dtype="<u8").tobytes()
+    files = {"bin": raw, "offsets": offsets, "hashes": b"".join(blocks)}
     for split, ending in itertools.product(("train", "val"), files):
         (folder / f"{split}.{ending}").write_bytes(files[ending])
     hashes = {key: hashlib.sha256(files[ending]).hexdigest() for key, ending in HASHED.items()}
     counts = {"documents": 1, "tokens": len(ids), "characters": 1, "bytes": 3 * len(ids), **hashes}
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
         "dtype": dtype,
         "vocab_size": vocab_size,
         "splits": {"train": counts, "val": counts},
@@ -181,26 +186,26 @@ def test_damaged_token_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"train.bin holds the id 99"):
         TokenDataset(tmp_path / "high", "train", 8).batch(0, 13)
     (folder / "train.bin").write_bytes(b"\0" * 399)
-    with pytest.raises(DatasetError, match=r"train.bin is damaged: its 399 bytes have another hash"):
+    with pytest.raises(DatasetError, match=r"train.bin is damaged: it has 399 bytes, not 400"):
         TokenDataset(folder, "train", 8)
     assert len(TokenDataset(folder, "val", 8).tokens) == 100
     (folder / "train.bin").unlink()
     with pytest.raises(DatasetError, match=r"train.bin is missing; run 02_dataset again"):
         TokenDataset(folder, "train", 8)
-    for content in ("", "{", "[]", '{"format_version": 1}', '{"format_version": 1, "sha256": 3}'):
+    for content in ("", "{", "[]", '{"format_version": 2}', '{"format_version": 2, "sha256": 3}'):
         (folder / "meta.json").write_text(content)
         with pytest.raises(DatasetError, match=r"meta.json"):
             TokenDataset(folder, "train", 8)
     written(folder, np.arange(100))
     manifest = json.loads((folder / "meta.json").read_text())
-    seal(folder, {**manifest, "format_version": 2})
-    with pytest.raises(DatasetError, match="format version 2; this code reads 1"):
+    seal(folder, {**manifest, "format_version": 1})
+    with pytest.raises(DatasetError, match="format version 1; this code reads 2; run 02_dataset again"):
         TokenDataset(folder, "train", 8)
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.sampled_from(["meta.json", "train.bin", "train.offsets"]),
+    name=st.sampled_from(["meta.json", "train.bin", "train.offsets", "train.hashes"]),
     place=st.integers(0, 700),
     damage=st.one_of(st.just(None), st.binary(min_size=1, max_size=40)),
 )
@@ -215,10 +220,11 @@ def test_any_damage_to_a_data_set_is_an_error_or_none(
     (folder / name).write_bytes(content)
     try:
         data = TokenDataset(folder, "train", 7)
+        ids = data.read(0, 50).tolist()
     except DatasetError as error:
         assert str(folder) in str(error)
     else:
-        assert (data.tokens.tolist(), data.bytes_per_token, data.vocab_size) == ([*range(50)], 3.0, 70_000)
+        assert (ids, data.bytes_per_token, data.vocab_size) == ([*range(50)], 3.0, 70_000)
 
 
 def test_odd_files_are_read_or_refused_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:

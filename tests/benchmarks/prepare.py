@@ -1,0 +1,159 @@
+"""Large corpora: `python -m tests.benchmarks.prepare [--full]`, up to 100 MB of text, or up to 1 GB.
+
+How fast text becomes tokens beside SentencePiece alone, how much memory that and learning the pieces take, and how soon
+a billion tokens give their first batch. The text is the default novel again and again, its lines cut and joined anew.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from llmcore import config
+from llmcore.corpus import fetch
+from llmcore.dataset import TokenDataset
+from llmcore.files import PROJECT_ROOT, find_texts, read_text
+from llmcore.model import Transformer
+from llmcore.prepare import prepare_dataset
+from llmcore.token_files import FORMAT_VERSION, SPLITS, finish_split, write_manifest
+from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.train import Trainer
+from tests.benchmarks.peers import machine
+
+MB = 10**6
+ROUNDS = 9
+TOKENS, WINDOW, BATCH = 10**9, 256, 8
+
+# Run in a process of its own, which prints its peak of resident memory in bytes, and seconds.
+WORK = {
+    "prepare": "prepare_dataset(sys.argv[1], Tokenizer(sys.argv[2]), sys.argv[3], progress=False)",
+    "learn": "train_tokenizer(find_texts(sys.argv[1]), sys.argv[3], 4000, character_coverage=0.98, progress=False)",
+}
+ALONE = """
+import re, sys, time
+from pathlib import Path
+from llmcore.files import find_texts
+from llmcore.prepare import prepare_dataset
+from llmcore.tokenizer import Tokenizer, train_tokenizer
+
+started = time.perf_counter()
+{}
+peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]  # getrusage counts the parent's too
+print(1024 * int(peak), time.perf_counter() - started)
+"""
+
+
+def write_corpus(folder: Path, megabytes: float, joint: str = "\n", files: bool = False) -> Path:
+    """A folder with so much text: one file, or one for each time round the novel. A joint of "" makes one line."""
+    novel = find_texts(fetch("sanguo", PROJECT_ROOT / "data"))
+    lines = [line for file in novel for line in read_text(file).splitlines()]
+    chance, size, number = random.Random(0), 0, 0
+    folder.mkdir()
+    while size < megabytes * MB:
+        pairs = zip(chance.sample(lines, len(lines)), chance.sample(lines, len(lines)), strict=True)
+        cuts = ((a, b, chance.randrange(len(a) + 1)) for a, b in pairs)
+        text = "".join(f"{a[:cut]}{b[cut:]}{joint}" for a, b, cut in cuts).encode()
+        with open(folder / f"{number:04d}.txt", "ab") as file:
+            size += file.write(text)
+        number += files
+    return folder
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and of all cores together."""
+    clock, cores = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - clock, time.process_time() - cores
+
+
+def measure_rate(folder: Path, tokenizer: Tokenizer) -> str:
+    """Preparation, from texts on disk to token files on disk, in turns with SentencePiece on lines in memory."""
+    corpus = write_corpus(folder / "rate", 18, files=True)
+    lines = [line for file in find_texts(corpus) for line in read_text(file).splitlines(keepends=True)]
+    size = sum(file.stat().st_size for file in find_texts(corpus)) / MB
+    encode = tokenizer._processor.encode
+    ours, theirs = [], []
+    for number in range(ROUNDS):
+        theirs.append(timed(lambda: encode(lines, num_threads=1)))
+        to = folder / f"rate-{number}"
+        ours.append(timed(lambda to=to: prepare_dataset(corpus, tokenizer, to, progress=False)))  # type: ignore[misc]
+    clock, work = (statistics.median(b[n] / a[n] for a, b in zip(ours, theirs, strict=True)) for n in (0, 1))
+    cores = os.cpu_count() or 1
+    return (
+        f"- {size / statistics.median(a[0] for a in ours):.0f} MB/s on {cores} cores, SentencePiece in one thread "
+        f"{size / statistics.median(b[0] for b in theirs):.0f} MB/s: {clock / cores:.2f} of cores × SentencePiece "
+        f"(target 0.9); processor time per second of SentencePiece's: {1 / work:.2f} s"
+    )
+
+
+def measure_memory(folder: Path, model: Path, sizes: list[int]) -> None:
+    """Rows of the table: each size as one file, and preparation also as one file of a single line."""
+    for size in sizes:
+        for kind, joint, work in (("lines", "\n", "prepare"), ("one line", "", "prepare"), ("lines", "\n", "learn")):
+            with tempfile.TemporaryDirectory(dir=folder) as here:
+                corpus = write_corpus(Path(here, "texts"), size, joint)
+                command = [sys.executable, "-c", ALONE.format(WORK[work]), corpus, model, Path(here, "out")]
+                done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
+            memory, seconds = map(float, done.stdout.split())
+            print(f"| {work} | {size} MB, {kind} | {memory / MB:,.0f} | {seconds:.0f} |", flush=True)
+
+
+def write_tokens(folder: Path, vocab_size: int) -> None:
+    """A data set of a billion tokens in its real format; validation gets fewer."""
+    folder.mkdir()
+    ids = np.random.default_rng(0).integers(vocab_size, size=10**7, dtype="<u2")
+    counts = {}
+    for split, blocks in zip(SPLITS, (TOKENS // len(ids), 1), strict=True):
+        with open(folder / f"{split}.bin", "wb") as file:
+            for number in range(blocks):
+                file.write(np.roll(ids, number).data)
+        counts[split] = {**finish_split(folder, split, [len(ids)] * blocks), "bytes": 3 * blocks * len(ids)}
+    manifest = {"format_version": FORMAT_VERSION, "dtype": "<u2", "vocab_size": vocab_size, "splits": counts}
+    write_manifest(folder, manifest)
+
+
+def measure_batches(folder: Path) -> list[str]:
+    """The first batch of a billion tokens, and what later ones cost beside a training step."""
+    shape, how = config.preset("scifi-mini")
+    write_tokens(folder / "tokens", shape.vocab_size)
+    first, _ = timed(lambda: TokenDataset(folder / "tokens", "train", WINDOW).batch(0, BATCH))
+    data = TokenDataset(folder / "tokens", "train", WINDOW)
+    data.batch(0, BATCH)
+    batches = [timed(lambda step=step: data.batch(step, BATCH))[0] for step in range(1, 500)]  # type: ignore[misc]
+    how = how.replace(max_steps=10**6, compile="on", eval_interval=0, sample_interval=0, checkpoint_interval=0)
+    events = Trainer(Transformer(shape), data, None, how, str(folder / "run")).steps()
+    next(events), next(events)  # the first compiles
+    step = statistics.median(next(events)["seconds"] for _ in range(15))
+    events.close()
+    batch = statistics.median(batches)
+    return [
+        f"- the first batch of {TOKENS:,} tokens is there {first * 1e3:.0f} ms after opening (target: 1000)",
+        f"- a batch of {BATCH} × {WINDOW} out of blocks not read before takes {batch * 1e3:.2f} ms, "
+        f"{batch / step:.2%} of a step of scifi-mini, {step * 1e3:.0f} ms (target 1%)",
+    ]
+
+
+def main() -> None:
+    """Print the table and the figures."""
+    print(f"Large corpora on {machine()}\n")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        novel = find_texts(fetch("sanguo", PROJECT_ROOT / "data"))
+        tokenizer = train_tokenizer(novel, folder / "t", 4000, character_coverage=0.99, progress=False)
+        said = [measure_rate(folder, tokenizer), *measure_batches(folder)]
+        print("| work | text | peak of resident memory, MB | seconds |\n| --- | --- | --- | --- |")
+        measure_memory(folder, folder / "t.model", [10, 100, 1000] if "--full" in sys.argv else [10, 100])
+    print("\n" + "\n".join(said))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,432 @@
+"""Preparation: in blocks, again and again, killed anywhere, the token files are those of one fresh preparation."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llmcore import prepare
+from llmcore.dataset import DatasetError, TokenDataset, prepare_dataset, verify_dataset
+from llmcore.files import cut_text, find_texts, read_text, sample_texts, split_long, text_blocks
+from llmcore.tokenizer import Tokenizer, sentences, train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("KILL_ROUNDS", "8"))
+
+
+class Recording(Tokenizer):
+    """A tokenizer that remembers what it was given."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.seen: list[str] = []
+
+    def encode_array(self, text: str):  # type: ignore[no-untyped-def]
+        self.seen.append(text)
+        return super().encode_array(text)
+
+
+@pytest.fixture
+def recording(tokenizer: Tokenizer, tmp_path: Path) -> Recording:
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+    return Recording(tmp_path / "t.model")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fresh(texts: Path, tokenizer: Tokenizer, folder: Path, **options: float) -> dict[str, bytes]:
+    prepare_dataset(texts, tokenizer, folder, progress=False, **options)  # type: ignore[arg-type]
+    return content(folder)
+
+
+@pytest.fixture(scope="module")
+def unigram(sanguo: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    prefix = tmp_path_factory.mktemp("unigram") / "t"
+    files = find_texts(sanguo)[:30]
+    return train_tokenizer(files, prefix, 4000, model_type="unigram", character_coverage=0.98, progress=False)
+
+
+@pytest.fixture(scope="module")
+def spaced(english: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(find_texts(english), tmp_path_factory.mktemp("spaced") / "t", 500, progress=False)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.integers(1, 9), st.sampled_from(["tokenizer", "unigram", "spaced"]))
+def test_blocks_encode_as_the_whole_text_does(
+    request: pytest.FixtureRequest, data: st.DataObject, size: int, which: str
+) -> None:
+    """Texts of the tokenizer's own pieces meet the merges that a cut could break."""
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    piece = st.integers(0, tokenizer.vocab_size - 1).map(lambda id: tokenizer.decode([id]))
+    text = "".join(data.draw(st.lists(st.one_of(piece, st.text(max_size=3), st.sampled_from("▁ \n曹操")), max_size=40)))
+    pairs = tokenizer.inner_pairs()
+    parts = list(cut_text([text[:7], text[7:]], pairs, size))
+    assert "".join(parts) == text
+    assert all(size <= len(part) <= 2 * size for part in parts[:-1]) and (not parts or len(parts[-1]) <= 2 * size)
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+    if all(a[-1] + b[0] not in pairs for a, b in itertools.pairwise(parts)):
+        assert [id for part in parts for id in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+def test_a_safe_place_is_taken_where_there_is_one(tokenizer: Tokenizer, sanguo: Path) -> None:
+    text = read_text(sanguo / "001.txt").replace("\n", "")
+    pairs = tokenizer.inner_pairs()
+    parts = list(cut_text([text], pairs, 50))
+    assert len(parts) > 50
+    assert not any(a[-1] + b[0] in pairs for a, b in itertools.pairwise(parts))
+    assert list(cut_text(["aaaaaaa"], {"aa"}, 2)) == ["aa", "aa", "aaa"]
+
+
+@pytest.mark.parametrize("shift", range(6))
+def test_what_lies_across_the_border_of_two_blocks_is_read_whole(tmp_path: Path, shift: int) -> None:
+    filler = "x" * ((1 << 20) - shift)
+    text = filler + "𠮷\r\n曹\r\r\n操" * 3
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_text(tmp_path / "a.txt") == text.replace("\r\n", "\n").replace("\r", "\n")
+    assert len(list(text_blocks(tmp_path / "a.txt"))) >= 2
+    (tmp_path / "a.txt").write_bytes(filler.encode() + "曹操".encode("gbk"))
+    with pytest.raises(ValueError, match=f"a.txt is not UTF-8: byte {len(filler)} is 0xb2"):
+        read_text(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(filler.encode() + "曹操".encode()[:-1])
+    with pytest.raises(ValueError, match=f"a.txt is not UTF-8: byte {len(filler) + 3} is 0xe6"):
+        read_text(tmp_path / "a.txt")
+
+
+def test_lines_to_learn_from_do_not_depend_on_how_the_file_is_read(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    text = "".join(chance.choices("曹操aé。.\t\n", [9, 9, 9, 9, 2, 2, 0.01, 0.02], k=1_500_000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    parts = (part for line in text.split("\n") for part in line.split("\t") if part)
+    expected = [piece for part in parts for piece in split_long(part, 300)]
+    assert list(sentences([tmp_path / "a.txt"], 300)) == expected
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_a_text_in_many_blocks_is_its_whole_encoding(
+    tokenizer: Tokenizer, sanguo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_position: bool
+) -> None:
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    folder = tmp_path / "t"
+    folder.mkdir()
+    texts = [read_text(file) for file in find_texts(sanguo)[: 1 if by_position else 5]]
+    texts[0] = texts[0].replace("\n", "")  # one line
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    manifest = prepare_dataset(folder, tokenizer, tmp_path / "d", 0.3, progress=False)
+    if by_position:
+        cut = round(len(texts[0]) * 0.7)
+        expected = {"train": tokenizer.encode(texts[0][:cut]), "val": tokenizer.encode(texts[0][cut:], eos=True)}
+    else:
+        expected = {"train": [], "val": []}
+        for source, text in zip(manifest["sources"], texts, strict=True):
+            expected[source["split"]] += tokenizer.encode(text, eos=True)
+    for split, ids in expected.items():
+        assert TokenDataset(tmp_path / "d", split, 8).tokens.tolist() == ids
+        assert manifest["splits"][split]["tokens"] == len(ids)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 5), min_size=1), min_size=2, max_size=4))
+@example([{"a": 1}, {"a": 1, "b": 1}, {"b": 1}, {"b": 1, "c": 2, "d": 2}])
+def test_only_what_is_new_is_encoded_and_the_result_is_that_of_a_fresh_start(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, steps: list[dict[str, int]]
+) -> None:
+    """Each step is a folder: which file holds which text. Text 0 is empty."""
+    here = tmp_path_factory.mktemp("steps")
+    (here / "t.model").write_bytes(tokenizer.model_bytes)
+    known: set[str] = set()
+    for number, files in enumerate(steps):
+        texts = here / f"texts-{number}"
+        texts.mkdir()
+        for name, which in files.items():
+            (texts / f"{name}.txt").write_text(f"第{which}回\n却说曹操" * which, encoding="utf-8", newline="\n")
+        recording = Recording(here / "t.model")
+        if not any(files.values()):
+            with pytest.raises(DatasetError, match="hold no text"):
+                prepare_dataset(texts, recording, here / "d", progress=False)
+            continue
+        prepare_dataset(texts, recording, here / "d", progress=False)
+        assert content(here / "d") == fresh(texts, tokenizer, here / f"fresh-{number}")
+        filled = [f"第{which}回\n却说曹操" * which for which in files.values() if which]
+        if len(filled) > 1:  # one alone is split by position, in two parts that are no documents
+            assert set(recording.seen) == set(filled) - known
+            known = set(filled)
+        else:
+            known = set()
+
+
+def test_another_tokenizer_or_a_damaged_file_copies_nothing(
+    recording: Recording, spaced: Tokenizer, english: Path, tmp_path: Path
+) -> None:
+    before = fresh(english, recording, tmp_path / "d")
+    characters = sum(len(read_text(file)) for file in find_texts(english))
+    recording.seen.clear()
+    (tmp_path / "d" / "train.bin").write_bytes(before["train.bin"][:-1] + b"x")
+    assert fresh(english, recording, tmp_path / "d") == before
+    assert sum(map(len, recording.seen)) == characters
+    assert fresh(english, spaced, tmp_path / "d") == fresh(english, spaced, tmp_path / "e")
+
+
+def test_the_old_data_set_stands_until_the_new_one_is_complete(
+    tokenizer: Tokenizer, english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, folder = tmp_path / "t", tmp_path / "d"
+    texts.mkdir()
+    for file in find_texts(english):
+        (texts / file.name).write_bytes(file.read_bytes())
+    before = fresh(texts, tokenizer, folder)
+    (texts / "new.txt").write_text("却说" * 1000)
+    monkeypatch.setattr(prepare, "BLOCK", 16)
+
+    class Breaks(Recording):
+        def encode_array(self, text: str):  # type: ignore[no-untyped-def]
+            if len(self.seen) == 20:
+                raise KeyboardInterrupt
+            return super().encode_array(text)
+
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(texts, Breaks(tmp_path / "t.model"), folder, progress=False)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    verify_dataset(folder)
+    after = fresh(texts, tokenizer, folder)
+    assert after == fresh(texts, tokenizer, tmp_path / "e") and after != before
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "t"
+    texts.mkdir()
+    for name in "ab":
+        (texts / f"{name}.txt").write_text("却说曹操\n" * 100, encoding="utf-8")
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+
+    class Writes(Tokenizer):
+        def inner_pairs(self) -> set[str]:  # asked for between the two times that a file is read
+            (texts / "b.txt").write_text("却说曹丕\n" * 100, encoding="utf-8")
+            return super().inner_pairs()
+
+    with pytest.raises(DatasetError, match=r"b.txt changed while it was read; run 02_dataset again"):
+        prepare_dataset(texts, Writes(tmp_path / "t.model"), tmp_path / "d", progress=False)
+    assert fresh(texts, tokenizer, tmp_path / "d") == fresh(texts, tokenizer, tmp_path / "e")
+
+
+# Prepares with small blocks and a journal line for every few, and says how much it encoded. Given a number, it kills
+# itself at that file operation or encoded block.
+PREPARE = """
+import os, signal, sys
+from pathlib import Path
+from llmcore import prepare
+from llmcore.tokenizer import Tokenizer
+
+texts, model, folder, left = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+prepare.BLOCK, prepare.SAVED_EVERY = 200, 2000
+encoded = 0
+
+def count(event, arguments=()):
+    global left
+    if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "block"}:
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class Counting(Tokenizer):
+    def encode_array(self, text):
+        global encoded
+        count("block")
+        encoded += len(text)
+        return super().encode_array(text)
+
+tokenizer = Counting(model)
+sys.addaudithook(count)
+prepare.prepare_dataset(texts, tokenizer, folder, 0.2, progress=False)
+left = 0
+print(encoded)
+"""
+
+
+def prepare_elsewhere(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PREPARE, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def outcome(process: subprocess.Popen[str]) -> int | None:
+    """Characters encoded; None if it was killed."""
+    said, error = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), error
+    return int(said) if process.returncode == 0 else None
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_goes_on_and_ends_as_if_never_killed(
+    tokenizer: Tokenizer, sanguo: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for file in find_texts(sanguo)[:6]:
+        (texts / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+    whole = outcome(prepare_elsewhere(texts, tmp_path / "t.model", tmp_path / "straight", 0))
+    straight = content(tmp_path / "straight")
+    assert whole == sum(len(read_text(file)) for file in find_texts(texts))
+    chance = random.Random(0)
+    kills, saved = 0, 0
+    while kills < KILLS:
+        folder = tmp_path / f"d{kills}"
+        while (
+            encoded := outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder, chance.randrange(1, 260)))
+        ) is None:
+            kills += 1
+            journal = folder / ".unfinished" / "journal.jsonl"
+            if journal.exists() and len(journal.read_text().splitlines()) > 1:
+                saved += 1
+        assert content(folder) == straight
+        assert encoded is not None and encoded <= whole
+    assert saved, "no kill left anything to go on with"
+    # in the last stretch of a long preparation
+    folder = tmp_path / "late"
+    assert outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder, 120)) is None
+    encoded = outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder, 0))
+    assert encoded is not None and 0 < encoded < whole / 2
+    assert content(folder) == straight
+
+
+@pytest.mark.slow
+def test_two_that_prepare_one_folder_wait_for_each_other(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+    both = [prepare_elsewhere(sanguo, tmp_path / "t.model", tmp_path / "d", 0) for _ in range(2)]
+    encoded = sorted(outcome(process) or 0 for process in both)
+    assert encoded == [0, sum(len(read_text(file)) for file in find_texts(sanguo))]
+    verify_dataset(tmp_path / "d")
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from llmcore.prepare import prepare_dataset
+from llmcore.tokenizer import Tokenizer
+
+prepare_dataset(Path(sys.argv[1]), Tokenizer(sys.argv[2]), Path(sys.argv[3]), progress=False)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # getrusage counts the parent's too
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("newline", ["\n", ""])
+def test_memory_does_not_grow_with_the_text(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path, newline: str) -> None:
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
+    text = "".join(read_text(file) for file in find_texts(sanguo)).replace("\n", newline)
+    peaks = []
+    for copies in (2, 30):  # 4 and 50 MB
+        texts = tmp_path / f"{copies}"
+        texts.mkdir()
+        with open(texts / "a.txt", "w", encoding="utf-8") as file:
+            for _ in range(copies):
+                file.write(text)
+        command = [sys.executable, "-c", MEMORY, str(texts), str(tmp_path / "t.model"), str(tmp_path / f"d{copies}")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        peaks.append(int(done.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 16e6
+
+
+def test_a_damaged_block_is_met_by_exactly_the_batches_that_read_it(
+    tokenizer: Tokenizer, sanguo: Path, tmp_path: Path
+) -> None:
+    prepare_dataset(sanguo, tokenizer, tmp_path / "d", progress=False)
+    file, window, size = tmp_path / "d" / "train.bin", 64, 1 << 15
+    whole = TokenDataset(tmp_path / "d", "train", window)
+    batches = [whole.batch(step, 1) for step in range(whole.n_windows)]
+    raw = bytearray(file.read_bytes())
+    damaged = 3 * size + 100  # an id in the fourth block, swapped for another that is in the vocabulary
+    raw[2 * damaged] ^= 1
+    file.write_bytes(raw)
+    data = TokenDataset(tmp_path / "d", "train", window)
+    refused = 0
+    for step, (x, y) in enumerate(batches):
+        first, end = data._segment(step, 0)
+        start = min(first, data.n_targets - window)
+        touches = start < 4 * size and start + window + 1 > 3 * size and end > first
+        if touches:
+            refused += 1
+            with pytest.raises(DatasetError, match=f"train.bin is damaged at byte {6 * size} or after; run 02_dataset"):
+                data.batch(step, 1)
+        else:
+            again = data.batch(step, 1)
+            assert again[0].equal(x) and again[1].equal(y)
+    assert size // window <= refused <= size // window + 2
+    with pytest.raises(DatasetError, match=r"train.bin is damaged: its [\d,]+ bytes have another hash"):
+        verify_dataset(tmp_path / "d")
+
+
+def test_of_a_large_text_a_sample_is_learnt_from(english: Path, tmp_path: Path) -> None:
+    """A sample is smaller, so it supports fewer pieces; the same seed takes the same one."""
+    files = find_texts(english)
+    size = sum(file.stat().st_size for file in files)
+    whole, one, same, other = (
+        train_tokenizer(files, tmp_path / "t", 400, input_bytes=limit, seed=seed, progress=False).model_bytes
+        for limit, seed in ((size, 0), (size // 4, 0), (size // 4, 0), (size // 4, 1))
+    )
+    assert one == same
+    assert len({whole, one, other}) == 3
+
+
+def test_many_files_with_odd_names_are_all_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = tmp_path / "t"
+    expected, refused = {}, {}
+    for number in range(400):
+        folder = texts / f"卷 {number % 7}" / ("深" * (number % 3) + "x")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = [f"{number} 回.txt", f"é{number}.TXT", f"{number}\n.txt", os.fsdecode(b"\xff%d.txt" % number)][
+            number % 4
+        ]
+        text = f"第{number}回 曹操\r\n" if number % 5 else f"Nº {number}"
+        raw = [text.encode(), text.encode("utf-8-sig"), text.encode("utf-16-le") + b"\xff", text.encode("gb18030")]
+        (folder / name).write_bytes(raw[number % 4 if number % 20 > 15 else number % 2])
+        shown = os.fsencode((folder / name).relative_to(texts)).decode("utf-8", "backslashreplace")
+        (refused if number % 20 > 15 and number % 4 > 1 else expected)[shown] = text.replace("\r\n", "\n")
+    with pytest.raises(ValueError, match=f"{len(refused)} of 400 files") as caught:
+        prepare_dataset(texts, tokenizer, tmp_path / "d", progress=False)
+    assert "errors=skip" in str(caught.value)
+    manifest = prepare_dataset(texts, tokenizer, tmp_path / "d", errors="skip", progress=False)
+    assert set(manifest["refused"]) == set(refused)
+    assert all("not UTF-8: byte" in reason for reason in manifest["refused"].values())
+    places = {"train": 0, "val": 0}
+    data = {split: TokenDataset(tmp_path / "d", split, 8) for split in places}
+    for source in manifest["sources"]:
+        split = source["split"]
+        ids = data[split].read(places[split], places[split] + source["tokens"])
+        places[split] += source["tokens"]
+        assert tokenizer.decode(ids.tolist()) == expected.pop(source["path"])
+    assert not expected
+
+
+def test_a_sample_of_texts_is_all_of_a_few_and_bounded_for_many_or_a_large_one(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"{number:02d}.txt").write_text(f"{number:02d}" * 1000)
+    files = find_texts(tmp_path)
+    assert sample_texts(files) == [read_text(file) for file in files]
+    few = sample_texts(files, 20_000)
+    assert 5 <= len(few) <= 10 and set(few) < set(map(read_text, files))
+    (tmp_path / "z.txt").write_text("x" * 20_000_000)
+    assert sum(map(len, sample_texts(find_texts(tmp_path), 3_000_000))) <= 6_000_000
+    [large] = sample_texts([tmp_path / "z.txt"], 3_000_000)
+    assert 3_000_000 <= len(large) <= 6_000_000
+
+
+def test_ids_are_counted(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path) -> None:
+    prepare_dataset(sanguo, tokenizer, tmp_path / "d", progress=False)
+    counted = Counter(id for text in map(read_text, find_texts(sanguo)) for id in tokenizer.encode(text, eos=True))
+    total = sum(TokenDataset(tmp_path / "d", split, 8).count_ids() for split in ("train", "val"))
+    assert dict(enumerate(total)) == {id: counted[id] for id in range(tokenizer.vocab_size)}
