@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -228,6 +227,8 @@ def resident_bytes() -> tuple[int, int]:
     """
     status = Path("/proc/self/status")
     if not status.exists():
+        import resource  # Windows has none
+
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
         return most, most
     sizes = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", status.read_text()))
