@@ -22,6 +22,7 @@
 # Before: [3 · A toy task](03_toyreverse.ipynb) · Next: [5 · Writing](05_generate.ipynb)
 #
 # All notebooks: [1](01_tokenize.ipynb) [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) **4** [5](05_generate.ipynb)
+# [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
 preset: str = "scifi-mini"  # scifi-mini, scifi-117M, scifi-1.5B, zhwiki-2.46B
@@ -33,6 +34,9 @@ project: str = "scifi-mini"  # name of the run's folder; a number is added if it
 checkpoint_dir: str = None  # go on from: a checkpoint, a run, latest or best
 init_step: int = None  # with checkpoint_dir: the step it must be at
 context_size: int = None  # tokens in a window; None: the preset's
+dim: int = None  # width of the model; None: the preset's
+n_layers: int = None  # its blocks; None: the preset's
+n_heads: int = None  # heads in a block; None: the preset's
 max_steps: int = None  # optimizer steps; None: the preset's
 batch_size: int = None  # windows per step; None: the preset's
 learning_rate: float = None  # peak; None: the preset's
@@ -45,8 +49,9 @@ seed: int = 0  # of the initial weights and the order of the data
 # %%
 from llmcore.parameters import check_parameters
 
-names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size"
-check_parameters(globals(), names + " max_steps batch_size learning_rate prompt device precision tracker seed")
+names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size dim"
+names += " n_layers n_heads max_steps batch_size learning_rate prompt device precision tracker seed"
+check_parameters(globals(), names)
 
 # %%
 import torch
@@ -78,7 +83,8 @@ _ = tracker_callback(tracker, project, output_dir)  # as is a tracker that is no
 tok = Tokenizer(tokenizer_model_file)
 model_config, train_config = config.preset(preset)
 window = context_size or model_config.max_seq_len
-model_config = model_config.replace(vocab_size=tok.vocab_size, max_seq_len=window)
+shape = {name: value for name in ("dim", "n_layers", "n_heads") if (value := globals()[name]) is not None}
+model_config = model_config.replace(vocab_size=tok.vocab_size, max_seq_len=window, **shape)
 manifest = prepare_dataset(corpus.open_corpus(data_dir), tok, dataset_dir)
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
@@ -86,6 +92,8 @@ val_data = TokenDataset(dataset_dir, "val", window)
 # %%
 chosen = {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
 chosen = {name: value for name, value in chosen.items() if value is not None}
+warmup_steps = min(train_config.warmup_steps, chosen.get("max_steps", train_config.max_steps) // 10)
+chosen["warmup_steps"] = warmup_steps  # a short run warms up for a tenth of its steps, no more
 train_config = train_config.replace(precision=precision, seed=seed, sample_prompt=prompt, **chosen)
 
 # %% tags=["nbval-check-output"]
