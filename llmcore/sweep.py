@@ -18,10 +18,10 @@ from typing import Any
 
 from llmcore.checkpoint import CheckpointError, find_checkpoint
 from llmcore.config import ModelConfig
-from llmcore.files import PROJECT_ROOT, resolve, shown
+from llmcore.files import resolve, shown
 from llmcore.runs import only_run, read_metrics, read_run, validations
 
-NOTEBOOK = PROJECT_ROOT / "notebooks" / "04_scifi_train.ipynb"
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "04_scifi_train.ipynb"
 
 
 class SweepError(RuntimeError):

@@ -17,7 +17,7 @@ from llmcore.corpus import fetch
 from llmcore.files import PROJECT_ROOT
 
 ROOT = PROJECT_ROOT / "build" / "nbval"
-FEW = {"dims": "8 12 16 24", "budgets": "4e9 1e10", "held_back_dim": 32, "held_back_epochs": 0.1, "min_steps": 4}
+FEW = {"dims": "8 12 16 24", "budgets": "4e9 1e10", "held_back_dim": 32, "held_back_epochs": 0.1, "context_size": 32}
 
 
 def main() -> int:
