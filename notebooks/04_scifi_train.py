@@ -65,6 +65,7 @@ from llmcore.files import read_text, readable_texts, shown, text_name
 from llmcore.model import Transformer
 from llmcore.planner import measure_speed, training_cost
 from llmcore.runs import find_runs, new_run_dir, read_metrics
+from llmcore.summary import write_index
 from llmcore.tokenizer import Tokenizer
 from llmcore.trackers import tracker_callback
 from llmcore.train import Trainer
@@ -236,10 +237,12 @@ print("its tokenizer is ours:", checkpoint.tokenizer.fingerprint == tok.fingerpr
 # %% [markdown]
 # ## Runs side by side
 # Every run in `output_dir`, this one included, by what it cost: steps, tokens, time, compute. After a sweep with
-# papermill (three learning rates, say: the README has the command) this cell is the comparison.
+# papermill (three learning rates, say: the README has the command) this cell is the comparison. The same list, with
+# links to a page about each run, is kept in a file.
 
 # %%
 runs = find_runs(output_dir)
+print("list of runs:", shown(write_index(output_dir)))
 widgets.run_table(runs)
 
 # %%
