@@ -10,7 +10,8 @@ endif
 
 .PHONY: demo test test-fast test-browser lint lab notebooks bench clean
 
-# Five notebooks, one after the other, at their default parameters: about 7 minutes on two CPU cores.
+# Notebooks 1 to 5, one after the other, at their default parameters: about 7 minutes on two CPU cores. The sixth takes
+# longer, and trains what the others have shown.
 demo: $(READY)
 	$(BIN)python -m tests.demo
 

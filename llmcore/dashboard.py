@@ -26,6 +26,7 @@ from llmcore import plots
 from llmcore.files import shown, write_atomic
 from llmcore.markup import escaped
 from llmcore.runs import read_metrics
+from llmcore.summary import write_summary
 from llmcore.train import Event, Trainer
 
 DRAWING_BUDGET = 0.01  # share of the time that live drawing may take
@@ -188,6 +189,7 @@ class TrainingDashboard:
         figure = self.figure()
         with contextlib.suppress(OSError):  # a full disk: the notebook still has the picture
             write_atomic(trainer.run_dir / "curves.png", plots.png(figure))
+            write_summary(trainer.run_dir)
         if handle is None:
             display(figure)
             return

@@ -28,7 +28,8 @@ class ParameterError(ValueError):
 class Kind:
     """What a parameter may be: a number in a range, one of some choices, or a path.
 
-    A path may have to exist, or may not be a file because it is a folder, made where it is missing.
+    Many numbers are a list, or words in one text, as a command line has them. A path may have to exist, or may not be
+    a file because it is a folder, made where it is missing.
     """
 
     type: type
@@ -38,6 +39,7 @@ class Kind:
     optional: bool = False
     must_exist: bool = False
     folder: bool = False
+    many: bool = False
 
     def read(self, name: str, value: Any) -> Any:
         """The value in its right type. Raises ValueError with a sentence about it."""
@@ -53,6 +55,11 @@ class Kind:
             if self.choices and value not in self.choices:
                 raise ValueError(f"{name}={value!r}: {nearest(value, self.choices)}")
             return value
+        if self.many:
+            several = value.split() if isinstance(value, str) else value
+            if not isinstance(several, list | tuple) or not several:
+                raise ValueError(f"{name}={value!r} must be numbers with spaces between them")
+            return [self._read_number(name, each) for each in several]
         return self._read_number(name, value)
 
     def _read_path(self, name: str, value: Any) -> Path | str:
@@ -90,19 +97,27 @@ class Kind:
 PARAMETERS: dict[str, Kind] = {
     "activation_checkpointing": Kind(str, choices=("none", "selective", "full"), optional=True),
     "batch_size": Kind(int, 1, 1_000_000, optional=True),
+    "budgets": Kind(float, 1e6, 1e30, many=True),
     "character_coverage": Kind(float, 0.98, 1.0),
     "checkpoint_dir": Kind(Path, choices=("latest", "best"), optional=True, must_exist=True),
     "context_size": Kind(int, 1, 1_048_576, optional=True),
     "data_dir": Kind(Path, must_exist=True),
     "dataset_dir": Kind(Path, folder=True),
     "device": Kind(str, choices=("auto", "cpu", "cuda", "mps")),
+    "dim": Kind(int, 2, 65_536, optional=True),
+    "dims": Kind(int, 2, 65_536, many=True),
     "errors": Kind(str, choices=("strict", "skip")),
+    "held_back_dim": Kind(int, 2, 65_536),
+    "held_back_epochs": Kind(float, 1e-6, 1000),
     "init_step": Kind(int, 0, 1e9, optional=True),
     "learning_rate": Kind(float, 1e-8, 10, optional=True),
     "max_new_tokens": Kind(int, 0, 1_000_000),
     "max_steps": Kind(int, 1, 1e9, optional=True),
+    "min_steps": Kind(int, 1, 1e9),
     "min_p": Kind(float, 0, 1, optional=True),
     "model_prefix": Kind(Path),
+    "n_heads": Kind(int, 1, 1024, optional=True),
+    "n_layers": Kind(int, 1, 1024, optional=True),
     "output_dir": Kind(Path, folder=True),
     "precision": Kind(str, choices=("auto", "bf16", "fp16", "fp32")),
     "preset": Kind(str, choices=tuple(PRESETS)),
@@ -118,6 +133,7 @@ PARAMETERS: dict[str, Kind] = {
     "tracker": Kind(str, choices=TRACKERS, optional=True),
     "val_fraction": Kind(float, 1e-6, 0.999999),
     "vocab_size": Kind(int, 262, 1_000_000),
+    "workers": Kind(int, 1, 1024),
 }
 
 

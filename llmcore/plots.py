@@ -403,6 +403,72 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
     return figure
 
 
+@styled
+def isoflop_curves(
+    curves: Mapping[float, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    optima: Mapping[float, float] | None = None,
+) -> Figure:
+    """Loss against parameters, one curve for each compute budget, with the parabola in log N that lies nearest.
+
+    Args:
+        curves: by FLOPs of a run: parameters and losses (nats per token) of the runs that spent them.
+        title: what to see.
+        optima: parameters that a fitted law would choose, by FLOPs; marked on the axis.
+    """
+    figure, [axes] = _figure(8, 4.2)
+    for number, (flops, (parameters, losses)) in enumerate(sorted(curves.items())):
+        [runs] = axes.plot(parameters, losses, "os^Dv*"[number % 6], label=f"{flops:.2g} FLOPs")
+        if len(parameters) >= 3:
+            parabola = np.polynomial.Polynomial.fit(np.log(parameters), losses, 2)
+            places = np.geomspace(min(parameters), max(parameters), 100)
+            axes.plot(places, parabola(np.log(places)), color=runs.get_color(), linewidth=1.2)
+        if optima and flops in optima:
+            axes.axvline(optima[flops], color=runs.get_color(), linestyle=":", label="the law's choice for it")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_minor_formatter("")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _label(axes, title, "parameters (log scale)", "validation loss (nats per token)")
+    return figure
+
+
+@styled
+def scaling_fit(
+    measured: ArrayLike, fitted: ArrayLike, flops: ArrayLike, title: str, held_back: Mapping[str, float] | None = None
+) -> Figure:
+    """Loss against compute, and measured against fitted loss; a held-back run with its predicted band in both.
+
+    Args:
+        measured: losses of the runs that were fitted, nats per token, (runs,).
+        fitted: what the law says of them, (runs,).
+        flops: what each had cost, (runs,).
+        title: what to see.
+        held_back: flops, measured, predicted, low and high of a run that was not fitted.
+    """
+    figure, [left, right] = _figure(10, 4.2, 1, 2)
+    left.plot(flops, measured, "o", color=BLUE, label="runs, measured")
+    left.plot(flops, fitted, "x", color=ORANGE, label="runs, by the law")
+    right.plot(fitted, measured, "o", color=BLUE)
+    ends = [*np.atleast_1d(measured), *np.atleast_1d(fitted)]
+    if held_back:
+        place, middle = held_back["flops"], held_back["predicted"]
+        reach = [[middle - held_back["low"]], [held_back["high"] - middle]]
+        for axes, x in ((left, place), (right, middle)):
+            axes.errorbar(
+                x, middle, reach, color=RED, capsize=4, marker="_", label="held back, predicted with its band"
+            )
+            axes.plot(x, held_back["measured"], "*", color=RED, markersize=11, label="held back, measured")
+        ends += [middle, held_back["measured"]]
+    right.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, linestyle="--", linewidth=1)
+    left.set_xscale("log")
+    left.legend()
+    _label(left, "", "compute (FLOPs, log scale)", "validation loss (nats per token)")
+    _label(right, "", "by the law (nats per token)", "measured (nats per token)")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
 def smoothed(values: ArrayLike, span: float) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Exponential moving average over about `span` values, without the usual pull towards the first one."""
     keep = 1 - 1 / max(1.0, span)

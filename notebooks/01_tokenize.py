@@ -23,6 +23,7 @@
 # Next: [2 · From tokens to batches](02_dataset.ipynb)
 #
 # All notebooks: **1** [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb) [5](05_generate.ipynb)
+# [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
 data_dir: str = "data/sanguo"  # folder of .txt files, or data/sanguo, data/scifi, data/zhwiki

@@ -19,6 +19,7 @@
 # Before: [1 · From text to tokens](01_tokenize.ipynb) · Next: [3 · A toy task](03_toyreverse.ipynb)
 #
 # All notebooks: [1](01_tokenize.ipynb) **2** [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb) [5](05_generate.ipynb)
+# [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
 data_dir: str = "data/sanguo"  # folder of .txt files

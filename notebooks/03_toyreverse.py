@@ -20,6 +20,7 @@
 # Before: [2 · From tokens to batches](02_dataset.ipynb) · Next: [4 · Training a language model](04_scifi_train.ipynb)
 #
 # All notebooks: [1](01_tokenize.ipynb) [2](02_dataset.ipynb) **3** [4](04_scifi_train.ipynb) [5](05_generate.ipynb)
+# [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
 preset: str = "toy-reverse"  # shape of the model and how it is trained

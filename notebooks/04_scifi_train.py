@@ -22,6 +22,7 @@
 # Before: [3 · A toy task](03_toyreverse.ipynb) · Next: [5 · Writing](05_generate.ipynb)
 #
 # All notebooks: [1](01_tokenize.ipynb) [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) **4** [5](05_generate.ipynb)
+# [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
 preset: str = "scifi-mini"  # scifi-mini, scifi-117M, scifi-1.5B, zhwiki-2.46B
@@ -33,6 +34,9 @@ project: str = "scifi-mini"  # name of the run's folder; a number is added if it
 checkpoint_dir: str = None  # go on from: a checkpoint, a run, latest or best
 init_step: int = None  # with checkpoint_dir: the step it must be at
 context_size: int = None  # tokens in a window; None: the preset's
+dim: int = None  # width of the model; None: the preset's
+n_layers: int = None  # its blocks; None: the preset's
+n_heads: int = None  # heads in a block; None: the preset's
 max_steps: int = None  # optimizer steps; None: the preset's
 batch_size: int = None  # windows per step; None: the preset's
 learning_rate: float = None  # peak; None: the preset's
@@ -46,9 +50,9 @@ seed: int = 0  # of the initial weights and the order of the data
 # %%
 from llmcore.parameters import check_parameters
 
-names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size"
-names += " max_steps batch_size learning_rate activation_checkpointing prompt device precision tracker seed"
-check_parameters(globals(), names)
+names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size dim"
+names += " n_layers n_heads max_steps batch_size learning_rate activation_checkpointing prompt device precision tracker"
+check_parameters(globals(), names + " seed")
 
 # %%
 import torch
@@ -64,6 +68,7 @@ from llmcore.model import Transformer
 from llmcore.ngram import evaluate_ngram
 from llmcore.planner import measure_memory, plan
 from llmcore.runs import find_runs, new_run_dir, read_metrics
+from llmcore.summary import write_index
 from llmcore.tokenizer import Tokenizer
 from llmcore.trackers import tracker_callback
 from llmcore.train import Trainer
@@ -82,7 +87,8 @@ _ = tracker_callback(tracker, project, output_dir)  # as is a tracker that is no
 tok = Tokenizer(tokenizer_model_file)
 model_config, train_config = config.preset(preset)
 window = context_size or model_config.max_seq_len
-model_config = model_config.replace(vocab_size=tok.vocab_size, max_seq_len=window)
+shape = {name: value for name in ("dim", "n_layers", "n_heads") if (value := globals()[name]) is not None}
+model_config = model_config.replace(vocab_size=tok.vocab_size, max_seq_len=window, **shape)
 manifest = prepare_dataset(corpus.open_corpus(data_dir), tok, dataset_dir)
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
@@ -91,6 +97,8 @@ val_data = TokenDataset(dataset_dir, "val", window)
 chosen = {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
 chosen["activation_checkpointing"] = activation_checkpointing
 chosen = {name: value for name, value in chosen.items() if value is not None}
+warmup_steps = min(train_config.warmup_steps, chosen.get("max_steps", train_config.max_steps) // 10)
+chosen["warmup_steps"] = warmup_steps  # a short run warms up for a tenth of its steps, no more
 train_config = train_config.replace(precision=precision, seed=seed, sample_prompt=prompt, **chosen)
 
 # %% tags=["nbval-check-output"]
@@ -299,10 +307,12 @@ print("its tokenizer is ours:", checkpoint.tokenizer.fingerprint == tok.fingerpr
 # %% [markdown]
 # ## Runs side by side
 # Every run in `output_dir`, this one included, by what it cost: steps, tokens, time, compute. After a sweep with
-# papermill (three learning rates, say: the README has the command) this cell is the comparison.
+# papermill (three learning rates, say: the README has the command) this cell is the comparison. The same list, with
+# links to a page about each run, is kept in a file.
 
 # %%
 runs = find_runs(output_dir)
+print("list of runs:", shown(write_index(output_dir)))
 widgets.run_table(runs)
 
 # %%

@@ -16,9 +16,10 @@
 # | --- | --- | --- |
 # | a run of notebook 4 | text and pictures | half a minute on two CPU cores |
 #
-# Before: [4 · Training](04_scifi_train.ipynb) · First: [1 · From text to tokens](01_tokenize.ipynb)
+# Before: [4 · Training](04_scifi_train.ipynb) · Next: [6 · A scaling law](06_scaling.ipynb)
 #
 # All notebooks: [1](01_tokenize.ipynb) [2](02_dataset.ipynb) [3](03_toyreverse.ipynb) [4](04_scifi_train.ipynb) **5**
+# [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
 checkpoint_dir: str = "latest"  # latest or best of output_dir, or a folder: a run or one checkpoint
@@ -205,4 +206,4 @@ panel
 # - `repetition_penalty = 1.2` at `temperature = 0`: does it still go round in circles?
 # - `checkpoint_dir = "best"`, or the folder of an earlier checkpoint: read the same prompt as the model grew up.
 #
-# **[Back to 1 · From text to tokens](01_tokenize.ipynb)**
+# **[Next: 6 · A scaling law of one's own](06_scaling.ipynb)**

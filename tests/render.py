@@ -1,6 +1,6 @@
 """Execute the notebooks and write them back, outputs included, from their `.py` halves.
 
-    python -m tests.render                # all five, in order
+    python -m tests.render                # all six, in order
     python -m tests.render 04             # those whose name starts with 04
 
 Each notebook stores a hash of its sources, so that a test can tell when its outputs are stale. Metadata that changes
@@ -48,7 +48,7 @@ def render(script: Path) -> None:
     """Execute one notebook in its own folder, as JupyterLab would, and write the `.ipynb`."""
     notebook = jupytext.read(script)
     NotebookClient(
-        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(script.parent)}}
+        notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(script.parent)}}
     ).execute()
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":

@@ -1,6 +1,6 @@
 """The notebooks themselves: pairs in sync, outputs fresh, headless runs with good and bad parameters.
 
-`make test` also runs nbval over all five at their default size.
+`make test` also runs nbval over all at their default size.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_five_pairs() -> None:
-    assert ALL == ["01_tokenize", "02_dataset", "03_toyreverse", "04_scifi_train", "05_generate"]
+def test_there_are_six_pairs() -> None:
+    five = ["01_tokenize", "02_dataset", "03_toyreverse", "04_scifi_train", "05_generate"]
+    assert [*five, "06_scaling"] == ALL
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.py")) == ALL
 
 
@@ -181,11 +182,16 @@ WRONG = [
     ("04_scifi_train", "precision", "int8"),
     ("04_scifi_train", "learning_rate", -0.1),
     ("04_scifi_train", "checkpoint_dir", "no/such/run"),
+    ("04_scifi_train", "dim", 0),
+    ("04_scifi_train", "n_heads", 5),
     ("05_generate", "checkpoint_dir", "no/such/run"),
     ("05_generate", "max_new_tokens", -5),
     ("05_generate", "temperature", "hot"),
     ("05_generate", "top_p", 5),
     ("05_generate", "device", "cuda:99"),
+    ("06_scaling", "dims", "12 wide"),
+    ("06_scaling", "budgets", "1e12 -3"),
+    ("06_scaling", "workers", 0),
 ]
 
 

@@ -34,6 +34,10 @@ def checked(**values: Any) -> dict[str, Any]:
         ("tracker", "none", None),
         ("tracker", "wandb", "wandb"),
         ("preset", "scifi-117M", "scifi-117M"),
+        ("dims", "16 32", [16, 32]),
+        ("dims", [16.0, "32"], [16, 32]),
+        ("budgets", "1e9 2.5e9", [1e9, 2.5e9]),
+        ("dim", "none", None),
     ],
 )
 def test_values_get_their_right_types(name: str, given: object, meant: object) -> None:
@@ -52,6 +56,9 @@ def test_values_get_their_right_types(name: str, given: object, meant: object) -
         ("precision", "int8"), ("preset", "scifi-117"), ("prompt", 3), ("project", None), ("data_dir", "no/such"),
         ("data_dir", ""), ("data_dir", 7), ("tokenizer_model_file", "no.model"), ("checkpoint_dir", "no/such"),
         ("tracker", "mlflow"), ("seed", -1), ("init_step", -3), ("val_fraction", 1), ("character_coverage", 0.5),
+        ("dim", 1), ("n_layers", 0), ("n_heads", 2.5), ("dims", ""), ("dims", "16 wide"), ("dims", 16),
+        ("dims", "16 0"), ("budgets", "1e12 nan"), ("budgets", []), ("workers", 0), ("min_steps", -1),
+        ("held_back_epochs", 0),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_by_name(name: str, value: object) -> None:

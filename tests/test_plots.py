@@ -197,6 +197,34 @@ def test_attention_maps_show_one_square_a_head() -> None:
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("abc|")
 
 
+def test_isoflop_curves_show_every_run_and_the_parabola_through_them() -> None:
+    sizes = np.geomspace(1e5, 1e6, 5)
+    curves = {c: (sizes, 5 - np.log10(c) / 9 + np.log(sizes / 3e5) ** 2) for c in (1e9, 1e10)}
+    figure = plots.isoflop_curves({**curves, 1e11: (sizes[:2], [3, 4])}, "valleys", {1e9: 2e5})
+    for flops in curves:
+        assert line(figure, 0, f"{flops:.2g} FLOPs") == pytest.approx(np.column_stack(curves[flops]))
+    parabolas = [each for each in figure.axes[0].get_lines() if len(each.get_xdata()) == 100]
+    assert len(parabolas) == 2  # two runs have none
+    x, y = parabolas[0].get_data()
+    assert x[y.argmin()] == pytest.approx(3e5, rel=0.03)
+    assert line(figure, 0, "the law's choice")[:, 0].tolist() == [2e5, 2e5]
+    assert "nats" in figure.axes[0].get_ylabel() and figure.axes[0].get_xscale() == "log"
+
+
+def test_a_scaling_fit_shows_runs_and_the_held_back_one_with_its_band() -> None:
+    held_back = {"flops": 1e12, "measured": 4.2, "predicted": 4.0, "low": 3.9, "high": 4.3}
+    figure = plots.scaling_fit([6.0, 5.0, 4.5], [5.9, 5.1, 4.5], [1e9, 1e10, 1e11], "law", held_back)
+    assert line(figure, 0, "runs, measured").tolist() == [[1e9, 6.0], [1e10, 5.0], [1e11, 4.5]]
+    assert line(figure, 0, "runs, by the law")[:, 1].tolist() == [5.9, 5.1, 4.5]
+    assert line(figure, 0, "held back, measured").tolist() == [[1e12, 4.2]]
+    assert line(figure, 1, "held back, measured").tolist() == [[4.0, 4.2]]
+    [band] = [each for each in figure.axes[0].containers if "predicted" in str(each.get_label())]
+    [segment] = band.lines[2][0].get_segments()
+    assert segment[:, 1] == pytest.approx([3.9, 4.3])
+    assert figure.get_suptitle() == "law"
+    assert not [each for each in plots.scaling_fit([6.0], [5.9], [1e9], "law").axes[0].containers]
+
+
 def test_the_style_leaves_the_callers_settings_alone() -> None:
     before = dict(matplotlib.rcParams)
     plots.bars({"a": 1.0, "b": 2000.0}, "two", "things", highlight="b")

@@ -1,4 +1,4 @@
-"""The README's sweep on a Dask cluster of this machine, with a smaller grid."""
+"""Sweeps: the package's own, which resumes, and the README's on a Dask cluster of this machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
+from llmcore.config import preset
 from llmcore.files import PROJECT_ROOT
-from llmcore.runs import read_metrics
+from llmcore.runs import read_metrics, read_run
+from llmcore.sweep import SweepError, finished, isoflop_grid, result, run_sweep, sized
 from llmcore.tokenizer import Tokenizer, train_tokenizer
+
+from .test_train import trainer
+from .tiny import quick, tiny_config
+
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+TRAINS = """
+from tests.test_train import trainer
+from tests.tiny import quick
+trainer(f"{output_dir}/{project}", quick(max_steps=max_steps), resume=checkpoint_dir).fit()
+"""
 
 
 def example() -> str:
@@ -50,3 +63,79 @@ def test_the_sweep_runs_every_point_of_its_grid_and_sorts_them(english: Path, tm
         assert len(events) == 8
         expected.append((events[-1]["val_loss"], f"{{'learning_rate': {rate}}}"))
     assert [best, worst] == [f"{loss:.4f} {point}" for loss, point in sorted(expected)]
+
+
+def test_a_grid_spends_each_budget_on_every_size_that_it_suits() -> None:
+    base = preset("scifi-mini")[0]
+    models = {model.n_params(): model for model in (sized(base, dim) for dim in (16, 32, 64, 128))}
+    budgets = 2e11, 4e11
+    grid = isoflop_grid(models.values(), budgets, 4, 1e5, 5e5)
+    spent = []
+    for run in grid.values():
+        model = next(model for model in models.values() if model.dim == run["dim"])
+        assert (model.n_layers, model.n_heads) == (run["n_layers"], run["n_heads"])
+        tokens = run["max_steps"] * run["batch_size"] * model.max_seq_len
+        assert 0.99e5 <= tokens <= 5.05e5
+        spent.append((run["dim"], tokens * model.flops_per_token()))
+    suited = {
+        (model.dim, budget)
+        for model in models.values()
+        for budget in budgets
+        if 1e5 <= budget / model.flops_per_token() <= 5e5
+    }
+    assert {(dim, min(budgets, key=lambda b: abs(b - flops))) for dim, flops in spent} == suited and len(suited) >= 4
+    assert all(min(abs(flops / budget - 1) for budget in budgets) < 0.01 for _, flops in spent)
+
+
+def test_a_finished_run_is_told_from_a_stopped_one_and_from_another(tmp_path: Path) -> None:
+    assert not finished(tmp_path / "run", {"max_steps": 6})
+    run = trainer(tmp_path / "run", quick(max_steps=6))
+    run.callbacks.append(lambda event: run.stop() if event["step"] == 3 else None)
+    run.fit()
+    assert not finished(tmp_path / "run", {"max_steps": 6, "seed": 0, "device": "cpu"})
+    trainer(tmp_path / "run", quick(max_steps=6), resume="latest").fit()
+    assert finished(tmp_path / "run", {"max_steps": 6, "seed": 0, "context_size": tiny_config().max_seq_len})
+    with pytest.raises(SweepError, match=r"another sweep \(max_steps: 6 there, 8 here; dim: 32 there, 64 here\)"):
+        finished(tmp_path / "run", {"max_steps": 8, "dim": 64})
+    found, events = result(tmp_path / "run"), read_metrics(tmp_path / "run")
+    assert found["loss"] == events[-1]["val_loss"] and found["tokens"] == events[-1]["tokens"]
+    assert found["train_loss"] == events[-1]["loss"] and found["parameters"] == tiny_config().n_params()
+    assert found["flops"] == pytest.approx(events[-1]["tokens"] * tiny_config().flops_per_token())
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_finished_runs_alone_resumes_stopped_ones_and_names_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
+    set_there = nbformat.v4.new_code_cell("checkpoint_dir = None", metadata={"tags": ["parameters"]})
+    notebook.cells = [set_there, nbformat.v4.new_code_cell(TRAINS)]
+    nbformat.write(notebook, tmp_path / "train.ipynb")
+    runs = tmp_path / "runs"
+
+    trainer(runs / "finished", quick(max_steps=4)).fit()
+    before = (runs / "finished" / "metrics.jsonl").read_bytes()
+    stopped = trainer(runs / "stopped", quick(max_steps=5))
+    stopped.callbacks.append(lambda event: stopped.stop() if event["step"] == 2 else None)
+    stopped.fit()
+    (runs / "killed").mkdir()  # before its first checkpoint
+    (runs / "killed" / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+
+    wanted = {"finished": {"max_steps": 4}, "stopped": {"max_steps": 5}, "killed": {"max_steps": 3}}
+    wanted["new"] = {"max_steps": 2}
+    assert {path.name for path in run_sweep(wanted, runs, notebook=tmp_path / "train.ipynb")} == set(wanted)
+    assert (runs / "finished" / "metrics.jsonl").read_bytes() == before and not (runs / "finished.ipynb").exists()
+    for name, parameters in wanted.items():
+        steps = [event["step"] for event in read_metrics(runs / name)]
+        assert steps == list(range(1, parameters["max_steps"] + 1))
+    assert [entry["step"] for entry in read_run(runs / "stopped")["history"]] == [2]
+
+    written = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    assert len(list(run_sweep(wanted, runs, notebook=tmp_path / "train.ipynb"))) == 4
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == written
+    with pytest.raises(SweepError, match="^bad: "):
+        list(run_sweep({"bad": {"max_steps": -1}}, runs, notebook=tmp_path / "train.ipynb"))
+    with pytest.raises(SweepError, match="new is of another sweep"):
+        list(run_sweep({"fresh": {"max_steps": 2}, "new": {"max_steps": 9}}, runs, notebook=tmp_path / "train.ipynb"))
+    assert not (runs / "fresh").exists()
