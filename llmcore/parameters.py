@@ -127,6 +127,7 @@ PARAMETERS: dict[str, Kind] = {
     "seed": Kind(int, 0, 2**31 - 1),
     "temperature": Kind(float, 0, 100),
     "test_strings": Kind(int, 1, 1_000_000),
+    "thorough": Kind(bool),
     "tokenizer_model_file": Kind(Path, must_exist=True),
     "top_k": Kind(int, 1, 1_000_000, optional=True),
     "top_p": Kind(float, 1e-9, 1, optional=True),

@@ -45,6 +45,7 @@ prompt: str = "却说曹操"  # what samples continue
 device: str = "auto"  # auto, cpu, cuda, mps
 precision: str = "auto"  # auto, bf16, fp16, fp32
 tracker: str = None  # tensorboard, wandb or None
+thorough: bool = True  # measure speed and memory first, evaluate all held-out text; runs of a sweep need neither
 seed: int = 0  # of the initial weights and the order of the data
 
 # %%
@@ -52,7 +53,7 @@ from llmcore.parameters import check_parameters
 
 names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size dim"
 names += " n_layers n_heads max_steps batch_size learning_rate activation_checkpointing prompt device precision tracker"
-check_parameters(globals(), names + " seed")
+check_parameters(globals(), names + " thorough seed")
 
 # %%
 import torch
@@ -113,7 +114,7 @@ print(f"made with this tokenizer: {manifest['tokenizer'] == tok.fingerprint}")
 
 # %%
 check_memory(model_config, train_config, device)
-cost = plan(model_config, train_config, device, data=train_data)
+cost = plan(model_config, train_config, device, data=train_data if thorough else None)
 for what, how_much in cost.rows().items():
     print(f"{what:32} {how_much}")
 
@@ -147,7 +148,7 @@ predicted = {
 
 # %%
 measured = {}
-if cost.parameters < 20e6:  # a larger model would take longer than this picture is worth
+if thorough and cost.parameters < 20e6:  # a larger model would take longer than this picture is worth
     for p, size in (("none", sizes[0]), ("full", sizes[0]), ("full", sizes[1])):
         peak = measure_memory(model_config, plain.replace(activation_checkpointing=p, batch_size=size), device)
         measured.setdefault(p, {})[size] = peak["peak_bytes"]
@@ -239,7 +240,7 @@ for event in events:
 # %%
 last = second.validate()
 print(f"validation: {last['val_loss']:.3f} nats per token, perplexity {last['val_perplexity']:.1f}")
-texts = val_data.texts(tok, max_tokens=1_000_000)
+texts = val_data.texts(tok, max_tokens=1_000_000 if thorough else 1)
 ours = evaluate(second.model, tok, texts, precision=precision, progress=False)
 print(f"window by window: {ours}")
 
@@ -258,7 +259,7 @@ print(f"overlapping by half: {overlapping}")
 # knows which token follows which three, and nothing else.
 
 # %%
-known = list(train_data.texts(tok, max_tokens=5_000_000).values())
+known = list(train_data.texts(tok, max_tokens=5_000_000 if thorough else 1).values())
 counting = evaluate_ngram(known, texts, tok, order=4)
 bits = {
     "xz, training text known": xz_bits_per_byte("".join(known), "".join(texts.values())),

@@ -115,7 +115,7 @@ for model in (*models, large):
 # %%
 common = {"preset": preset, "seed": seed, "device": device, "context_size": base.max_seq_len}
 common |= {"data_dir": str(data_dir), "dataset_dir": str(dataset_dir)}
-common |= {"tokenizer_model_file": str(tokenizer_model_file)}
+common |= {"tokenizer_model_file": str(tokenizer_model_file), "thorough": False}
 runs = {name: {**common, **run} for name, run in {"held-back": held_back, **grid}.items()}
 done = {}
 for run_dir in run_sweep(runs, output_dir, workers):
