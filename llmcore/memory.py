@@ -1,8 +1,8 @@
 """How much memory a training step needs, counted before anything is allocated, and how much there is.
 
 The count follows one step through the moments at which most is held, tensor by tensor, as the uncompiled model keeps
-them; a test holds it against what PyTorch's allocator hands out. A compiled step keeps other tensors, and in bf16 on a
-CPU the libraries' own scratch comes on top.
+them; tests hold it against what PyTorch's allocator hands out and against a process's memory. A compiled step keeps
+somewhat less. What the C library keeps at hand between tensors (`train.keep_freed_memory`) is not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmcore.device import pick_precision
 from llmcore.model import CHUNK_ABOVE, LOSS_CHUNK, SHORT
 from llmcore.runs import TrainingError
 
-LIBRARIES = 64_000_000  # bytes that the CPU's matrix libraries take for themselves, in float32; in bf16 they take more
+LIBRARIES = 12_000_000  # bytes beside the tensors that a CPU's libraries take for themselves, whatever the model
 
 
 def block_activations(model: ModelConfig, policy: str, context: int, size: int, fused: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ from llmcore.memory import available_memory, predict_memory
 from llmcore.model import Transformer
 from llmcore.train import TrainData, Trainer
 
+NO_GAPS = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # for a process whose memory is measured: glibc keeps nothing larger
 TOKENS_PER_PARAMETER = 20  # compute-optimal, by Hoffmann et al., "Chinchilla", arXiv:2203.15556, table 3
 
 
@@ -174,7 +176,9 @@ class RandomTokens:
 def measure_memory(model: ModelConfig, train: TrainConfig, device: str = "auto") -> dict[str, float]:
     """Take two training steps of a throw-away model in a fresh process.
 
-    The process first trains a tiny model, so that the code of torch and its libraries is loaded and not counted.
+    The process first trains a tiny model, so that the code of torch and its libraries is loaded and not counted. On a
+    CPU, glibc is told to give what a tensor frees back to the system at once. A training run, for speed, does without
+    that; between its tensors there are gaps then, in a model of a few million parameters nearly as large as they are.
 
     Returns:
         peak_bytes (beyond what the process held before it built the model; on CUDA, what PyTorch allocated),
@@ -190,6 +194,7 @@ def measure_memory(model: ModelConfig, train: TrainConfig, device: str = "auto")
         capture_output=True,
         text=True,
         cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, **NO_GAPS},
         check=False,
     )
     if done.returncode:

@@ -589,9 +589,11 @@ def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one, instead of asking the system for zeroed pages again.
 
     An uncompiled step on a CPU gains a tenth. Tensors of 32 MiB and more are left out: among them gaps would cost
-    memory, and models with such tensors multiply for longer than pages take. Elsewhere (macOS, Windows, musl) this
-    does nothing.
+    memory, and models with such tensors multiply for longer than pages take. Elsewhere (macOS, Windows, musl), and
+    where the environment says MALLOC_MMAP_THRESHOLD_ itself, this does nothing.
     """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
     m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -11,7 +11,7 @@
 #
 # *Can a few million numbers learn to write like a novelist?* This notebook trains a Llama-like model on the corpus,
 # says beforehand what it will cost, stops in the middle, goes on from the checkpoint, and compares the result with a
-# good file compressor.
+# good file compressor and with counted 4-grams.
 #
 # | in | out | time |
 # | --- | --- | --- |
@@ -135,8 +135,8 @@ print(f"{cost.optimal_tokens / 1e6:.1f}M tokens")
 # %% [markdown]
 # Most of the memory goes to activations: what the forward pass keeps for the backward pass. **Activation
 # checkpointing** keeps less and computes it again: `selective` all but matrix products and attention, `full` whole
-# blocks. The lines are predicted for a step that is not compiled; each point is two such steps in a fresh process. The
-# lines count tensors; what a CPU's libraries take beside them in bf16 lifts the points above.
+# blocks. The lines are predicted for a step that is not compiled; each point is two such steps in a fresh process.
+# A run on a CPU takes somewhat more: for speed it keeps freed memory at hand.
 
 # %%
 plain, policies = train_config.replace(compile="off", grad_accum_steps=1), ("none", "selective", "full")

@@ -92,12 +92,13 @@ SIZES = {
     ("size", "changes"),
     [
         (2.6, {"batch_size": 16, "precision": "fp32"}),
+        (2.6, {"batch_size": 8, "precision": "bf16", "optimizer": "muon"}),
         (9.8, {"batch_size": 8, "precision": "fp32", "activation_checkpointing": "selective"}),
         (52, {"batch_size": 2, "precision": "fp32", "activation_checkpointing": "full"}),
+        (52, {"batch_size": 2, "precision": "bf16"}),
     ],
 )
 def test_the_predicted_memory_is_within_a_tenth_of_the_measured_peak(size: float, changes: dict[str, Any]) -> None:
-    """In float32: in bf16 a CPU's libraries take more beside the tensors than is predicted."""
     model, train = SIZES[size], TrainConfig(compile="off", **changes)
     assert model.n_params() / 1e6 == pytest.approx(size, rel=0.1)
     measured = measure_memory(model, train, "cpu")
@@ -111,15 +112,15 @@ def test_a_preset_takes_a_step_at_full_width(name: str, tmp_path: Path) -> None:
     shape, how = PRESETS[name]
     shape = shape.replace(n_layers=2)
     how = how.replace(batch_size=1, grad_accum_steps=1, context_size=64, precision="bf16", compile="off")
+    how = how.replace(warmup_steps=0)
     torch.manual_seed(0)
     model = Transformer(shape)
-    model.activation_checkpointing = how.activation_checkpointing
-    before = {name: float(p.detach().sum()) for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     data = RandomTokens(shape, 64)
     [event] = Trainer(model, data, None, how, tmp_path, device="cpu").measured_steps(1)
     assert event["loss"] == pytest.approx(math.log(shape.vocab_size), abs=1.0)
     assert 0 < event["grad_norm"] < math.inf
-    assert [name for name, p in model.named_parameters() if float(p.detach().sum()) == before[name]] == []
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
 
 
 def test_measuring_speed_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

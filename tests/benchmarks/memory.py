@@ -1,12 +1,13 @@
 """Peak memory of training, beside transformers and beside the planner: `python -m tests.benchmarks.memory [part ...]`.
 
 Parts: `peers`, `117M`, `batch`. Each configuration takes two steps in a fresh process; what counts is its resident
-memory at most, less what it held before it built the model.
+memory at most, less what it held before it built the model, and without gaps between tensors (`planner.NO_GAPS`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.files import PROJECT_ROOT
 from llmcore.memory import predict_memory
-from llmcore.planner import measure_memory, resident_bytes
+from llmcore.planner import NO_GAPS, measure_memory, resident_bytes
 from tests.benchmarks.peers import machine, transformers_llama
 
 PRESET = config.preset("scifi-117M")[0]
@@ -68,6 +69,7 @@ def measure_peer(shape: ModelConfig, train: TrainConfig) -> dict[str, float]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=PROJECT_ROOT,
+        env={**os.environ, **NO_GAPS},
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
