@@ -1,7 +1,8 @@
 """Peak memory of training, beside transformers and beside the planner: `python -m tests.benchmarks.memory [part ...]`.
 
-Parts: `peers` and `117M`, and on request `batch`. Each configuration takes two steps in a fresh process; what counts is its resident
-memory at most, less what it held before it built the model, and without gaps between tensors (`planner.NO_GAPS`).
+Parts: `peers` and `117M`, and on request `batch`. Each configuration takes two steps in a fresh process; what counts is
+its resident memory at most, less what it held before it built the model, and without gaps between tensors
+(`planner.NO_GAPS`).
 """
 
 from __future__ import annotations
