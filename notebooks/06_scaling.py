@@ -30,7 +30,7 @@ data_dir: str = "data/sanguo"  # folder of .txt files
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 dataset_dir: str = "outputs/dataset"  # token files, from notebook 2 or made here
 output_dir: str = "outputs/scaling"  # the runs go here
-dims: str = "16 24 32 48 64 96 128"  # widths of the models
+dims: str = "12 16 24 32 48 64 96 128"  # widths of the models
 budgets: str = "2.5e11 8e11 2.5e12"  # FLOPs that a run may cost
 held_back_dim: int = 160  # width of the model to predict
 held_back_epochs: float = 4.0  # times that it reads the corpus, and no other run reads it more often
@@ -196,13 +196,26 @@ gaps = {name: run["loss"] - run["train_loss"] for name, run in done.items()}
 gap, usual = gaps.pop("held-back"), float(np.median(list(gaps.values())))
 print(f"gap between held-out and training text: {gap:.3f} nats per token here, {usual:.3f} in the median of the others")
 print(f"read {outcome['tokens'] / epoch:.1f} times; the others {D.min() / epoch:.1f} to {D.max() / epoch:.1f} times")
+bare = fit_scaling([run["without_tables"] for run in fitted], D, L, seed=seed)
+other, other_low, other_high = bare.predict(outcome["without_tables"], outcome["tokens"], seed=seed)
+print(f"N counted without tables, the same runs predict {other:.3f}, between {other_low:.3f} and {other_high:.3f}")
+
+# %%
+miss = max(low - measured, measured - high)
+without = measured - (gap - usual)  # had it learned no more by heart than the others
 if where == "inside":
     print("The outcome is where the law said.")
+elif where == "above":
+    print(f"The outcome is {miss:.3f} nats per token above the band. With the usual gap it would be at {without:.3f}:")
+    print("repetition explains it." if without <= high else "repetition alone does not explain it.")
 else:
-    print(f"The outcome is {max(low - measured, measured - high):.3f} nats per token {where} the band.")
-    alike = low <= measured - (gap - usual) <= high
-    print(f"With the usual gap it would lie at {measured - (gap - usual):.3f}, {'inside' if alike else 'outside too'}:")
-    print("repetition explains it." if alike else "repetition alone does not explain it. The law ends before this run.")
+    print(
+        f"The outcome is {miss:.3f} nats per token below the band. Repetition is no reason: it can only raise the loss."
+    )
+    print(f"The run lies {times:.0f} times beyond the runs' compute, where a law fitted to so few hardly knows its E;")
+    print(
+        f"the other count of N {'holds' if other_low <= measured <= other_high else 'misses'} the outcome in its band."
+    )
 
 # %% [markdown]
 # ## What to do with a law
@@ -219,13 +232,18 @@ for flops in (*budgets, outcome["flops"]):
     )
     print(f"{d / 1e3:6,.0f}k tokens, {d / n:.1f} for a parameter, {d / epoch:.1f} epochs")
 
+# %% tags=["nbval-check-output"]
+n, d = law.law.optimum(np.array(budgets))
+print("the larger the budget, the larger the best model:", bool((np.diff(n) > 0).all()))
+worse = [(law.law.loss(n * f, d / f) > law.law.loss(n, d)).all() for f in (0.5, 2)]
+print("half or twice its size would be worse:", all(worse))
+
 # %% [markdown]
 # And what if the tables do not count? Then the same runs seem to say something else about how the best size grows with
 # compute. Counting so, at sizes where the tables are most of the model, is much of why Kaplan and Hoffmann came to
 # different advice (Pearce and Song, [arXiv:2406.12907](https://arxiv.org/abs/2406.12907)).
 
 # %%
-bare = fit_scaling([run["without_tables"] for run in fitted], D, L, seed=seed)
 for words, each in (("all weights", law), ("without tables", bare)):
     power = each.law.beta / (each.law.alpha + each.law.beta)
     spread = np.sqrt(np.mean(each.residuals**2))

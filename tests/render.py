@@ -85,4 +85,5 @@ if __name__ == "__main__":
             render(path)
             size = path.with_suffix(".ipynb").stat().st_size
             print(f"{path.stem}: {time.time() - started:.0f} s, {size / 1000:.0f} kB", flush=True)
-    save_training_curves()
+            if path.stem == "04_scifi_train":
+                save_training_curves()

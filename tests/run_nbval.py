@@ -17,7 +17,8 @@ from llmcore.corpus import fetch
 from llmcore.files import PROJECT_ROOT
 
 ROOT = PROJECT_ROOT / "build" / "nbval"
-FEW = {"dims": "8 12 16 24", "budgets": "4e9 1e10", "held_back_dim": 32, "held_back_epochs": 0.1, "context_size": 32}
+FEW = {"dims": "8 12 16 24", "budgets": "5e9 1.2e10", "held_back_dim": 32, "held_back_epochs": 0.1, "context_size": 32}
+FEW |= {"min_steps": 80}
 
 
 def main() -> int:
