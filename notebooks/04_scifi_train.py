@@ -321,7 +321,7 @@ plots.compare_runs(runs)
 
 # %% [markdown]
 # ## What to try next
-# - `learning_rate = 1e-3` or `4e-3`, with another `project`: which curve ends lower?
+# - `learning_rate = 1e-2` or `4e-2`, with another `project`: which curve ends lower?
 # - `max_steps = 300` for a first look, or twice the preset's: when does the validation loss turn?
 # - On a GPU: `preset = "scifi-117M"` with a tokenizer of 16,000 pieces and `data_dir = "data/scifi"`.
 #

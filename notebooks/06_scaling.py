@@ -15,7 +15,7 @@
 #
 # | in | out | time |
 # | --- | --- | --- |
-# | corpus and tokenizer of notebook 1 | runs in `output_dir`, a tested law | about 12 minutes on two CPU cores |
+# | corpus and tokenizer of notebook 1 | runs in `output_dir`, a tested law | 10 to 20 minutes on two CPU cores |
 #
 # It may be stopped at any time: a rerun takes the finished runs as they are, and goes on with the others.
 #
@@ -256,7 +256,7 @@ widgets.run_table([resolve(output_dir) / name for name in runs])
 # %% [markdown]
 # ## What to try next
 # - `held_back_epochs = 8` with another `output_dir`: how does repetition show in the gap, and in the prediction?
-# - `learning_rate = 0.02`, or 0.002, which suits the preset's longer run: every loss is higher. What becomes of E?
+# - `learning_rate = 0.02`, the preset's, which suits a longer run: which losses rise most? What becomes of E?
 # - Another `seed` and `output_dir`: do the intervals of the two laws overlap?
 # - On a GPU: `dims = "128 192 256 384 512"`, budgets a thousand times as large, and a library for `data_dir`.
 #
