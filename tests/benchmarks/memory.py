@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -56,8 +57,11 @@ def serve_peer() -> None:
     peer_step(tiny, **{**request, "batch_size": 1})()  # loads the code of torch and its libraries
     base = resident_bytes()[0]
     step = peer_step(shape, **request)
-    step(), step()
-    print(json.dumps({"peak_bytes": resident_bytes()[1] - base, "base_bytes": base}))
+    step()
+    started = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - started
+    print(json.dumps({"peak_bytes": resident_bytes()[1] - base, "base_bytes": base, "seconds": seconds}))
 
 
 def measure_peer(shape: ModelConfig, train: TrainConfig) -> dict[str, float]:
@@ -82,7 +86,7 @@ def row(name: str, who: str, train: TrainConfig, found: dict[str, float], predic
     error = f"{predicted / 1e6:,.0f} | {predicted / found['peak_bytes'] - 1:+.0%}" if predicted else " | "
     return (
         f"| {name} | {who} | {train.precision} | {train.activation_checkpointing} | {train.batch_size} "
-        f"| {found['peak_bytes'] / 1e6:,.0f} | {found['base_bytes'] / 1e6:,.0f} | {error} |"
+        f"| {found['peak_bytes'] / 1e6:,.0f} | {found['base_bytes'] / 1e6:,.0f} | {error} | {found['seconds']:.2f} |"
     )
 
 
@@ -135,8 +139,8 @@ said: list[str] = []  # the targets, in words
 def main() -> None:
     """Print the table and the targets."""
     print(f"Peak memory of two training steps in MB, on {machine()}\n")
-    print("| work | who | precision | checkpointing | batch | peak | held before | predicted | error |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| work | who | precision | checkpointing | batch | peak | held before | predicted | error | s/step |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for part in sys.argv[1:] or ("peers", "117M"):
         for line in PARTS[part]():
             print(line, flush=True)

@@ -34,15 +34,16 @@ SEEDS, TOKENS, MINUTES = (0, 1, 2), 512_000, 4
 FINISHED = PROJECT_ROOT / "outputs" / "bench" / "quality.jsonl"
 # what each rung changes of the preset scifi-mini, whose other settings it keeps
 LADDER: dict[str, dict[str, Any]] = {
-    "AdamW 2e-3, cosine, batch 4": {"optimizer": "adamw", "batch_size": 4},
+    "AdamW 2e-3, cosine, batch 4": {"optimizer": "adamw", "batch_size": 4, "learning_rate": 2e-3},
     "AdamW 4e-3, cosine, batch 4": {"optimizer": "adamw", "batch_size": 4, "learning_rate": 4e-3},
     "Muon, batch 4": {"batch_size": 4},
     "**Muon, batch 8 (the preset)**": {},
+    "… AdamW's rate 2e-3": {"learning_rate": 2e-3},
     "… linear decay over the last 40% (WSD)": {"schedule": "wsd", "decay_fraction": 0.4},
     "… Muon's rate doubled": {"muon_learning_rate": 4e-2},
     "… embeddings not tied": {"tie_embeddings": False},
     "… vocabulary 2000": {"vocab_size": 2000},
-    "… AdamW's rate doubled": {"learning_rate": 4e-3},
+    "… AdamW's rate 5e-2": {"learning_rate": 5e-2},
 }
 
 
