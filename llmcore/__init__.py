@@ -2,7 +2,10 @@
 
 import os
 
-# OpenMP's threads spin while they wait, which costs nothing on an idle machine; but let any other program take one
-# core, and a training step takes tens of times as long. Waiting passively is as fast alone, and bears company.
-# It must be set before torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# While OpenMP's threads wait for each other they spin, by default for milliseconds: on an idle machine that costs
+# nothing, but let any other program take one core, and a training step takes tens of times as long. Sleeping at once
+# is no better: waking up takes longer than many a small product. Here they spin for some microseconds, then sleep.
+# It must be set before torch is first imported; what the environment says goes first.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
