@@ -43,3 +43,9 @@ def pick_precision(precision: str, device: torch.device) -> str:
     if precision == "bf16" and device.type == "mps":
         raise TrainingError(f"precision='bf16' is not supported on {device}; use auto or fp32")
     return precision
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """A context in which matrix products run in "bf16" or "fp16"; in "fp32" it changes nothing."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")

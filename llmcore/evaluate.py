@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from llmcore.dataset import IGNORED
-from llmcore.device import pick_precision
+from llmcore.device import autocast, pick_precision
 from llmcore.files import read_text, shown
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
@@ -152,7 +152,6 @@ def evaluate(
     rows = [(number, *row) for number, ids in enumerate(streams) for row in windows(len(ids) - 1, context, stride)]
     rows.sort(key=lambda row: row[1] - row[3])  # longest first, so that a batch has little padding
     nats = np.zeros(len(streams))
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     bar = tqdm(total=len(rows), unit="window", desc="evaluate", disable=not progress, leave=False)
     model.eval()
     for first in range(0, len(rows), batch_size):
@@ -163,7 +162,7 @@ def evaluate(
             x[line, : end - start] = streams[number][start:end]
             y[line, scored - start : end - start] = streams[number][scored + 1 : end + 1]
         counted = y != IGNORED
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=precision != "fp32"):
+        with torch.no_grad(), autocast(precision, device):
             hidden = model.hidden_states(x.to(device))[counted.to(device)]
             surprise = F.cross_entropy(model.output(hidden).float(), y[counted].to(device), reduction="none")
         owner = np.repeat([row[0] for row in batch], counted.sum(1).numpy())

@@ -40,8 +40,6 @@ class Plan:
         largest_batch: windows per forward pass that would fit, 0 if not even one.
         disk: bytes of the checkpoints that are kept.
         optimal_parameters: compute-optimal for these FLOPs, C = 6 N D and D = 20 N.
-        optimal_tokens: as many tokens.
-        compute_optimal_tokens: for these parameters.
         tokens_per_second: measured, or assumed, or None.
         speed_is: where it comes from, in words.
     """
@@ -54,10 +52,18 @@ class Plan:
     largest_batch: int
     disk: int
     optimal_parameters: float
-    optimal_tokens: float
-    compute_optimal_tokens: int
     tokens_per_second: float | None = None
     speed_is: str = "unknown"
+
+    @property
+    def optimal_tokens(self) -> float:
+        """Tokens that `optimal_parameters` are best trained on."""
+        return TOKENS_PER_PARAMETER * self.optimal_parameters
+
+    @property
+    def compute_optimal_tokens(self) -> int:
+        """Tokens that this plan's own parameters are best trained on."""
+        return TOKENS_PER_PARAMETER * self.parameters
 
     @property
     def hours(self) -> float | None:
@@ -126,8 +132,6 @@ def plan(
         largest_batch=largest_batch(model, train, available, device),
         disk=(train.keep_checkpoints + 1) * (4 * parameters + memory["optimizer"]),  # the newest, and the best
         optimal_parameters=optimal,
-        optimal_tokens=TOKENS_PER_PARAMETER * optimal,
-        compute_optimal_tokens=TOKENS_PER_PARAMETER * parameters,
         tokens_per_second=speed,
         speed_is=speed_is,
     )
@@ -163,8 +167,8 @@ def measure_speed(
 class RandomTokens:
     """Batches of random ids: what they say changes neither memory nor speed."""
 
-    def __init__(self, model: ModelConfig, context: int) -> None:
-        self.vocab_size, self.context = model.vocab_size, context
+    def __init__(self, model: ModelConfig, context: int | None = None) -> None:
+        self.vocab_size, self.context = model.vocab_size, context or model.max_seq_len
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """x and y, int64 (batch, time)."""
@@ -219,7 +223,7 @@ def _measured() -> None:
 
 
 def _two_steps(model: ModelConfig, train: TrainConfig, device: str) -> float:
-    data = RandomTokens(model, train.context_size or model.max_seq_len)
+    data = RandomTokens(model, train.context_size)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(Transformer(model), data, None, train, folder, device=device)
         return trainer.measured_steps(2)[1]["seconds"]

@@ -35,7 +35,7 @@ from llmcore.checkpoint import (
 )
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED
-from llmcore.device import pick_device, pick_precision
+from llmcore.device import autocast, pick_device, pick_precision
 from llmcore.files import resolve, shown, write_atomic
 from llmcore.generate import stream
 from llmcore.memory import advice, check_memory
@@ -321,7 +321,7 @@ class Trainer:
             if not count:
                 continue
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            with self._autocast():
+            with autocast(self.precision, self.device):
                 part = self._loss(x, y) * (count / sum(counts))
             self.scaler.scale(part).backward()
             loss += part.detach()
@@ -372,10 +372,6 @@ class Trainer:
         what = advice(self.model.config, self.config, self.device.type)
         return TrainingError(f"out of memory in step {self.step + 1} on {self.device}. {what}, and resume")
 
-    def _autocast(self) -> torch.autocast:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.bfloat16}[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
-
     def _compiled(self) -> Callable[..., Tensor]:
         """The model, compiled where that is asked for or pays: about ten seconds to win back on a CPU.
 
@@ -419,7 +415,7 @@ class Trainer:
             targets = int((y != IGNORED).sum())
             if not targets:
                 continue
-            with self._autocast():
+            with autocast(self.precision, self.device):
                 total += float(self.model(x.to(self.device), y.to(self.device))) * targets
             count += targets
         self.val_loss = total / count

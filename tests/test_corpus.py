@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -101,6 +102,16 @@ class Hub(http.server.ThreadingHTTPServer):
         self.cuts: dict[str, int] = {}  # how often the connection breaks while a file is sent
         self.sent: list[tuple[str, int]] = []  # name and first byte of each download
 
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Answer requests on another thread."""
+        thread = threading.Thread(target=self.serve_forever, daemon=True)
+        thread.start()
+        yield
+        self.shutdown()
+        self.server_close()
+        thread.join()
+
 
 class Answer(http.server.BaseHTTPRequestHandler):
     """One request to the hub."""
@@ -168,12 +179,8 @@ NOVELS = archive(
 def hub() -> Iterator[Hub]:
     """A hub with a small repository: an archive of texts, a text, and something else."""
     server = Hub({"scifi.zip": NOVELS, "more/流浪.txt": "地球".encode(), "README.md": b"# data", ".gitattributes": b""})
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with server.serving():
+        yield server
 
 
 def fetch_elsewhere(endpoint: str, data_dir: Path) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,12 +109,8 @@ class ModelAnswer(Answer):
 @pytest.fixture
 def hub() -> Iterator[ModelHub]:
     server = ModelHub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with server.serving():
+        yield server
 
 
 def elsewhere(program: str, endpoint: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:

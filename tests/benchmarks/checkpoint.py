@@ -7,26 +7,11 @@ import sys
 import tempfile
 import time
 
-import torch
-from torch import Tensor
-
 from llmcore import config
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
-from llmcore.config import ModelConfig
 from llmcore.model import Transformer
+from llmcore.planner import RandomTokens
 from llmcore.train import Trainer
-
-
-class RandomText:
-    """Batches of random ids: what they say makes no difference to the clock."""
-
-    def __init__(self, shape: ModelConfig) -> None:
-        self.shape = shape
-
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """x and y, int64 (batch, time)."""
-        ids = torch.randint(self.shape.vocab_size, (batch_size, self.shape.max_seq_len + 1))
-        return ids[:, :-1], ids[:, 1:]
 
 
 def measure(name: str, rounds: int = 15) -> str:
@@ -36,7 +21,7 @@ def measure(name: str, rounds: int = 15) -> str:
     how = how.replace(max_steps=10**6, compile="on", eval_interval=0, sample_interval=0, checkpoint_interval=1)
     steps, saves = [], []
     with tempfile.TemporaryDirectory() as folder:
-        events = Trainer(Transformer(shape), RandomText(shape), None, how, folder).steps()
+        events = Trainer(Transformer(shape), RandomTokens(shape), None, how, folder).steps()
         next(events), next(events)  # the first compiles
         for _ in range(rounds):
             started = time.perf_counter()

@@ -20,10 +20,9 @@ from llmcore.config import ModelConfig, TrainConfig
 from llmcore.device import pick_device
 from llmcore.generate import generate_ids
 from llmcore.model import Transformer
+from llmcore.planner import RandomTokens
 from llmcore.train import Trainer, is_out_of_memory
-from tests.benchmarks.checkpoint import RandomText
-from tests.benchmarks.peers import transformers_llama
-from tests.benchmarks.steps import PEERS, peer_step
+from tests.benchmarks.peers import PEERS, peer_step, transformers_llama
 
 TOY = ModelConfig(vocab_size=256, dim=32, n_layers=2, n_heads=2, max_seq_len=32)
 # settings by rung: batch size, then what differs from the defaults
@@ -80,7 +79,7 @@ def training_row(name: str, batch_size: int, changes: dict[str, Any], device: to
     shape = shape_of(name)
     how = TrainConfig(max_steps=10**6, batch_size=batch_size, **changes)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Transformer(shape), RandomText(shape), None, how, folder, device=str(device))
+        trainer = Trainer(Transformer(shape), RandomTokens(shape), None, how, folder, device=str(device))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         rate = statistics.median(event["tokens_per_second"] for event in trainer.measured_steps(9)[3:])

@@ -12,16 +12,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-
-import torch
+from collections.abc import Iterator
 
 from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.files import PROJECT_ROOT
 from llmcore.memory import predict_memory
 from llmcore.planner import NO_GAPS, measure_memory, resident_bytes
-from tests.benchmarks.peers import machine, transformers_llama
+from tests.benchmarks.peers import PEERS, machine, peer_step
 
 PRESET = config.preset("scifi-117M")[0]
 SMALL = ModelConfig(vocab_size=16_000, dim=320, n_layers=6, n_heads=5, hidden_dim=864, max_seq_len=1024)
@@ -29,34 +27,14 @@ WIDE = PRESET.replace(n_layers=4)
 EAGER = TrainConfig(compile="off", precision="fp32", batch_size=8)
 
 
-def peer_step(shape: ModelConfig, batch_size: int, checkpointing: bool, bf16: bool) -> Callable[[], None]:
-    """A plain training step of transformers' Llama, as its users would write it."""
-    model = transformers_llama(shape)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-    def take() -> None:
-        ids = torch.randint(shape.vocab_size, (batch_size, shape.max_seq_len))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return take
-
-
 def serve_peer() -> None:
     """In a fresh process: read what to measure, take two steps, print the peak."""
     request = json.loads(sys.stdin.read())
     shape = ModelConfig.from_dict(request.pop("shape"))
     tiny = shape.replace(dim=64, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=32, hidden_dim=64)
-    peer_step(tiny, **{**request, "batch_size": 1})()  # loads the code of torch and its libraries
+    peer_step(PEERS[0], tiny, **{**request, "batch_size": 1})()  # loads the code of torch and its libraries
     base = resident_bytes()[0]
-    step = peer_step(shape, **request)
+    step = peer_step(PEERS[0], shape, **request)
     step()
     started = time.perf_counter()
     step()
@@ -66,8 +44,8 @@ def serve_peer() -> None:
 
 def measure_peer(shape: ModelConfig, train: TrainConfig) -> dict[str, float]:
     """transformers' memory for the same work as `measure_memory`."""
-    request = {"shape": shape.to_dict(), "batch_size": train.batch_size, "bf16": train.precision == "bf16"}
-    request["checkpointing"] = train.activation_checkpointing == "full"
+    request = {"shape": shape.to_dict(), "batch_size": train.batch_size, "compiled": False}
+    request |= {"bf16": train.precision == "bf16", "checkpointing": train.activation_checkpointing == "full"}
     code = "from tests.benchmarks.memory import serve_peer; serve_peer()"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],

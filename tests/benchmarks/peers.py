@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmcore.config import ModelConfig
+from llmcore.planner import RandomTokens
+
+PEERS = ("transformers Llama", "GPT-2 reference")
 
 
 def transformers_llama(shape: ModelConfig) -> LlamaForCausalLM:
@@ -77,6 +80,47 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.cross_entropy(self.output(self.norm(x)).flatten(0, 1), targets.flatten())
+
+
+def peer_step(
+    peer: str,
+    shape: ModelConfig,
+    batch_size: int,
+    compiled: bool,
+    device: str = "cpu",
+    bf16: bool | None = None,
+    checkpointing: bool = False,
+) -> Callable[[], object]:
+    """A plain training step of a peer: what its users would write.
+
+    Args:
+        peer: one of `PEERS`.
+        shape: of the model.
+        batch_size: windows.
+        compiled: by torch.compile.
+        device: "cpu" or "cuda".
+        bf16: multiply in bf16; None: where it is compiled.
+        checkpointing: transformers' own gradient checkpointing.
+    """
+    model: nn.Module = transformers_llama(shape) if peer == PEERS[0] else GPT(shape)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model = model.to(device).train()
+    data, step = RandomTokens(shape), iter(range(10**9))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    run = torch.compile(model) if compiled else model
+
+    def take() -> None:
+        x, y = (ids.to(device) for ids in data.batch(next(step), batch_size))
+        with torch.autocast(device, torch.bfloat16, enabled=compiled if bf16 is None else bf16):
+            # Hugging Face shifts the labels itself
+            loss = run(input_ids=x, labels=x, use_cache=False).loss if peer == PEERS[0] else run(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return take
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:

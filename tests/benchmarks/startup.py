@@ -15,10 +15,10 @@ import tempfile
 from llmcore import config
 from llmcore.model import Transformer
 from llmcore.train import Trainer
-from tests.benchmarks.checkpoint import RandomText
+from llmcore.planner import RandomTokens
 shape, how = config.preset("scifi-mini")
 with tempfile.TemporaryDirectory() as folder:
-    Trainer(Transformer(shape), RandomText(shape), None, how.replace(max_steps=2), folder).fit()
+    Trainer(Transformer(shape), RandomTokens(shape), None, how.replace(max_steps=2), folder).fit()
 """
 PROGRAMS = {
     "import torch": "import torch",

@@ -11,21 +11,18 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import nn
-
 from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.model import Transformer
+from llmcore.planner import RandomTokens
 from llmcore.train import Trainer
-from tests.benchmarks.checkpoint import RandomText
-from tests.benchmarks.peers import GPT, machine, ratio, take_turns, transformers_llama
+from tests.benchmarks.peers import PEERS, machine, peer_step, ratio, take_turns
 
 SMALL = ModelConfig(
     vocab_size=8000, dim=320, n_layers=6, n_heads=5, hidden_dim=864, max_seq_len=256, tie_embeddings=True
 )
 SIZES = {"10M": (SMALL, 8, 15), "117M": (config.preset("scifi-117M")[0], 1, 5)}  # shape, batch, rounds
-OURS, PEERS = "llmcore", ("transformers Llama", "GPT-2 reference")
+OURS = "llmcore"
 EAGER, COMPILED = "eager fp32", "compiled bf16"
 
 
@@ -37,31 +34,9 @@ def our_step(shape: ModelConfig, batch_size: int, compiled: bool) -> Callable[[]
         compile="on" if compiled else "off",
         precision="auto" if compiled else "fp32",
     )
-    trainer = Trainer(Transformer(shape), RandomText(shape), None, how, tempfile.mkdtemp(), device="cpu")
+    trainer = Trainer(Transformer(shape), RandomTokens(shape), None, how, tempfile.mkdtemp(), device="cpu")
     trainer._loss = trainer._compiled()
     return trainer._train_step
-
-
-def peer_step(
-    peer: str, shape: ModelConfig, batch_size: int, compiled: bool, device: str = "cpu"
-) -> Callable[[], object]:
-    """A plain loop around a peer: what its users would write. Compiled, it runs in bf16 too."""
-    model: nn.Module = (transformers_llama(shape) if peer == PEERS[0] else GPT(shape)).to(device)
-    data, step = RandomText(shape), iter(range(10**9))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    run = torch.compile(model) if compiled else model
-
-    def take() -> None:
-        x, y = (ids.to(device) for ids in data.batch(next(step), batch_size))
-        with torch.autocast(device, torch.bfloat16, enabled=compiled):
-            # Hugging Face shifts the labels itself
-            loss = run(input_ids=x, labels=x, use_cache=False).loss if peer == PEERS[0] else run(x, y)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return take
 
 
 def measure(size: str) -> tuple[list[str], list[str]]:
