@@ -78,7 +78,7 @@ def test_prediction_is_what_the_allocator_hands_out(
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("time", [96, 512])
 def test_a_block_keeps_what_is_counted(bf16: bool, time: int) -> None:
-    """autograd says which tensors it saves; each storage counts once, parameters and their casts do not."""
+    """autograd says what it saves: each storage counts once; parameters, their casts and RoPE's table do not."""
     block, kept = Block(SHAPE, 0), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     matrices = {shape for p in block.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
@@ -88,7 +88,8 @@ def test_a_block_keeps_what_is_counted(bf16: bool, time: int) -> None:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         place = tensor.untyped_storage()
         cast = tensor.shape in matrices and tensor.dtype == torch.bfloat16  # of a weight
-        if place.data_ptr() not in weights | shared and tensor.dtype != torch.bool and not cast:
+        table = tensor.dtype in (torch.bool, torch.complex64)  # the same for every row of the batch
+        if place.data_ptr() not in weights | shared and not table and not cast:
             kept[place.data_ptr()] = place
         return tensor
 

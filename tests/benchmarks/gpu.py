@@ -11,18 +11,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
+from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
 from llmcore.generate import generate_ids
 from llmcore.model import Transformer
-from llmcore.planner import RandomTokens
 from llmcore.train import Trainer, is_out_of_memory
 from tests.benchmarks.peers import PEERS, peer_step, transformers_llama
+from tests.benchmarks.prepare import write_tokens
 
 TOY = ModelConfig(vocab_size=256, dim=32, n_layers=2, n_heads=2, max_seq_len=32)
 # settings by rung: batch size, then what differs from the defaults
@@ -79,12 +81,18 @@ def training_row(name: str, batch_size: int, changes: dict[str, Any], device: to
     shape = shape_of(name)
     how = TrainConfig(max_steps=10**6, batch_size=batch_size, **changes)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Transformer(shape), RandomTokens(shape), None, how, folder, device=str(device))
+        write_tokens(Path(folder, "tokens"), shape.vocab_size, 10**5 if name == "toy" else 10**8)
+        data = TokenDataset(Path(folder, "tokens"), "train", shape.max_seq_len)
+        trainer = Trainer(Transformer(shape), data, None, how, folder, device=str(device))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        rate = statistics.median(event["tokens_per_second"] for event in trainer.measured_steps(9)[3:])
+        seconds = statistics.median(event["seconds"] for event in trainer.measured_steps(9)[3:])
+        rate = batch_size * shape.max_seq_len / seconds
+        # the device waits while a batch is read and sent
+        steps = iter(range(9, 10**6))
+        data_seconds = seconds_each(lambda: [x.to(device) for x in data.batch(next(steps), batch_size)], device, 9)
     words = ", ".join(str(value) if key != "compile" else f"compile {value}" for key, value in changes.items())
-    return row(name, f"llmcore, {words}", batch_size, rate, shape, device, peak)
+    return f"{row(name, f'llmcore, {words}', batch_size, rate, shape, device, peak)} {data_seconds / seconds:.2%} |"
 
 
 def peer_row(name: str, batch_size: int, device: torch.device, peak: float) -> str:
@@ -94,13 +102,13 @@ def peer_row(name: str, batch_size: int, device: torch.device, peak: float) -> s
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     rate = batch_size * shape.max_seq_len / seconds_each(step, device, 6, 3)
-    return row(name, "transformers Llama, bf16, compile on", batch_size, rate, shape, device, peak)
+    return f"{row(name, 'transformers Llama, bf16, compile on', batch_size, rate, shape, device, peak)} |"
 
 
 def row(
     name: str, who: str, batch_size: int, rate: float, shape: ModelConfig, device: torch.device, peak: float
 ) -> str:
-    """A row of the training table."""
+    """A row of the training table, but for its last column."""
     memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f}" if device.type == "cuda" else "–"
     return f"| {name} | {who} | {batch_size} | {rate:,.0f} | {rate * shape.flops_per_token() / peak:.1%} | {memory} |"
 
@@ -130,7 +138,9 @@ def main(names: list[str]) -> None:
     peak = peak_flops(device, 8192 if device.type == "cuda" else 256)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     print(f"{machine}, torch {torch.__version__}; a bf16 matrix product reaches {peak / 1e12:.3g} TFLOP/s\n")
-    print("| size | who | batch | tokens/s | of that peak | GB |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| size | who | batch | tokens/s | of that peak | GB | for data |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
     for name in names:
         for batch_size, changes in LADDERS[name]:
             attempt(lambda b=batch_size, c=changes, n=name: training_row(n, b, c, device, peak))

@@ -107,12 +107,12 @@ def measure_memory(folder: Path, model: Path, sizes: list[int]) -> None:
             print(f"| {work} | {size} MB, {kind} | {memory / MB:,.0f} | {seconds:.0f} |", flush=True)
 
 
-def write_tokens(folder: Path, vocab_size: int) -> None:
-    """A data set of a billion tokens in its real format; validation gets fewer."""
+def write_tokens(folder: Path, vocab_size: int, tokens: int) -> None:
+    """A data set of so many tokens in its real format; validation gets fewer."""
     folder.mkdir()
-    ids = np.random.default_rng(0).integers(vocab_size, size=10**7, dtype="<u2")
+    ids = np.random.default_rng(0).integers(vocab_size, size=min(tokens, 10**7), dtype="<u2")
     counts = {}
-    for split, blocks in zip(SPLITS, (TOKENS // len(ids), 1), strict=True):
+    for split, blocks in zip(SPLITS, (tokens // len(ids), 1), strict=True):
         with open(folder / f"{split}.bin", "wb") as file:
             for number in range(blocks):
                 file.write(np.roll(ids, number).data)
@@ -124,7 +124,7 @@ def write_tokens(folder: Path, vocab_size: int) -> None:
 def measure_batches(folder: Path) -> list[str]:
     """The first batch of a billion tokens, and what later ones cost beside a training step."""
     shape, how = config.preset("scifi-mini")
-    write_tokens(folder / "tokens", shape.vocab_size)
+    write_tokens(folder / "tokens", shape.vocab_size, TOKENS)
     first, _ = timed(lambda: TokenDataset(folder / "tokens", "train", WINDOW).batch(0, BATCH))
     data = TokenDataset(folder / "tokens", "train", WINDOW)
     data.batch(0, BATCH)
