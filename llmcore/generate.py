@@ -158,9 +158,10 @@ def _generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    cache = KVCache(model.config, len(prompts), device, model.tok_embeddings.weight.dtype)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     start = max(0, longest - context)  # of the tokens to read next
+    room = min(context, longest - start + max_new_tokens)
+    cache = KVCache(model.config, len(prompts), device, model.tok_embeddings.weight.dtype, room)
     for _ in range(max_new_tokens):
         if cache.length + length - start > context:
             cache.length, start = 0, length - max(1, context // 2)

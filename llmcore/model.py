@@ -101,6 +101,7 @@ class KVCache:
         batch_size: rows.
         device: of the model.
         dtype: of keys and values.
+        max_seq_len: tokens to have room for. None: all that the model's context holds.
     """
 
     def __init__(
@@ -109,10 +110,12 @@ class KVCache:
         batch_size: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        max_seq_len: int | None = None,
     ) -> None:
-        shape = (config.n_layers, batch_size, config.n_kv_heads, config.max_seq_len, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
-        self.values = torch.zeros_like(self.keys)
+        room = max_seq_len or config.max_seq_len
+        shape = (config.n_layers, batch_size, config.n_kv_heads, room, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # type: ignore[arg-type]
+        self.values = torch.empty_like(self.keys)
         self.length = 0  # tokens held
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
