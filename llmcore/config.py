@@ -298,6 +298,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             learning_rate=2e-2,
             warmup_steps=50,
             min_lr_ratio=0.0,
+            weight_decay=0.3,
             eval_interval=100,
             checkpoint_interval=250,
             sample_interval=250,

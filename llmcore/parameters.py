@@ -134,6 +134,7 @@ PARAMETERS: dict[str, Kind] = {
     "tracker": Kind(str, choices=TRACKERS, optional=True),
     "val_fraction": Kind(float, 1e-6, 0.999999),
     "vocab_size": Kind(int, 262, 1_000_000),
+    "weight_decay": Kind(float, 0, 10, optional=True),
     "workers": Kind(int, 1, 1024),
 }
 

@@ -114,7 +114,7 @@ for model in (*models, large):
 # The held-back run comes first, since it takes longest; its result is not looked at before the law is fitted.
 
 # %%
-common = {"preset": preset, "seed": seed, "device": device, "context_size": base.max_seq_len}
+common = {"preset": preset, "seed": seed, "device": device, "context_size": base.max_seq_len, "weight_decay": 0.1}
 common |= {"learning_rate": learning_rate} if learning_rate else {}
 common |= {"data_dir": str(data_dir), "dataset_dir": str(dataset_dir)}
 common |= {"tokenizer_model_file": str(tokenizer_model_file), "thorough": False}

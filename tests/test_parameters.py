@@ -58,7 +58,7 @@ def test_values_get_their_right_types(name: str, given: object, meant: object) -
         ("tracker", "mlflow"), ("seed", -1), ("init_step", -3), ("val_fraction", 1), ("character_coverage", 0.5),
         ("dim", 1), ("n_layers", 0), ("n_heads", 2.5), ("dims", ""), ("dims", "16 wide"), ("dims", 16),
         ("dims", "16 0"), ("budgets", "1e12 nan"), ("budgets", []), ("workers", 0), ("min_steps", -1),
-        ("held_back_epochs", 0),
+        ("held_back_epochs", 0), ("weight_decay", -0.1),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_by_name(name: str, value: object) -> None:

@@ -6,6 +6,7 @@ is a share of is measured too, by a large matrix product: no table of devices ca
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
@@ -27,10 +29,12 @@ from tests.benchmarks.peers import PEERS, peer_step, transformers_llama
 from tests.benchmarks.prepare import write_tokens
 
 TOY = ModelConfig(vocab_size=256, dim=32, n_layers=2, n_heads=2, max_seq_len=32)
+PLAIN = "attention in plain operations"  # instead of PyTorch's fused kernels
 # settings by rung: batch size, then what differs from the defaults
 LADDERS: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "scifi-117M": [
-        (8, {"precision": "fp32", "compile": "off"}),
+        (8, {"precision": "fp32", "compile": "off", PLAIN: True}),
+        (8, {"precision": "bf16", "compile": "off", PLAIN: True}),
         (8, {"precision": "bf16", "compile": "off"}),
         (8, {"precision": "bf16", "compile": "on"}),
         (32, {"precision": "bf16", "compile": "on"}),
@@ -41,7 +45,7 @@ LADDERS: dict[str, list[tuple[int, dict[str, Any]]]] = {
         (16, {"precision": "bf16", "compile": "on", "activation_checkpointing": "full"}),
     ],
     "toy": [
-        (2, {"precision": "fp32", "compile": "off"}),
+        (2, {"precision": "fp32", "compile": "off", PLAIN: True}),
         (2, {"precision": "bf16", "compile": "off", "activation_checkpointing": "full"}),
     ],
 }
@@ -79,8 +83,9 @@ def peak_flops(device: torch.device, size: int) -> float:
 def training_row(name: str, batch_size: int, changes: dict[str, Any], device: torch.device, peak: float) -> str:
     """One rung: the trainer's own steps."""
     shape = shape_of(name)
-    how = TrainConfig(max_steps=10**6, batch_size=batch_size, **changes)
-    with tempfile.TemporaryDirectory() as folder:
+    how = TrainConfig(max_steps=10**6, batch_size=batch_size, **{k: v for k, v in changes.items() if k != PLAIN})
+    attention = sdpa_kernel(SDPBackend.MATH) if PLAIN in changes else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, attention:
         write_tokens(Path(folder, "tokens"), shape.vocab_size, 10**5 if name == "toy" else 10**8)
         data = TokenDataset(Path(folder, "tokens"), "train", shape.max_seq_len)
         trainer = Trainer(Transformer(shape), data, None, how, folder, device=str(device))
@@ -91,7 +96,7 @@ def training_row(name: str, batch_size: int, changes: dict[str, Any], device: to
         # the device waits while a batch is read and sent
         steps = iter(range(9, 10**6))
         data_seconds = seconds_each(lambda: [x.to(device) for x in data.batch(next(steps), batch_size)], device, 9)
-    words = ", ".join(str(value) if key != "compile" else f"compile {value}" for key, value in changes.items())
+    words = ", ".join({PLAIN: PLAIN, "compile": f"compile {value}"}.get(key, value) for key, value in changes.items())
     return f"{row(name, f'llmcore, {words}', batch_size, rate, shape, device, peak)} {data_seconds / seconds:.2%} |"
 
 

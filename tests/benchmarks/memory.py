@@ -1,8 +1,8 @@
 """Peak memory of training, beside transformers and beside the planner: `python -m tests.benchmarks.memory [part ...]`.
 
-Parts: `peers` and `117M`, and on request `batch`. Each configuration takes two steps in a fresh process; what counts is
-its resident memory at most, less what it held before it built the model, and without gaps between tensors
-(`planner.NO_GAPS`).
+Parts: `peers` and `117M`, and on request `wide` and `batch`. Each configuration takes two steps in a fresh process;
+what counts is its resident memory at most, less what it held before it built the model, and without gaps between
+tensors (`planner.NO_GAPS`).
 """
 
 from __future__ import annotations
@@ -75,21 +75,26 @@ def ours(name: str, shape: ModelConfig, train: TrainConfig) -> tuple[str, float]
     return row(name, who, train, found, predict_memory(shape, train)["total"]), found["peak_bytes"]
 
 
-def peers() -> Iterator[str]:
-    """Beside transformers: the same shape, precision and policy."""
-    for name, shape, precision, policy in (
-        ("18M, vocabulary 16000", SMALL, "fp32", "none"),
-        ("18M, vocabulary 16000", SMALL, "bf16", "none"),
-        ("18M, vocabulary 16000", SMALL, "bf16", "full"),
-        ("117M with 4 layers", WIDE, "bf16", "none"),
-        ("117M with 4 layers", WIDE, "bf16", "full"),
-    ):
+def beside_transformers(name: str, shape: ModelConfig, ways: list[tuple[str, str]]) -> Iterator[str]:
+    """The same shape, precision and policy, by llmcore and by transformers."""
+    for precision, policy in ways:
         train = EAGER.replace(precision=precision, activation_checkpointing=policy)
         line, peak = ours(name, shape, train)
         yield line
         theirs = measure_peer(shape, train)
         yield row(name, "transformers", train, theirs, None)
         said.append(f"{name}, {precision}, {policy}: {peak / theirs['peak_bytes']:.2f} of transformers' (target 0.6)")
+
+
+def peers() -> Iterator[str]:
+    """A vocabulary that is large for its model."""
+    ways = [("fp32", "none"), ("bf16", "none"), ("bf16", "full")]
+    yield from beside_transformers("18M, vocabulary 16000", SMALL, ways)
+
+
+def wide() -> Iterator[str]:
+    """Blocks that are large for their vocabulary."""
+    yield from beside_transformers("117M with 4 layers", WIDE, [("bf16", "none"), ("bf16", "full")])
 
 
 def whole_preset() -> Iterator[str]:
@@ -110,7 +115,7 @@ def batches() -> Iterator[str]:
                 yield ours("scifi-mini", shape, how.replace(**changes))[0]
 
 
-PARTS = {"peers": peers, "117M": whole_preset, "batch": batches}
+PARTS = {"peers": peers, "117M": whole_preset, "wide": wide, "batch": batches}
 said: list[str] = []  # the targets, in words
 
 

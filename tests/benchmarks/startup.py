@@ -28,7 +28,7 @@ PROGRAMS = {
 }
 
 
-def main(rounds: int = 7) -> None:
+def main(rounds: int = 5) -> None:
     """Print the table."""
     seconds: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     for round_ in range(rounds + 1):

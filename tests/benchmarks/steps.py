@@ -21,7 +21,7 @@ from tests.benchmarks.peers import PEERS, machine, peer_step, ratio, take_turns
 SMALL = ModelConfig(
     vocab_size=8000, dim=320, n_layers=6, n_heads=5, hidden_dim=864, max_seq_len=256, tie_embeddings=True
 )
-SIZES = {"10M": (SMALL, 8, 15), "117M": (config.preset("scifi-117M")[0], 1, 5)}  # shape, batch, rounds
+SIZES = {"10M": (SMALL, 8, 11), "117M": (config.preset("scifi-117M")[0], 1, 4)}  # shape, batch, rounds
 OURS = "llmcore"
 EAGER, COMPILED = "eager fp32", "compiled bf16"
 
