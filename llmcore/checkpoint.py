@@ -114,11 +114,12 @@ def save_checkpoint(
         for file in sorted(temporary.iterdir()):
             fsync(file)
             hashes[file.name] = sha256_file(file)
+        last = max((saved_at for saved_at, _, _ in _finished(run_dir)), default=0.0)
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "loss": float(loss),
-            "saved_at": time.time(),
+            "saved_at": max(time.time(), math.nextafter(last, math.inf)),  # later, though clocks may jump back
             "sha256": hashes,
         }
         write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -203,13 +204,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """The finished checkpoints of one run, oldest step first. Hashes are not checked here."""
-    found = [
-        (manifest["step"], manifest["saved_at"], path)
-        for path in Path(run_dir).glob("step=*")
-        if (manifest := read_manifest(path))
-    ]
-    return [path for _, _, path in sorted(found)]
+    """The finished checkpoints of one run in the order of saving. Hashes are not checked here.
+
+    That is the order of steps, unless the run has gone back to an earlier one and on from there.
+    """
+    return [path for _, _, path in _finished(Path(run_dir))]
+
+
+def _finished(run_dir: Path) -> list[tuple[float, int, Path]]:
+    """When each checkpoint was saved, at what step, and where; sorted."""
+    manifests = ((path, read_manifest(path)) for path in run_dir.glob("step=*"))
+    return sorted((manifest["saved_at"], manifest["step"], path) for path, manifest in manifests if manifest)
 
 
 def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:

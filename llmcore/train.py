@@ -230,6 +230,7 @@ class Trainer:
             open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as metrics,
         ):
             write_atomic(self.run_dir / "config.json", json.dumps(self._description(), indent=1, ensure_ascii=False))
+            prune_checkpoints(self.run_dir, config.keep_checkpoints)  # a kill may have come between save and deletion
             try:
                 while self.step < config.max_steps and not self.stop_requested:
                     try:

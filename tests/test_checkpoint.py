@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,18 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest") == paths[5]
 
 
+@pytest.mark.parametrize("step", [11, 31])
+@pytest.mark.parametrize("jump", [0.0, 1e6])
+def test_the_latest_is_what_was_saved_last(step: int, jump: float, tmp_path: Path) -> None:
+    # though the run has gone back to step 10, and the clock by eleven days
+    for earlier in (10, 20, 30):
+        edit_manifest(save(tmp_path, step=earlier, loss=earlier / 10), saved_at=time.time() + jump)
+    last = save(tmp_path, step=step, loss=5.0)
+    assert find_checkpoint(tmp_path, "latest") == last
+    prune_checkpoints(tmp_path, 2)
+    assert [path.name[:11] for path in checkpoints(tmp_path)] == ["step=000010", "step=000030", last.name[:11]]
+
+
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
     paths = [save(tmp_path, step=step, loss=loss) for step, loss in enumerate([float("nan"), 3.0, 2.0, float("nan")])]
     assert find_checkpoint(tmp_path, "best") == paths[2]
@@ -440,7 +453,7 @@ def test_an_error_while_saving_leaves_no_folder_behind(tmp_path: Path, monkeypat
 
 
 KILLED_WHILE_SAVING = """
-import os, signal, sys, warnings
+import os, shutil, signal, sys, warnings
 from pathlib import Path
 import torch
 from llmcore.checkpoint import find_checkpoint, load_weights, prune_checkpoints
@@ -475,8 +488,8 @@ while not finished:
     assert step >= 2, path
     print(at, step, flush=True)
     if step == 3 and not finished:
-        save(run, models[2], step=2)
-        save(run, models[1], step=1)
+        shutil.rmtree(path)
+        save(run, models[1], step=1), save(run, models[2], step=2)
 assert sorted(p.name[:11] for p in run.iterdir()) == ["step=000001", "step=000003"], os.listdir(run)
 """
 

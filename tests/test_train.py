@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -447,6 +448,17 @@ def test_resume_takes_the_older_checkpoint_when_the_newest_is_damaged(tmp_path: 
     resumed.fit()
     assert_same_tensors(weights(again), weights(straight))
     assert [event["step"] for event in read_metrics(tmp_path / "b")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_kill_left_after_the_last_save_is_deleted_by_the_next_run(tmp_path: Path) -> None:
+    last = trainer(tmp_path, quick(checkpoint_interval=1, keep_checkpoints=9), val=False).fit().checkpoint
+    saved = checkpoints(tmp_path)
+    assert last and len(saved) == 6  # as if killed before the deletion, and here in its middle:
+    shutil.copytree(last, tmp_path / ".step=000001_loss=1.000.deleted.tmp")
+    again = trainer(tmp_path, quick(keep_checkpoints=2), tiny_model(3), val=False, resume="latest")
+    assert again.fit().step == 6
+    kept = {*saved[-2:], find_checkpoint(tmp_path, "best")}
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == kept and len(kept) < 6
 
 
 # Faults in the numbers
