@@ -103,7 +103,7 @@ def training_row(name: str, batch_size: int, changes: dict[str, Any], device: to
 def peer_row(name: str, batch_size: int, device: torch.device, peak: float) -> str:
     """transformers' Llama, compiled and in bf16, with the same fused optimizer."""
     shape = shape_of(name)
-    step = peer_step(PEERS[0], shape, batch_size, compiled=True, device=device.type)
+    step = peer_step(PEERS[0], shape, batch_size, compiled=True, bf16=True, device=device.type)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     rate = batch_size * shape.max_seq_len / seconds_each(step, device, 6, 3)

@@ -19,11 +19,12 @@ from llmcore.config import ModelConfig, TrainConfig
 from llmcore.files import PROJECT_ROOT
 from llmcore.memory import predict_memory
 from llmcore.planner import NO_GAPS, measure_memory, resident_bytes
-from tests.benchmarks.peers import PEERS, machine, peer_step
+from tests.benchmarks.peers import HAS_BF16, PEERS, machine, peer_step
 
 PRESET = config.preset("scifi-117M")[0]
 SMALL = ModelConfig(vocab_size=16_000, dim=320, n_layers=6, n_heads=5, hidden_dim=864, max_seq_len=1024)
 WIDE = PRESET.replace(n_layers=4)
+FAST = "bf16" if HAS_BF16 else "fp32"
 EAGER = TrainConfig(compile="off", precision="fp32", batch_size=8)
 
 
@@ -88,18 +89,18 @@ def beside_transformers(name: str, shape: ModelConfig, ways: list[tuple[str, str
 
 def peers() -> Iterator[str]:
     """A vocabulary that is large for its model."""
-    ways = [("fp32", "none"), ("bf16", "none"), ("bf16", "full")]
+    ways = [("fp32", "none"), *([("bf16", "none")] if HAS_BF16 else []), (FAST, "full")]
     yield from beside_transformers("18M, vocabulary 16000", SMALL, ways)
 
 
 def wide() -> Iterator[str]:
     """Blocks that are large for their vocabulary."""
-    yield from beside_transformers("117M with 4 layers", WIDE, [("bf16", "none"), ("bf16", "full")])
+    yield from beside_transformers("117M with 4 layers", WIDE, [(FAST, "none"), (FAST, "full")])
 
 
 def whole_preset() -> Iterator[str]:
     """scifi-117M at batch 4 and context 1024 with full checkpointing, float32 master weights."""
-    train = EAGER.replace(precision="bf16", batch_size=4, activation_checkpointing="full")
+    train = EAGER.replace(precision=FAST, batch_size=4, activation_checkpointing="full")
     line, peak = ours("scifi-117M", PRESET, train)
     yield line
     said.append(f"scifi-117M, batch 4: {peak / 1e9:.2f} GB (target 4)")

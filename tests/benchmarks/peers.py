@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmcore.config import ModelConfig
+from llmcore.device import pick_precision
 from llmcore.planner import RandomTokens
 
 PEERS = ("transformers Llama", "GPT-2 reference")
+HAS_BF16 = pick_precision("auto", torch.device("cpu")) == "bf16"  # without it a CPU is hundreds of times slower in it
 
 
 def transformers_llama(shape: ModelConfig) -> LlamaForCausalLM:
@@ -87,8 +89,8 @@ def peer_step(
     shape: ModelConfig,
     batch_size: int,
     compiled: bool,
+    bf16: bool,
     device: str = "cpu",
-    bf16: bool | None = None,
     checkpointing: bool = False,
 ) -> Callable[[], object]:
     """A plain training step of a peer: what its users would write.
@@ -98,8 +100,8 @@ def peer_step(
         shape: of the model.
         batch_size: windows.
         compiled: by torch.compile.
+        bf16: multiply in it.
         device: "cpu" or "cuda".
-        bf16: multiply in bf16; None: where it is compiled.
         checkpointing: transformers' own gradient checkpointing.
     """
     model: nn.Module = transformers_llama(shape) if peer == PEERS[0] else GPT(shape)
@@ -112,7 +114,7 @@ def peer_step(
 
     def take() -> None:
         x, y = (ids.to(device) for ids in data.batch(next(step), batch_size))
-        with torch.autocast(device, torch.bfloat16, enabled=compiled if bf16 is None else bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             # Hugging Face shifts the labels itself
             loss = run(input_ids=x, labels=x, use_cache=False).loss if peer == PEERS[0] else run(x, y)
         loss.backward()
