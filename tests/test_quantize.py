@@ -11,7 +11,9 @@ from torch import nn
 from llmcore.config import ModelConfig
 from llmcore.generate import generate_ids
 from llmcore.model import Transformer
-from llmcore.quantize import Int8Linear, int8_weights
+from llmcore.quantize import REDUCE_RANGE, Int8Linear, int8_weights
+
+ERROR = 2 if REDUCE_RANGE else 1  # inputs of 7 bits, as on a CPU without VNNI, are off by twice as much as of 8
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10_000), st.sampled_from([1e-30, 1e-3, 1.0, 1e4]))
@@ -38,7 +40,7 @@ def test_the_copy_predicts_nearly_the_same_and_leaves_the_model_alone(tied: bool
     tokens = torch.randint(500, (3, 50))
     with torch.no_grad():
         exact, near = model(tokens), small(tokens)
-    assert torch.nn.functional.cosine_similarity(exact.flatten(), near.flatten(), dim=0) > 0.995
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), near.flatten(), dim=0) > 1 - 0.005 * ERROR**2
     assert not torch.equal(exact, near)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(isinstance(module, nn.Linear) for module in small.modules())
@@ -51,7 +53,7 @@ def test_generation_with_a_cache_agrees_with_the_whole_pass() -> None:
     with torch.inference_mode():
         logits = small(torch.tensor([[5, 6, 7, *written]]))[0]
     for place, id in enumerate(written, start=2):
-        assert logits[place].max() - logits[place, id] < 0.02 * logits[place].std()
+        assert logits[place].max() - logits[place, id] < 0.02 * ERROR * logits[place].std()
 
 
 def test_another_device_is_refused_in_words() -> None:
