@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from llmcore.config import TrainConfig
+from llmcore.device import pick_precision
 from llmcore.model import Transformer
 
 
@@ -67,12 +68,13 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Each of (count, rows, columns), rows <= columns, with its singular values brought near one, in bf16.
+    """Each of (count, rows, columns), rows <= columns, with its singular values brought near one.
 
-    Newton and Schulz's iteration X <- aX + b(XXᵀ)X + c(XXᵀ)²X, which needs products only.
+    Newton and Schulz's iteration X <- aX + b(XXᵀ)X + c(XXᵀ)²X, which needs products only. bf16 is enough for it, but
+    where the device does not compute in that, its emulation would take longer than the rest of the step.
     """
     a, b, c = coefficients
-    x = matrices.bfloat16()
+    x = matrices.to(torch.bfloat16 if pick_precision("auto", matrices.device) == "bf16" else torch.float32)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
