@@ -110,6 +110,7 @@ def test_muon_orthogonalises_in_bf16_only_where_the_cpu_has_it(
         gram = exact @ exact.mT
         exact = a * exact + (b * gram + c * gram @ gram) @ exact
     near = orthogonalised(matrices, coefficients, 5, 1e-7)
+    assert near.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
     assert (near - exact).norm() < tolerance * exact.norm()
 
 
