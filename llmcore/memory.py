@@ -85,7 +85,10 @@ def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") 
 
     muon = matrices if train.optimizer == "muon" else 0
     largest = max(4 * model.n_heads * model.head_dim, 3 * model.hidden_dim) * model.dim * model.n_layers  # of one shape
-    orthogonal = 4 * muon + 10 * largest * (muon > 0)  # all updates; a stack in float32 and three in bf16
+    each = 2 if pick_precision("auto", torch.device(device)) == "bf16" else 4  # as in optim.orthogonalised
+    orthogonal = 4 * muon + (4 + 3 * each) * largest * (
+        muon > 0
+    )  # all updates; a stack in float32 and three to work in
 
     all_gradients = 4 * n_params
     earlier = all_gradients if train.grad_accum_steps > 1 else 0  # from the batches before
