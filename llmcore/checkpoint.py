@@ -114,12 +114,12 @@ def save_checkpoint(
         for file in sorted(temporary.iterdir()):
             fsync(file)
             hashes[file.name] = sha256_file(file)
-        last = max((saved_at for saved_at, _, _ in _finished(run_dir)), default=0.0)
+        later = math.nextafter(_last_saved(run_dir), math.inf)
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "loss": float(loss),
-            "saved_at": max(time.time(), math.nextafter(last, math.inf)),  # later, though clocks may jump back
+            "saved_at": max(time.time(), later),  # clocks may jump back
             "sha256": hashes,
         }
         write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -208,13 +208,17 @@ def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
 
     That is the order of steps, unless the run has gone back to an earlier one and on from there.
     """
-    return [path for _, _, path in _finished(Path(run_dir))]
+    found = [
+        (manifest["saved_at"], manifest["step"], path)
+        for path in Path(run_dir).glob("step=*")
+        if (manifest := read_manifest(path))
+    ]
+    return [path for _, _, path in sorted(found)]
 
 
-def _finished(run_dir: Path) -> list[tuple[float, int, Path]]:
-    """When each checkpoint was saved, at what step, and where; sorted."""
-    manifests = ((path, read_manifest(path)) for path in run_dir.glob("step=*"))
-    return sorted((manifest["saved_at"], manifest["step"], path) for path, manifest in manifests if manifest)
+def _last_saved(run_dir: Path) -> float:
+    """When a run saved last, by its manifests; 0 if it never did."""
+    return max(((read_manifest(path) or {}).get("saved_at", 0.0) for path in run_dir.glob("step=*")), default=0.0)
 
 
 def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
@@ -247,10 +251,7 @@ def find_checkpoint(folder: str | os.PathLike[str], which: str = "latest") -> Pa
         verify_checkpoint(folder)
         return folder
     runs = {path.parent for pattern in ("step=*", "*/step=*", "*/*/step=*") for path in folder.glob(pattern)}
-    newest = sorted(
-        runs, key=lambda run: max((read_manifest(p) or {}).get("saved_at", 0.0) for p in run.glob("step=*"))
-    )
-    for run in reversed(newest):
+    for run in sorted(runs, key=_last_saved, reverse=True):
         candidates = checkpoints(run)
         for path in sorted(set(run.glob("step=*")) - set(candidates)):
             warnings.warn(f"passed over: {shown(path)} has no readable manifest.json", stacklevel=2)

@@ -24,20 +24,21 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device itself computes in bf16: emulated, products take a hundred times as long."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def pick_precision(precision: str, device: torch.device) -> str:
     """The precision meant by "auto": bf16 where the device computes in it, fp16 on older GPUs, else fp32.
 
     Raises:
         TrainingError: for fp16 or bf16 on a device without it.
     """
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        has_bf16 = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    else:
-        has_bf16 = False
     if precision == "auto":
-        return "bf16" if has_bf16 else "fp16" if device.type == "cuda" else "fp32"
+        return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
     if precision == "fp16" and device.type != "cuda":
         raise TrainingError(f"precision='fp16' needs a CUDA device, not {device}; use auto, bf16 or fp32")
     if precision == "bf16" and device.type == "mps":

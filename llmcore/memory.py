@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llmcore.config import ModelConfig, TrainConfig
-from llmcore.device import pick_precision
+from llmcore.device import has_bf16, pick_precision
 from llmcore.model import CHUNK_ABOVE, LOSS_CHUNK, SHORT
 from llmcore.runs import TrainingError
 
@@ -85,10 +85,8 @@ def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") 
 
     muon = matrices if train.optimizer == "muon" else 0
     largest = max(4 * model.n_heads * model.head_dim, 3 * model.hidden_dim) * model.dim * model.n_layers  # of one shape
-    each = 2 if pick_precision("auto", torch.device(device)) == "bf16" else 4  # as in optim.orthogonalised
-    orthogonal = 4 * muon + (4 + 3 * each) * largest * (
-        muon > 0
-    )  # all updates; a stack in float32 and three to work in
+    stacks = 4 + 3 * (2 if has_bf16(torch.device(device)) else 4)  # one in float32, three to orthogonalise in
+    orthogonal = 4 * muon + stacks * largest * (muon > 0)  # all updates, and one shape's
 
     all_gradients = 4 * n_params
     earlier = all_gradients if train.grad_accum_steps > 1 else 0  # from the batches before

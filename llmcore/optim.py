@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from llmcore.config import TrainConfig
-from llmcore.device import pick_precision
+from llmcore.device import has_bf16
 from llmcore.model import Transformer
 
 
@@ -74,7 +74,7 @@ def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], s
     where the device does not compute in that, its emulation would take longer than the rest of the step.
     """
     a, b, c = coefficients
-    x = matrices.to(torch.bfloat16 if pick_precision("auto", matrices.device) == "bf16" else torch.float32)
+    x = matrices.to(torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT

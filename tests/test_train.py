@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llmcore.checkpoint import CheckpointError, checkpoints, find_checkpoint, load_checkpoint
 from llmcore.config import TrainConfig
+from llmcore.device import has_bf16
 from llmcore.model import Transformer
 from llmcore.optim import Muon, build_optimizers, learning_rate_at, orthogonalised
 from llmcore.runs import TrainingError, new_run_dir, read_metrics
@@ -97,11 +98,11 @@ def test_wsd_is_flat_and_then_a_line() -> None:
     assert [learning_rate_at(step, config) for step in (0, 80, 85, 90, 99)] == pytest.approx([1, 1, 0.75, 0.5, 0.05])
 
 
-@pytest.mark.parametrize(("has_bf16", "tolerance"), [(True, 0.02), (False, 1e-5)])
+@pytest.mark.parametrize(("supported", "tolerance"), [(True, 0.02), (False, 1e-5)])
 def test_muon_orthogonalises_in_bf16_only_where_the_cpu_has_it(
-    has_bf16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    supported: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     a, b, c = coefficients = (3.4445, -4.775, 2.0315)
     matrices = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
@@ -110,7 +111,7 @@ def test_muon_orthogonalises_in_bf16_only_where_the_cpu_has_it(
         gram = exact @ exact.mT
         exact = a * exact + (b * gram + c * gram @ gram) @ exact
     near = orthogonalised(matrices, coefficients, 5, 1e-7)
-    assert near.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert near.dtype == (torch.bfloat16 if supported else torch.float32)
     assert (near - exact).norm() < tolerance * exact.norm()
 
 
@@ -130,7 +131,8 @@ def test_muon_on_many_matrices_at_once_is_torchs_muon(nesterov: bool) -> None:
             optimizer.step()
     for before, one, other in zip(start, ours, theirs, strict=True):
         moved = (other - before).norm()
-        assert (one - other).norm() < 0.02 * moved  # bf16 has eight bits
+        # bf16 has eight bits; without it ours are float32's
+        assert (one - other).norm() < (0.01 if has_bf16(torch.device("cpu")) else 0.02) * moved
     assert pair[0].state_dict()["param_groups"] == pair[1].state_dict()["param_groups"]
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(pair[0].state[one]["momentum_buffer"], pair[1].state[other]["momentum_buffer"])

@@ -15,14 +15,14 @@ from llmcore.config import ModelConfig
 from llmcore.generate import generate_ids
 from llmcore.model import Transformer
 from llmcore.quantize import int8_weights
-from tests.benchmarks.peers import HAS_BF16, machine, ratio, take_turns, transformers_llama
+from tests.benchmarks.peers import FAST, machine, ratio, take_turns, transformers_llama
 
 STORIES = ModelConfig(
     vocab_size=32000, dim=288, n_layers=6, n_heads=6, hidden_dim=768, max_seq_len=256, tie_embeddings=True
 )
 SIZES = {"15M": STORIES, "117M": config.preset("scifi-117M")[0]}
 PROMPT, NEW, TOGETHER = 16, 64, 16  # tokens, tokens, prompts
-BYTES = {"float32": 4, **({"bfloat16": 2} if HAS_BF16 else {}), "int8": 1}  # of a weight
+BYTES = {"float32": 4, **({"bfloat16": 2} if FAST == "bf16" else {}), "int8": 1}  # of a weight
 
 
 def copy_bandwidth() -> float:

@@ -19,12 +19,11 @@ from llmcore.config import ModelConfig, TrainConfig
 from llmcore.files import PROJECT_ROOT
 from llmcore.memory import predict_memory
 from llmcore.planner import NO_GAPS, measure_memory, resident_bytes
-from tests.benchmarks.peers import HAS_BF16, PEERS, machine, peer_step
+from tests.benchmarks.peers import FAST, PEERS, machine, peer_step
 
 PRESET = config.preset("scifi-117M")[0]
 SMALL = ModelConfig(vocab_size=16_000, dim=320, n_layers=6, n_heads=5, hidden_dim=864, max_seq_len=1024)
 WIDE = PRESET.replace(n_layers=4)
-FAST = "bf16" if HAS_BF16 else "fp32"
 EAGER = TrainConfig(compile="off", precision="fp32", batch_size=8)
 
 
@@ -89,8 +88,8 @@ def beside_transformers(name: str, shape: ModelConfig, ways: list[tuple[str, str
 
 def peers() -> Iterator[str]:
     """A vocabulary that is large for its model."""
-    ways = [("fp32", "none"), *([("bf16", "none")] if HAS_BF16 else []), (FAST, "full")]
-    yield from beside_transformers("18M, vocabulary 16000", SMALL, ways)
+    ways = dict.fromkeys([("fp32", "none"), (FAST, "none"), (FAST, "full")])  # without the second where it is the first
+    yield from beside_transformers("18M, vocabulary 16000", SMALL, list(ways))
 
 
 def wide() -> Iterator[str]:

@@ -16,14 +16,14 @@ from llmcore.config import ModelConfig, TrainConfig
 from llmcore.model import Transformer
 from llmcore.planner import RandomTokens
 from llmcore.train import Trainer
-from tests.benchmarks.peers import HAS_BF16, PEERS, machine, peer_step, ratio, take_turns
+from tests.benchmarks.peers import FAST, PEERS, machine, peer_step, ratio, take_turns
 
 SMALL = ModelConfig(
     vocab_size=8000, dim=320, n_layers=6, n_heads=5, hidden_dim=864, max_seq_len=256, tie_embeddings=True
 )
 SIZES = {"10M": (SMALL, 8, 11), "117M": (config.preset("scifi-117M")[0], 1, 4)}  # shape, batch, rounds
 OURS = "llmcore"
-EAGER, COMPILED = "eager fp32", f"compiled {'bf16' if HAS_BF16 else 'fp32'}"
+EAGER, COMPILED = "eager fp32", f"compiled {FAST}"
 
 
 def our_step(shape: ModelConfig, batch_size: int, compiled: bool) -> Callable[[], object]:
@@ -46,7 +46,8 @@ def measure(size: str) -> tuple[list[str], list[str]]:
     for words, compiled in ((EAGER, False), (COMPILED, True)):
         contestants[f"{OURS}, {words}"] = (our_step, shape, batch_size, compiled)
         for peer in PEERS:
-            contestants[f"{peer}, {words}"] = (peer_step, peer, shape, batch_size, compiled, compiled and HAS_BF16)
+            bf16 = compiled and FAST == "bf16"
+            contestants[f"{peer}, {words}"] = (peer_step, peer, shape, batch_size, compiled, bf16)
     seconds = take_turns(contestants, rounds)
     tokens = batch_size * shape.max_seq_len
     base = f"{OURS}, {COMPILED}"
