@@ -7,9 +7,10 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
 import os
 import shutil
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,44 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(file: Path, schema: Mapping[str, Any] | None = None) -> Any:
+    """The content of a JSON file, checked before anybody uses it.
+
+    Args:
+        file: UTF-8.
+        schema: what it must look like: a JSON Schema (draft 4, where 1.0 is no integer). None: any JSON.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: naming the file, and the field that is not as it must be.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{shown(file)} cannot be used: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{shown(file)} is not JSON: {error}") from None
+    check_json(content, schema or {}, shown(file))
+    return content
+
+
+def check_json(content: Any, schema: Mapping[str, Any], source: str) -> None:
+    """Compare JSON values with a JSON Schema (draft 4).
+
+    Raises:
+        ValueError: naming the source and the first field that is not as it must be.
+    """
+    from jsonschema import Draft4Validator  # here, because it takes longer to import than most runs need it
+
+    error = next(
+        iter(sorted(Draft4Validator(schema).iter_errors(content), key=lambda error: list(map(str, error.path)))), None
+    )
+    if error is not None:
+        field = ".".join(map(str, error.absolute_path))
+        message = error.message if len(error.message) < 200 else f"{error.message[:200]}…"
+        raise ValueError(f"{source} cannot be used: {f'{field}: ' if field else ''}{message}")
 
 
 def find_texts(folder: Path) -> list[Path]:
