@@ -1,65 +1,78 @@
-# Targets make .venv themselves unless an environment is active (a virtual one or conda's).
+# Targets make .venv themselves unless an environment is active (a virtual one or conda's): that one is used then.
+# demo and lab install what the notebooks need, the test targets add theirs to the same environment.
+# The folder's own name stands nowhere but in "$$PWD", so that it may hold spaces; for the same reason all programs of
+# the environment are called as modules: a script of a virtual environment names its python in a line that may break.
 PYTHON ?= python3
 ifneq ($(VIRTUAL_ENV)$(CONDA_PREFIX),)
-BIN :=
+PY := python
 READY := build/.installed
+NEW_ENVIRONMENT = mkdir -p build
 else
-BIN := .venv/bin/
+PY := .venv/bin/python
 READY := .venv/.installed
+NEW_ENVIRONMENT = test -x .venv/bin/python || "$(PYTHON)" -m venv .venv
 endif
+TEST_READY := $(READY)-test
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-fast test-browser lint lab notebooks bench clean
+# Options of JupyterLab: make lab LAB="--ip=0.0.0.0 --port=9000". It refuses to run as root, the only user of many
+# containers, unless told to.
+LAB ?= --ip=localhost
+AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.PHONY: demo test test-fast test-browser lint lab notebooks bench lock clean
 
 # Notebooks 1 to 5, one after the other, at their default parameters: about 7 minutes on two CPU cores. The sixth takes
 # longer, and trains what the others have shown.
 demo: $(READY)
-	$(BIN)python -m tests.demo
+	$(PY) -m tests.demo
 
 # Everything: llmcore, the notebooks by nbval and papermill, the pairing.
-test: $(READY)
-	$(BIN)python -m pytest -m "not slow"
-	$(BIN)python -m pytest -m slow
-	$(BIN)python -m tests.run_nbval
+test: $(TEST_READY)
+	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m slow
+	$(PY) -m tests.run_nbval
 
 # Only what takes seconds.
-test-fast: $(READY)
-	$(BIN)python -m pytest -m "not slow"
+test-fast: $(TEST_READY)
+	$(PY) -m pytest -m "not slow"
 
 # A real JupyterLab in headless Chromium: the widgets are used, screenshots go to outputs/screenshots/.
-test-browser: $(READY)
-	$(BIN)python -m pytest tests/browser.py
+test-browser: $(TEST_READY)
+	$(PY) -m pytest tests/browser.py
 
-lint: $(READY)
-	$(BIN)ruff check .
-	$(BIN)ruff format --check .
-	$(BIN)mypy
+lint: $(TEST_READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # .jupyter/ keeps JupyterLab from asking about news and looking for updates.
 lab: $(READY)
-	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)jupyter lab --LabApp.default_url=/lab/tree/notebooks
+	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(PY) -m jupyterlab $(LAB) $(AS_ROOT) --LabApp.default_url=/lab/tree/notebooks
 
 # Execute the notebooks and store their outputs, after an edit of their .py halves.
 notebooks: $(READY)
-	$(BIN)python -m tests.render
+	$(PY) -m tests.render
 
 # Speed beside transformers and a plain GPT-2; quiet machines give better numbers.
 bench: $(READY)
-	$(BIN)python -W ignore -m tests.benchmarks
+	$(PY) -W ignore -m tests.benchmarks
+
+# Both lock files anew from pyproject.toml, after an edit of its dependencies.
+lock: $(READY)
+	$(PY) -m tests.tools.lock
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: whatever else asks for it then finds it there, and takes no other build.
-.venv/.installed: requirements.lock pyproject.toml
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+$(READY): requirements.lock pyproject.toml
+	$(NEW_ENVIRONMENT)
+	$(PIP_INSTALL) $$(grep '^torch==' requirements.lock)
+	$(PIP_INSTALL) -r requirements.lock
+	$(PIP_INSTALL) --no-deps -e .
 	touch $@
 
-build/.installed: requirements.lock pyproject.toml
-	mkdir -p build
-	python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
-	python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+$(TEST_READY): $(READY) requirements-test.lock
+	$(PIP_INSTALL) -r requirements-test.lock
 	touch $@

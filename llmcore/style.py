@@ -25,13 +25,20 @@ P = ParamSpec("P")
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#666666"
+# As matplotlib calls them. The package's "Noto Sans SC" is not among them: as a system's variable font it comes out thin.
 SYSTEM_FONTS = (
     "Noto Sans CJK SC",
     "Source Han Sans SC",
+    "Source Han Sans CN",
     "PingFang SC",
+    "Hiragino Sans GB",
     "Microsoft YaHei",
+    "WenQuanYi Micro Hei",
     "WenQuanYi Zen Hei",
+    "Noto Sans CJK JP",  # all glyphs too; an older matplotlib sees only this first one of the file's fonts
     "SimHei",
+    "Heiti TC",
+    "Arial Unicode MS",
 )
 
 
@@ -61,22 +68,40 @@ def png(figure: Figure, live: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+def draws_chinese(family: str) -> bool:
+    """Whether matplotlib finds a font of this name, its file is there, and it has glyphs for Chinese text."""
+    try:
+        path = font_manager.findfont(
+            font_manager.FontProperties(family=[family]), fallback_to_default=False, rebuild_if_missing=False
+        )
+        font = font_manager.get_font(path)
+    except (ValueError, OSError, RuntimeError):  # no such font, no such file, a broken file
+        return False
+    return all(font.get_char_index(ord(character)) for character in "汉語，")
+
+
 @functools.cache
 def chinese_font() -> str | None:
-    """Name of a font with Chinese glyphs: the one installed as a package, else one of the system's."""
-    try:
-        file = importlib.resources.files("pylopdf_fonts_zh_cn") / "NotoSansSC-Regular.otf"
-        font_manager.fontManager.addfont(str(file))
-        regular = font_manager.fontManager.ttflist[-1]
-        # only the regular weight is packaged: let it stand for the bold one too, lest each bold title warn
-        font_manager.fontManager.ttflist.append(dataclasses.replace(regular, weight=700))
-        return regular.name
-    except (ModuleNotFoundError, FileNotFoundError):
-        installed = {font.name for font in font_manager.fontManager.ttflist}
-        found = next((name for name in SYSTEM_FONTS if name in installed), None)
-        if found is None:
-            warnings.warn("no font with Chinese glyphs: pip install pylopdf-fonts-zh-cn", stacklevel=2)
-        return found
+    """Name of a font with Chinese glyphs: one of the system's, else the one installed as a package."""
+    manager = font_manager.fontManager
+    found = next(filter(draws_chinese, SYSTEM_FONTS), None)
+    if found is None:
+        try:
+            file = importlib.resources.files("pylopdf_fonts_zh_cn") / "NotoSansSC-Regular.otf"
+            manager.addfont(str(file))
+            found = manager.ttflist[-1].name
+        except (ModuleNotFoundError, FileNotFoundError):
+            warnings.warn(
+                "no font with Chinese glyphs, so figures show boxes: install one, such as Noto Sans CJK SC (Debian: "
+                f"fonts-noto-cjk), and remove {matplotlib.get_cachedir()}; or: pip install pylopdf-fonts-zh-cn",
+                stacklevel=2,
+            )
+            return None
+    # where only the regular weight is there, let it stand for the bold one too, lest each bold title warn
+    faces = [font for font in manager.ttflist if font.name == found]
+    if not any(font.weight in (700, "bold") for font in faces):
+        manager.ttflist.append(dataclasses.replace(faces[0], weight=700))
+    return found
 
 
 def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import io
+import logging
 import math
+import sys
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from llmcore import plots
+from llmcore import plots, style
 from llmcore.evaluate import Evaluation, Score
 from llmcore.runs import find_runs, read_metrics
 
@@ -237,3 +241,48 @@ def test_the_chinese_font_has_every_character_of_the_novel(sanguo: Path) -> None
     characters = set("".join(path.read_text(encoding="utf-8") for path in sanguo.iterdir())) - {"\n", " "}
     known = FT2Font(font_manager.findfont(name)).get_charmap()
     assert len([c for c in characters if ord(c) not in known]) <= 3  # rare characters that fonts do not draw
+
+
+def chinese_font_where(fonts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """What `chinese_font` answers on a machine that has matplotlib's own fonts and these, by name and file."""
+    own = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+    entries = [
+        font_manager.FontEntry(fname=file, name=name, weight=400, size="scalable") for name, file in fonts.items()
+    ]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own + entries)
+    font_manager.fontManager._findfont_cached.cache_clear()
+    return style.chinese_font.__wrapped__()
+
+
+def test_a_chinese_font_of_the_system_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(importlib.resources.files("pylopdf_fonts_zh_cn") / "NotoSansSC-Regular.otf")
+    assert chinese_font_where({"SimHei": file, "Microsoft YaHei": file}, monkeypatch) == "Microsoft YaHei"
+    assert Path(font_manager.findfont(font_manager.FontProperties(family="Microsoft YaHei", weight="bold"))) == Path(
+        file
+    )
+
+
+def test_a_system_font_without_glyphs_or_file_is_passed_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"no font at all")
+    useless = {"Noto Sans CJK SC": font_manager.findfont("DejaVu Sans"), "PingFang SC": str(tmp_path / "gone.ttf")}
+    assert chinese_font_where({**useless, "SimHei": str(broken)}, monkeypatch) == "Noto Sans SC"  # the package's
+
+
+def test_no_chinese_font_is_one_warning_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pylopdf_fonts_zh_cn", None)
+    with pytest.warns(UserWarning, match=r"Noto Sans CJK SC .* pip install pylopdf-fonts-zh-cn"):
+        assert chinese_font_where({}, monkeypatch) is None
+
+
+def test_bold_titles_do_not_warn_of_a_regular_font(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = str(importlib.resources.files("pylopdf_fonts_zh_cn") / "NotoSansSC-Regular.otf")
+    name = chinese_font_where({"WenQuanYi Zen Hei": file}, monkeypatch)
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = Figure()
+        figure.suptitle("却说曹操", fontweight="bold", fontfamily=["DejaVu Sans", name])
+        plots.png(figure)
+    assert not caplog.records
