@@ -25,7 +25,7 @@ P = ParamSpec("P")
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#666666"
-# As matplotlib calls them. The package's "Noto Sans SC" is not among them: as a system's variable font it comes out thin.
+# As matplotlib calls them. "Noto Sans SC" is not among them: a system has it as a variable font, which comes out thin.
 SYSTEM_FONTS = (
     "Noto Sans CJK SC",
     "Source Han Sans SC",

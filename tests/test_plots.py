@@ -246,9 +246,7 @@ def test_the_chinese_font_has_every_character_of_the_novel(sanguo: Path) -> None
 def chinese_font_where(fonts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str | None:
     """What `chinese_font` answers on a machine that has matplotlib's own fonts and these, by name and file."""
     own = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
-    entries = [
-        font_manager.FontEntry(fname=file, name=name, weight=400, size="scalable") for name, file in fonts.items()
-    ]
+    entries = [font_manager.FontEntry(fname=fonts[name], name=name, weight=400, size="scalable") for name in fonts]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", own + entries)
     font_manager.fontManager._findfont_cached.cache_clear()
     return style.chinese_font.__wrapped__()
@@ -257,9 +255,7 @@ def chinese_font_where(fonts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -
 def test_a_chinese_font_of_the_system_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     file = str(importlib.resources.files("pylopdf_fonts_zh_cn") / "NotoSansSC-Regular.otf")
     assert chinese_font_where({"SimHei": file, "Microsoft YaHei": file}, monkeypatch) == "Microsoft YaHei"
-    assert Path(font_manager.findfont(font_manager.FontProperties(family="Microsoft YaHei", weight="bold"))) == Path(
-        file
-    )
+    assert font_manager.findfont("Microsoft YaHei") == file
 
 
 def test_a_system_font_without_glyphs_or_file_is_passed_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

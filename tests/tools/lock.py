@@ -55,7 +55,7 @@ def resolve(extras: str, constraints: Path) -> dict[str, str]:
 
 def main() -> None:
     """Resolve both sets, the larger one with the pins of the smaller one, and write the two files."""
-    markers = {canonicalize_name(r.name): r.marker for r in extra("test") if r.marker}
+    markers = {canonicalize_name(r.name): f" ; {r.marker}" for r in extra("test") if r.marker}
     kept = [f"{pin.name}{pin.specifier}" for pin in (*read_lock(SMALL), *read_lock(FULL))]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
@@ -67,10 +67,7 @@ def main() -> None:
     def lines(versions: dict[str, str]) -> str:
         """One pin a line, in the order of the alphabet, but torch first."""
         names = sorted(versions, key=lambda name: (name != "torch", canonicalize_name(name)))
-        marked = {
-            name: f" ; {markers[canonicalize_name(name)]}" for name in names if canonicalize_name(name) in markers
-        }
-        return "".join(f"{name}=={versions[name]}{marked.get(name, '')}\n" for name in names)
+        return "".join(f"{name}=={versions[name]}{markers.get(canonicalize_name(name), '')}\n" for name in names)
 
     SMALL.write_text(SMALL_HEAD + lines(small), encoding="utf-8")
     FULL.write_text(FULL_HEAD + lines({n: v for n, v in both.items() if n not in small}), encoding="utf-8")
