@@ -18,8 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Relative paths start here; tests and parallel runs set the variable to keep their files apart.
-PROJECT_ROOT = Path(os.environ.get("LLM_WORKBOOK_ROOT") or Path(__file__).parent.parent).resolve()
+# Relative paths start here; tests and parallel runs set the variable to keep their files apart. Where the package was
+# installed without the project (`pip install .`), they start in the working folder, not among the installed packages.
+_beside = Path(__file__).parent.parent
+PROJECT_ROOT = Path(
+    os.environ.get("LLM_WORKBOOK_ROOT") or (_beside if (_beside / "pyproject.toml").is_file() else Path.cwd())
+).resolve()
 
 READ_BYTES = 1 << 16  # at a time, of a text; the C library keeps larger pieces of memory for itself
 
