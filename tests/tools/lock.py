@@ -22,11 +22,18 @@ SMALL_HEAD = "# Made by `make lock`: what the notebooks need, in the versions th
 FULL_HEAD = "# Made by `make lock`: what the tests add.\n-r requirements.lock\n"
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def dependencies() -> list[Requirement]:
+    """What pyproject.toml's package needs by itself."""
+    return [Requirement(line) for line in PROJECT["dependencies"]]
+
+
 def extra(name: str) -> list[Requirement]:
-    """What one of pyproject.toml's extras asks for, the package's own dependencies and the extras in it included."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found = [Requirement(line) for line in project["dependencies"]]
-    for requirement in map(Requirement, project["optional-dependencies"][name]):
+    """What the package needs with one of its extras; an extra may name others."""
+    found = dependencies()
+    for requirement in map(Requirement, PROJECT["optional-dependencies"][name]):
         inner = [r for of in sorted(requirement.extras) for r in extra(of)] if requirement.name == "llmcore" else []
         found += inner or [requirement]
     return found
