@@ -78,6 +78,7 @@ def test_what_demo_lab_and_bench_import_is_in_the_small_lock() -> None:
     assert not {module: names for module, names in found.items() if not names & pins(lock.SMALL).keys()}
 
 
+@pytest.mark.slow
 def test_the_core_needs_nothing_of_the_notebooks_packages() -> None:
     own = {canonicalize_name(requirement.name) for requirement in lock.extra("lab")}
     own -= {canonicalize_name(requirement.name) for requirement in lock.dependencies()}
