@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -69,6 +71,68 @@ def assert_same_weights(a: Checkpoint, b: Checkpoint) -> None:
         assert tensor.dtype == theirs[name].dtype
         assert torch.equal(tensor, theirs[name]), name
     assert a.model.config == b.model.config
+
+
+# All formats
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dummy-prefix": {"add_dummy_prefix": True},
+    "squeezed": {"remove_extra_whitespaces": True},
+    "nfkc": {"normalization_rule_name": "nmt_nfkc"},
+    "own-symbols": {"user_defined_symbols": ["<sep>", "\n"]},
+    "space-behind": {"treat_whitespace_as_suffix": True, "add_dummy_prefix": True},
+    "no-bytes": {"byte_fallback": False, "vocab_size": 90},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_export_gives_the_same_ids_or_warns(kind: str, english: Path, tmp_path: Path) -> None:
+    """What a SentencePiece model may do to a text, and what each program makes of it."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=sorted(map(str, english.glob("*.txt"))), model_prefix=str(tmp_path / "one"), model_type="bpe",
+        **{"vocab_size": 350, "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2,
+        "remove_extra_whitespaces": False, "add_dummy_prefix": False, **KINDS[kind]},
+    )  # fmt: skip
+    ours = made(Tokenizer(tmp_path / "one.model"))
+    assert ours.tokenizer
+    warned = {}
+    for export in (to_hf, to_gguf, to_llama2c):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            export(ours, tmp_path / export.__name__)
+        warned[export] = [str(one.message) for one in said if "tokenizer" in str(one.message)]
+        assert all(one.filename == __file__ for one in said if "tokenizer" in str(one.message))
+    texts = ["the old captain", "a  b", "  x ", "<sep>star<sep>", "ＡＢ １ﬁ", "écolé", "rain\nmap"]
+    same = {
+        to_hf: bool(warned[to_hf])
+        or [AutoTokenizer.from_pretrained(tmp_path / "to_hf")(text)["input_ids"] for text in texts]
+        == [ours.tokenizer.encode(text) for text in texts]
+    }
+    theirs = LlamaCpp(tmp_path / "to_gguf")
+    with contextlib.suppress(urllib.error.HTTPError):  # 500: it has no piece
+        own = ours.tokenizer._processor.encode
+        same[to_gguf] = [theirs.tokenize(text) for text in texts] == [own(text) for text in texts]
+    assert same[to_hf]
+    assert same.get(to_gguf, False) != bool(warned[to_gguf]), "it warns if and only if the ids differ"
+    assert bool(warned[to_llama2c]) == (kind != "plain")
+
+
+def test_a_failed_llama2c_export_leaves_both_files_as_they_were(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_llama2c(made(tokenizer), tmp_path / "model.bin")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        to_llama2c(made(tokenizer, n_layers=1), tmp_path / "model.bin")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_of_any_name_can_be_exported(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = dataclasses.replace(made(tokenizer), path=Path(os.fsdecode(b"run-\xff\n"), "step=1"))
+    LlamaCpp(to_gguf(ours, tmp_path / "model.gguf"))
 
 
 # Hugging Face
