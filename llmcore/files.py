@@ -256,7 +256,7 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(folder: Path, wait: bool) -> int | None:
+def lock_folder(folder: Path, wait: bool) -> int | None:
     """Lock a folder for this process. The system gives the lock back when the descriptor closes, or the process ends.
 
     Returns:
@@ -283,13 +283,13 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     Each of these folders is locked while its process lives, so those of others are left alone.
     """
     for leftover in Path(parent).glob(".llmcore-*.tmp"):
-        lock = _lock(leftover, wait=False)
+        lock = lock_folder(leftover, wait=False)
         if lock is not None:
             shutil.rmtree(leftover, ignore_errors=True)
             os.close(lock)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=".llmcore-", suffix=".tmp", dir=parent))
-        lock = _lock(folder, wait=True)
+        lock = lock_folder(folder, wait=True)
         if folder.exists():  # else another process took it for a leftover before it was locked
             break
         if lock is not None:
