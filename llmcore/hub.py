@@ -10,12 +10,14 @@ from typing import Any
 
 from llmcore.checkpoint import Checkpoint
 from llmcore.export import AnyCheckpoint, from_hf, open_checkpoint, to_hf
+from llmcore.files import resolve, temporary_folder
 from llmcore.formats import HF_FILES
+from llmcore.hub_token import hub_failure, hub_token
 from llmcore.runs import read_metrics
 
 
 class HubError(RuntimeError):
-    """The Hub could not be reached, or refused. The message says what to do."""
+    """The Hub could not be reached, or refused. The message says what to do, and never shows a token."""
 
 
 def push_to_hub(
@@ -28,22 +30,24 @@ def push_to_hub(
         repo_id: "<user or organisation>/<name>"; made if it is not there.
         data: what the model was trained on, in words, for the card.
         private: whether a new repository is.
-        token: for this call only, and never written anywhere. None: what `hf auth login` or HF_TOKEN has set up.
+        token: for this call only, and never written anywhere nor shown; white space around it is dropped. None: what
+            `hf auth login` or HF_TOKEN has set up.
 
     Returns:
         The address of the commit.
 
     Raises:
         CheckpointError: if there is no such checkpoint.
-        HubError: if the upload failed.
+        HubError: if the upload failed, or the token cannot be one.
     """
     import huggingface_hub  # here, because only the Hub's functions need it
 
+    secret = _token(token)
     checkpoint = open_checkpoint(checkpoint)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = to_hf(checkpoint, Path(temporary) / "model")
+    with temporary_folder(Path(tempfile.gettempdir())) as temporary:
+        folder = to_hf(checkpoint, temporary / "model")
         write_card(checkpoint, folder, repo_id, data)
-        api = huggingface_hub.HfApi(token=token)
+        api = huggingface_hub.HfApi(token=None if token is None else secret)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit: Any = api.upload_folder(
@@ -51,9 +55,9 @@ def push_to_hub(
             )
         except Exception as error:  # the library raises its HTTP client's errors too
             raise HubError(
-                f"could not upload to {repo_id} ({type(error).__name__}: {error}). Log in with `hf auth login`, or set "
+                f"could not upload to {repo_id} ({hub_failure(error, secret)}). Log in with `hf auth login`, or set "
                 "HF_TOKEN to a token that may write there"
-            ) from error
+            ) from None  # the error itself may show the token
     return str(commit.commit_url)
 
 
@@ -76,22 +80,32 @@ def from_hub(
     Raises:
         FormatError: if it is not a Llama that our model can follow.
         CheckpointError: for weights that do not fit.
-        HubError: if the download failed.
+        HubError: if the download failed, or the token cannot be one.
     """
     import huggingface_hub
 
-    folder = repo_id
-    if not Path(repo_id).is_dir():
+    folder = resolve(repo_id)
+    if not folder.is_dir():
+        secret = _token(token)
         wanted = [name for name in HF_FILES if not name.startswith(("README", "training"))]
         wanted += ["model-*.safetensors", "model.safetensors.index.json"]
         try:
-            folder = huggingface_hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted)
+            options: dict[str, Any] = {"revision": revision, "allow_patterns": wanted}
+            options["token"] = None if token is None else secret
+            folder = Path(huggingface_hub.snapshot_download(repo_id, **options))
         except Exception as error:
             raise HubError(
-                f"could not download {repo_id} ({type(error).__name__}: {error}). Check its name; if it is private, "
+                f"could not download {repo_id} ({hub_failure(error, secret)}). Check its name; if it is private, "
                 "log in with `hf auth login`"
-            ) from error
+            ) from None
     return from_hf(folder, device, max_seq_len)
+
+
+def _token(token: str | None) -> str | None:
+    try:
+        return hub_token(token)
+    except ValueError as error:
+        raise HubError(str(error)) from None
 
 
 def write_card(checkpoint: Checkpoint, folder: Path, name: str, data: str = "") -> None:

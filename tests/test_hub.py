@@ -7,15 +7,19 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmcore.checkpoint import load_checkpoint
 from llmcore.export import to_hf
-from llmcore.hub import from_hub, write_card
+from llmcore.hub import HubError, from_hub, push_to_hub, write_card
+from llmcore.hub_token import hub_failure, hub_token
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
@@ -72,6 +76,7 @@ class ModelHub(Hub):
         self.RequestHandlerClass = ModelAnswer
         self.asked_by: set[str | None] = set()
         self.visibility: list[str] = []
+        self.refuses = False  # with a message that repeats the token
 
 
 class ModelAnswer(Answer):
@@ -83,7 +88,13 @@ class ModelAnswer(Answer):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked_by.add(self.headers["Authorization"])
         here = "http://" + self.headers["Host"]
-        if self.path == "/api/repos/create":
+        if self.server.refuses:
+            self.send_response(403)
+            self.send_header("X-Error-Message", f"not allowed: {self.headers['Authorization']}")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+        elif self.path == "/api/repos/create":
             self.server.visibility.append(json.loads(body)["visibility"])
             self._json({"url": f"{here}/{REPO}"})
         elif "/preupload/" in self.path:
@@ -154,6 +165,52 @@ assert theirs.tokenizer.fingerprint == ours.tokenizer.fingerprint
     assert any(path.name == "model.safetensors" and home in path.parents for path in written)
     for content in (*hub.files.values(), *(path.read_bytes() for path in written), done.stdout.encode()):
         assert TOKEN.encode() not in content
+
+
+ODD = ["\n", "\r", "\0", "\t", " ", "é", "\u2028", "\ud800", '"', "\\", "\x1b"]
+
+
+@given(st.sampled_from(["", "\n", " ", "\r\n", "\t\n", "\u3000"]), st.sampled_from(["", "\n", "\r\n", " \n"]))
+def test_white_space_around_a_token_is_dropped(before: str, after: str) -> None:
+    assert hub_token(before + TOKEN + after) == TOKEN
+
+
+@pytest.mark.parametrize("token", [*(f"hf_x1y2z3{sign}x1y2z3" for sign in ODD), "", " \n", b"hf_x1y2z3", 12345678])
+def test_a_token_that_cannot_be_one_is_refused_unshown(token: object) -> None:
+    for call in (lambda: from_hub(REPO, token=token), lambda: push_to_hub("nowhere", REPO, token=token)):  # type: ignore[arg-type]
+        with pytest.raises(HubError, match=r"the argument token .*(copy it again|cannot be read)") as error:
+            call()
+        shown = "".join(traceback.format_exception(error.value))
+        assert "x1y2z3" not in shown and "12345678" not in shown
+
+
+@pytest.mark.parametrize("sign", [sign for sign in ODD if sign not in "\n\r\0\ud800"])
+def test_a_token_of_the_environment_is_refused_unshown(sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", f"hf_x1y2z3{sign}x1y2z3\n")
+    with pytest.raises(HubError, match="the token of HF_TOKEN or `hf auth login`") as error:
+        from_hub(REPO)
+    assert "x1y2z3" not in "".join(traceback.format_exception(error.value))
+    monkeypatch.setenv("HF_TOKEN", f" {TOKEN}\r\n")
+    assert hub_token() == TOKEN
+
+
+def test_a_failure_is_told_without_the_token() -> None:
+    error = OSError(f"Illegal header value b'Bearer {TOKEN}' of {TOKEN}")
+    assert hub_failure(error, TOKEN) == "OSError: Illegal header value b'Bearer [token]' of [token]"
+    assert "Bearer" in hub_failure(error, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_what_the_hub_repeats_of_a_token_is_not_shown(by: str, run: Path, hub: ModelHub, tmp_path: Path) -> None:
+    hub.refuses = True
+    endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+    argument = f", token={TOKEN!r} + chr(10)" if by == "argument" else ""
+    more = {"HF_TOKEN": TOKEN + "\n"} if by == "environment" else {}
+    done = elsewhere(f"push_to_hub({str(run)!r}, {REPO!r}{argument})", endpoint, tmp_path / "home", **more)
+    assert hub.asked_by == {f"Bearer {TOKEN}"}
+    assert f"HubError: could not upload to {REPO}" in done.stderr and "not allowed: Bearer [token]" in done.stderr
+    assert TOKEN not in done.stderr + done.stdout
 
 
 @pytest.mark.slow
