@@ -185,7 +185,7 @@ def _ids_of_its_program(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 def _llama2c_tokenizer(tokenizer: Tokenizer, ids: list[int]) -> bytes:
     """tokenizer.bin: the longest piece's length, then for each id its score, its length and its bytes."""
     proto = tokenizer.model_proto()
-    if (reason := why_not_plain_bpe(proto)) or len(tokenizer.encode(" ")) != 1:
+    if (reason := why_not_plain_bpe(proto)) or not tokenizer.has_space_piece:
         warnings.warn(
             f"llama2.c's program will not cut prompts as the tokenizer does: it {reason or 'has no piece for a space'}",
             stacklevel=3,

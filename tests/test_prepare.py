@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -158,14 +161,20 @@ def test_only_what_is_new_is_encoded_and_the_result_is_that_of_a_fresh_start(
             with pytest.raises(DatasetError, match="hold no text"):
                 prepare_dataset(texts, recording, here / "d", progress=False)
             continue
-        prepare_dataset(texts, recording, here / "d", progress=False)
+        (here / f"fresh-{number}").mkdir()  # which knows the places of the documents, and has nothing to copy from
+        if (here / "d" / "meta.json").exists():
+            (here / f"fresh-{number}" / "meta.json").write_bytes((here / "d" / "meta.json").read_bytes())
+        manifest = prepare_dataset(texts, recording, here / "d", progress=False)
         assert content(here / "d") == fresh(texts, tokenizer, here / f"fresh-{number}")
-        filled = [f"第{which}回\n却说曹操" * which for which in files.values() if which]
-        if len(filled) > 1:  # one alone is split by position, in two parts that are no documents
-            assert set(recording.seen) == set(filled) - known
-            known = set(filled)
-        else:
-            known = set()
+        whole, parts = set(), set()
+        for source in manifest["sources"]:
+            text = read_text(texts / source["path"])
+            if source["split"] == "both":
+                parts |= {text[: round(len(text) * 0.95)], text[round(len(text) * 0.95) :]}
+            elif text:
+                whole.add(text)
+        assert set(recording.seen) - parts == whole - known - parts
+        known = whole
 
 
 def test_another_tokenizer_or_a_damaged_file_copies_nothing(
@@ -228,6 +237,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tokenizer: Tokenizer, san
 PREPARE = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from llmcore import prepare
 from llmcore.tokenizer import Tokenizer
 
@@ -315,6 +325,7 @@ def test_two_that_prepare_one_folder_wait_for_each_other(tokenizer: Tokenizer, s
 MEMORY = """
 import re, sys
 from pathlib import Path
+from typing import Any
 from llmcore.prepare import prepare_dataset
 from llmcore.tokenizer import Tokenizer
 
@@ -430,3 +441,128 @@ def test_ids_are_counted(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path) -> 
     counted = Counter(id for text in map(read_text, find_texts(sanguo)) for id in tokenizer.encode(text, eos=True))
     total = sum(TokenDataset(tmp_path / "d", split, 8).count_ids() for split in ("train", "val"))
     assert dict(enumerate(total)) == {id: counted[id] for id in range(tokenizer.vocab_size)}
+
+
+def split_of(manifest: dict[str, Any]) -> dict[str, str]:
+    return {Path(source["path"]).stem: source["split"] for source in manifest["sources"]}
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> Path:
+    """A folder of just these texts, by name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def tokens_of(folder: Path, tokenizer: Tokenizer, split: str) -> str:
+    return tokenizer.decode(TokenDataset(folder, split, 2).tokens.tolist())
+
+
+def test_the_chapter_held_out_of_six_stays_so_when_a_seventh_comes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chapters = {f"{number:03d}": f"第{number}回\n却说曹操" * 9 for number in range(1, 8)}
+    six = dict(list(chapters.items())[:6])
+    for number, texts in enumerate((six, chapters)):
+        manifest = prepare_dataset(write_texts(tmp_path / "t", texts), tokenizer, tmp_path / "d", progress=False)
+        assert split_of(manifest) == {name: "val" if name == "001" else "train" for name in texts}, number
+    assert prepare.held_out_share(manifest) == pytest.approx(1 / 7)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_what_was_held_out_is_never_trained_on(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Files come, are renamed and rewritten, the tokenizer's copies are lost, val_fraction rises."""
+    here = tmp_path_factory.mktemp("held-out")
+    names = st.text("abcdefgh", min_size=1, max_size=3)
+    serial = itertools.count()
+    unique = st.builds(lambda: f"第{next(serial)}回\n却说曹操引军而还" * 3)
+    texts = data.draw(st.dictionaries(names, unique, min_size=2, max_size=6))
+    fraction, raised = data.draw(st.sampled_from([0.05, 0.3, 0.9])), False
+    held_out, trained_on = set[str](), set[str]()
+    for _ in range(4):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing has to move
+            manifest = prepare_dataset(write_texts(here / "t", texts), tokenizer, here / "d", fraction, progress=False)
+        split = split_of(manifest)
+        assert set(split.values()) == {"train", "val"}
+        now = {side: {text for name, text in texts.items() if split[name] == side} for side in ("train", "val")}
+        assert not held_out & now["train"]
+        assert raised or not trained_on & now["val"]
+        held_out, trained_on, raised = now["val"], now["train"], False
+        change = data.draw(st.sampled_from(["add", "rename", "rewrite", "damage", "raise"]))
+        name = data.draw(st.sampled_from(sorted(texts)))
+        if change == "add":
+            texts = {**data.draw(st.dictionaries(names, unique, min_size=1, max_size=3)), **texts}
+        elif change == "rename":
+            texts = {data.draw(names.filter(lambda new, old=frozenset(texts): new not in old)): texts.pop(name), **texts}
+        elif change == "rewrite":
+            held_out, trained_on = held_out - {texts[name]}, trained_on - {texts[name]}
+            new = data.draw(unique)
+            (held_out if split[name] == "val" else trained_on).add(new)
+            texts[name] = new
+        elif change == "damage":
+            (here / "d" / "val.bin").unlink()
+        else:
+            raised, fraction = True, min(0.95, 2 * fraction)
+
+
+def test_a_text_split_by_position_stays_split_there_when_others_join(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    novel = "".join(f"第{number}回\n却说曹操引军而还" for number in range(200))
+    others = {"b": "玄德曰" * 50, "c": "孔明曰" * 50, "d": "关公曰" * 50}
+    prepare_dataset(write_texts(tmp_path / "t", {"a": novel}), tokenizer, tmp_path / "d", 0.2, progress=False)
+    held_out = tokens_of(tmp_path / "d", tokenizer, "val")
+    assert novel.endswith(held_out) and held_out
+    for texts in ({"a": novel, "b": others["b"]}, {"a": novel, **others}, {"z": novel, **others}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            manifest = prepare_dataset(write_texts(tmp_path / "t", texts), tokenizer, tmp_path / "d", progress=False)
+        assert manifest["split_by"] == "position"
+        assert held_out in tokens_of(tmp_path / "d", tokenizer, "val")
+        assert held_out not in tokens_of(tmp_path / "d", tokenizer, "train")
+        val = TokenDataset(tmp_path / "d", "val", 2)
+        texts_held_out = val.texts(tokenizer)
+        assert {Path(name).stem for name in texts_held_out} == {
+            n for n, s in split_of(manifest).items() if s != "train"
+        }
+        assert held_out in texts_held_out.values()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fractions", "named"),
+    [
+        ({"a": "甲" * 99}, {"a": "甲" * 999}, (0.2, 0.2), "a.txt"),  # its old end is now in its middle
+        ({"a": "甲" * 99, "b": "乙" * 99}, {"a": "甲" * 99}, (0.05, 0.05), None),  # filled in below: the one held out
+        ({f"{n}": f"{n}" * 99 for n in range(40)}, {f"{n}": f"{n}" * 99 for n in range(40)}, (0.5, 0.1), r"\d+.txt, "),
+    ],
+)
+def test_where_held_out_text_must_be_trained_on_it_is_said(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    before: dict[str, str],
+    after: dict[str, str],
+    fractions: tuple[float, float],
+    named: str | None,
+) -> None:
+    texts = write_texts(tmp_path / "t", before)
+    manifest = prepare_dataset(texts, tokenizer, tmp_path / "d", fractions[0], progress=False)
+    if named is None:
+        [name] = [name for name, split in split_of(manifest).items() if split == "val"]
+        after, named = {name: before[name]}, f"{name}.txt"
+    with pytest.warns(UserWarning, match=f"held out before is now trained on: {named}"):
+        prepare_dataset(write_texts(texts, after), tokenizer, tmp_path / "d", fractions[1], progress=False)
+
+
+def test_a_kill_while_publishing_does_not_forget_what_is_held_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Between the removal of the old manifest and the arrival of the new one."""
+    texts = {"a": "甲" * 99, "b": "乙" * 99}
+    first = prepare_dataset(write_texts(tmp_path / "t", texts), tokenizer, tmp_path / "d", 0.3, progress=False)
+    unfinished = tmp_path / "d" / ".unfinished"
+    unfinished.mkdir()
+    os.rename(tmp_path / "d" / "meta.json", unfinished / "meta.json")
+    texts |= {name: name * 99 for name in "cdefgh"}
+    manifest = prepare_dataset(write_texts(tmp_path / "t", texts), tokenizer, tmp_path / "d", progress=False)
+    assert manifest["val_fraction"] == 0.3
+    assert {name: split_of(manifest)[name] for name in "ab"} == split_of(first)
