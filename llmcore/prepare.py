@@ -220,7 +220,7 @@ def _plan(texts: list[TextFile], val_fraction: float, before: dict[str, Any]) ->
     plan, lost = [], []
     for text in filled:
         if kept.get(text.name) == "both":
-            cut = round(text.characters * (1 - val_fraction))
+            cut = _cut(text, val_fraction)
             plan += [_Part(text, "train", 0, cut), _Part(text, "val", cut, text.characters)]
         else:
             cut = 0 if text.name in held_out else text.characters
@@ -230,7 +230,7 @@ def _plan(texts: list[TextFile], val_fraction: float, before: dict[str, Any]) ->
         source, old_cut = was.get(text, {"split": "train"}), text.characters
         if source["split"] != "train":
             is_same = source["split"] == "both" and source["sha256"] == text.sha256
-            old_cut = round(text.characters * (1 - old_fraction)) if is_same else 0
+            old_cut = _cut(text, old_fraction) if is_same else 0
         if cut > old_cut:
             lost.append(text.name)
     if lost:
@@ -241,6 +241,11 @@ def _plan(texts: list[TextFile], val_fraction: float, before: dict[str, Any]) ->
             stacklevel=3,
         )
     return plan
+
+
+def _cut(text: TextFile, val_fraction: float) -> int:
+    """The first character that is held out of a text split by position: at the latest its last."""
+    return min(round(text.characters * (1 - val_fraction)), text.characters - 1)
 
 
 def _held_out(names: list[str], val_fraction: float, kept: Mapping[str, str] | None = None) -> set[str]:

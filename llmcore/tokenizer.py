@@ -279,7 +279,7 @@ def _advice(message: str, files: list[Path], vocab_size: int, character_coverage
     if "required_chars" in message or "vocab_size" in message.lower():
         counts: Counter[str] = Counter()
         for line in sentences(files, 1 << 20):
-            counts.update(line)
+            counts.update(line.replace(" ", _SPACE))  # they are one to the trainer
         shares = list(accumulate(count / counts.total() for _, count in counts.most_common()))
         needed = bisect_left(shares, character_coverage) + 1
         fewest = bisect_left(shares, MIN_COVERAGE) + 1

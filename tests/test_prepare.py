@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -170,7 +171,8 @@ def test_only_what_is_new_is_encoded_and_the_result_is_that_of_a_fresh_start(
         for source in manifest["sources"]:
             text = read_text(texts / source["path"])
             if source["split"] == "both":
-                parts |= {text[: round(len(text) * 0.95)], text[round(len(text) * 0.95) :]}
+                cut = min(round(len(text) * 0.95), len(text) - 1)
+                parts |= {text[:cut], text[cut:]}
             elif text:
                 whole.add(text)
         assert set(recording.seen) - parts == whole - known - parts
@@ -497,7 +499,10 @@ def test_what_was_held_out_is_never_trained_on(
         if change == "add":
             texts = {**data.draw(st.dictionaries(names, unique, min_size=1, max_size=3)), **texts}
         elif change == "rename":
-            texts = {data.draw(names.filter(lambda new, old=frozenset(texts): new not in old)): texts.pop(name), **texts}
+            texts = {
+                data.draw(names.filter(lambda new, old=frozenset(texts): new not in old)): texts.pop(name),
+                **texts,
+            }
         elif change == "rewrite":
             held_out, trained_on = held_out - {texts[name]}, trained_on - {texts[name]}
             new = data.draw(unique)
@@ -566,3 +571,71 @@ def test_a_kill_while_publishing_does_not_forget_what_is_held_out(tokenizer: Tok
     manifest = prepare_dataset(write_texts(tmp_path / "t", texts), tokenizer, tmp_path / "d", progress=False)
     assert manifest["val_fraction"] == 0.3
     assert {name: split_of(manifest)[name] for name in "ab"} == split_of(first)
+
+
+def test_what_was_encoded_with_lost_spaces_is_encoded_again(tmp_path: Path) -> None:
+    """Before, a tokenizer without a piece for the space spelled it as U+2581."""
+    texts = write_texts(tmp_path / "t", {"a": "却说曹操 a b" * 20, "b": "玄德 ▁曰" * 20})
+    learnt = write_texts(tmp_path / "learnt", {"c": "却说曹操玄德曰" * 50})
+    train_tokenizer(find_texts(learnt), tmp_path / "tok", 270, progress=False)
+    tokenizer = Tokenizer(tmp_path / "tok.model")
+    before = Tokenizer(tmp_path / "tok.model")
+    before.has_space_piece, before._spelled = True, re.compile("(▁)")
+    prepare_dataset(texts, before, tmp_path / "d", progress=False)
+    old = {split: tokens_of(tmp_path / "d", tokenizer, split) for split in ("train", "val")}
+    assert " " not in "".join(old.values())
+    manifest = prepare_dataset(texts, tokenizer, tmp_path / "d", progress=False)
+    new = [tokens_of(tmp_path / "d", tokenizer, split) for split in ("train", "val")]
+    assert sorted(new) == sorted(map(read_text, find_texts(texts)))
+    assert prepare_dataset(texts, tokenizer, tmp_path / "d", progress=False) == manifest
+    assert manifest["space"] == tokenizer.encode(" ")
+
+
+SIMPLIFIED, TRADITIONAL = "他说，这个国家的人们来自什么地方。\n" * 900, "他說，這個國家的人們來自什麼地方。\n" * 900
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (SIMPLIFIED.encode("gb18030"), "looks like GB18030: convert it with iconv -f GB18030 -t UTF-8"),
+        (TRADITIONAL.encode("gb18030"), "looks like GB18030"),
+        (TRADITIONAL.encode("big5"), "looks like Big5: convert it with iconv -f Big5 -t UTF-8"),
+        (b"ascii only\n" * 9000 + SIMPLIFIED.encode("gbk"), "looks like GB18030"),
+        (SIMPLIFIED.encode("gbk")[:30_001], "looks like GB18030"),
+        (SIMPLIFIED.encode("gbk").replace(b"\n", b"\xff\n", 9), "looks like GB18030"),
+        (SIMPLIFIED.encode("utf-16"), "looks like UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
+        (SIMPLIFIED.encode("utf-16-le"), "looks like UTF-16LE: convert it with iconv -f UTF-16LE -t UTF-8"),
+        (SIMPLIFIED.replace("\n", "").encode("utf-16-be"), "looks like UTF-16BE"),
+        ("déjà vu\n".encode("utf-16-le") * 50, "looks like UTF-16LE"),
+        (SIMPLIFIED.encode("utf-32"), "looks like UTF-32"),
+        (SIMPLIFIED.encode()[:-2], "text around it is UTF-8"),
+        (SIMPLIFIED.encode() + b"\xff" + SIMPLIFIED.encode(), "text around it is UTF-8"),
+        ("déjà vu\n".encode("cp1252") * 50, "encoding is not known: convert it to UTF-8, or remove it"),
+        (b"%PDF\0\1\2" + bytes(range(256)) * 300, "looks like no text"),
+        (b"\xff", "encoding is not known"),
+    ],
+)
+def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path: Path, raw: bytes, said: str) -> None:
+    (tmp_path / "a.txt").write_bytes(raw)
+    with pytest.raises(ValueError, match=rf"a.txt is not UTF-8: byte \d+ is 0x..\. .*{said}"):
+        read_text(tmp_path / "a.txt")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=300))
+def test_any_bytes_are_text_or_an_error_in_words(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    file = tmp_path_factory.mktemp("bytes") / "a.txt"
+    file.write_bytes(raw)
+    try:
+        assert read_text(file) == raw.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n").replace("\r", "\n")
+    except ValueError as error:
+        assert re.search("is not UTF-8: byte .*(iconv|convert|remove)", str(error))
+
+
+def test_only_held_out_text_can_be_helped_by_a_larger_val_fraction(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "t", {"a": "却说", "b": "曹操"})
+    prepare_dataset(texts, tokenizer, tmp_path / "d", progress=False)
+    for split in ("train", "val"):
+        with pytest.raises(DatasetError, match="lower context_size, add text") as error:
+            TokenDataset(tmp_path / "d", split, 100)
+        assert ("raise val_fraction" in str(error.value)) == (split == "val")
