@@ -30,6 +30,22 @@ def run_cells(name: str, capsys: pytest.CaptureFixture[str], **parameters: objec
     return namespace, facts
 
 
+@pytest.mark.parametrize("name", [file.stem for file in sorted(NOTEBOOKS.glob("*.py"))])
+def test_a_notebook_that_reads_texts_has_what_errors_advise(name: str) -> None:
+    """The messages about texts and data sets name parameters to change: each notebook that may show them has them."""
+    source = (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8")
+    [parameters] = re.findall(r'tags=\["parameters"\]\n(.*?)\n\n', source, re.DOTALL)
+    checked = set(re.findall(r"\w+", "".join(re.findall(r'^(?:names|check_parameters).*"(.*)"', source, re.MULTILINE))))
+    has = set(re.findall(r"^(\w+):", parameters, re.MULTILINE))
+    needed = {"data_dir", "errors"} if "readable_texts(" in source else set()
+    if "prepare_dataset(" in source:
+        needed |= {"data_dir", "dataset_dir", "errors", "val_fraction", "context_size", "tokenizer_model_file"}
+        assert "val_fraction, errors=errors)" in source
+    if "train_tokenizer(" in source:
+        needed |= {"vocab_size", "character_coverage"}
+    assert needed <= has and needed <= checked
+
+
 LARGE = "".join(f"第{number}回，{CHINESE}\r\n" for number in range(3000))
 CORPORA: dict[str, dict[str, bytes]] = {
     "one huge line": {"a.txt": LARGE.replace("\r\n", "").encode()},
