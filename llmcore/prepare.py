@@ -66,10 +66,11 @@ def prepare_dataset(
     one is held out. A corpus of one document is split by position instead, its end held out.
 
     What was held out stays held out. A document that the data set in dataset_dir holds keeps its place, known by its
-    text, else by its name: whatever files are added, and also where it is renamed or changed. A text split by position
-    stays split at the same character when others join it. With a higher val_fraction, documents are held out besides
-    those that were; with a lower one, all places follow from the hashes anew. Where text that was held out must be
-    trained on (a lower val_fraction, a text split by position that changed, all others gone), a warning names it.
+    text, else by its name: whatever files are added, and also where it is renamed, changed, or taken away and put back.
+    A text split by position stays split at the same character when others join it. With a higher val_fraction,
+    documents are held out besides those that were; with a lower one, all places follow from the hashes anew. Where text
+    that was held out must be trained on (a lower val_fraction, a text split by position that changed, all others gone),
+    a warning names it.
 
     Each file is read twice, a block at a time: once for its hash, and once to encode it. A document encodes as
     `tokenizer.encode` would encode it whole, except that text without any safe place to cut (see
@@ -94,7 +95,8 @@ def prepare_dataset(
         The manifest, as in `meta.json`: format_version, dtype, vocab_size, tokenizer (fingerprint), val_fraction,
         errors, split_by ("position" where a text is on both sides, else "document"), splits (name -> documents,
         tokens, characters, bytes, and sha256, offsets_sha256 and hashes_sha256 of its files), sources (path, sha256,
-        bytes, tokens, split), refused (path -> why it was skipped), and sha256 of all this as JSON.
+        bytes, tokens, split), gone (sources that were held out, and are no longer there), refused (path -> why it was
+        skipped), and sha256 of all this as JSON.
 
     Raises:
         FileNotFoundError: if there are no texts.
@@ -132,7 +134,14 @@ def prepare_dataset(
             return existing
         same_ids = all(existing.get(key) == wanted.get(key) for key in ("tokenizer", "space"))
         old = _documents(dataset_dir, existing) if same_ids else {}
-        plan = _plan(texts, val_fraction, _newest_manifest(dataset_dir))
+        before = _newest_manifest(dataset_dir)
+        plan = _plan(texts, val_fraction, before)
+        here = {part for text in texts for part in (text.name, text.sha256)}
+        wanted["gone"] = [
+            source
+            for source in before.get("sources", []) + before.get("gone", [])
+            if source["split"] == "val" and not here & {source["path"], source["sha256"]}
+        ]
         _write(unfinished, texts, plan, tokenizer, wanted, old, progress)
         publish(unfinished, dataset_dir)
         return verify_dataset(dataset_dir, tokens=False)
@@ -199,7 +208,8 @@ def _plan(texts: list[TextFile], val_fraction: float, before: dict[str, Any]) ->
 
     # where each text was: known by its name and content, else by its content, else by its name
     known: dict[tuple[str, str], dict[str, Any]] = {}
-    for source in sorted(before.get("sources", []), key=lambda source: source["split"]):  # "val" last: it counts most
+    sources = before.get("gone", []) + before.get("sources", [])
+    for source in sorted(sources, key=lambda source: source["split"]):  # "val" last: it counts most
         if source["split"] != "empty":
             name, content = source["path"], source["sha256"]
             known |= {(name, content): source, ("", content): source, (name, ""): source}

@@ -477,14 +477,14 @@ def test_the_chapter_held_out_of_six_stays_so_when_a_seventh_comes(tokenizer: To
 def test_what_was_held_out_is_never_trained_on(
     tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Files come, are renamed and rewritten, the tokenizer's copies are lost, val_fraction rises."""
+    """Files come, go, come back, are renamed and rewritten; token files are lost; val_fraction rises."""
     here = tmp_path_factory.mktemp("held-out")
     names = st.text("abcdefgh", min_size=1, max_size=3)
     serial = itertools.count()
     unique = st.builds(lambda: f"第{next(serial)}回\n却说曹操引军而还" * 3)
     texts = data.draw(st.dictionaries(names, unique, min_size=2, max_size=6))
     fraction, raised = data.draw(st.sampled_from([0.05, 0.3, 0.9])), False
-    held_out, trained_on = set[str](), set[str]()
+    held_out, trained_on, gone = set[str](), set[str](), dict[str, str]()
     for _ in range(4):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing has to move
@@ -494,8 +494,8 @@ def test_what_was_held_out_is_never_trained_on(
         now = {side: {text for name, text in texts.items() if split[name] == side} for side in ("train", "val")}
         assert not held_out & now["train"]
         assert raised or not trained_on & now["val"]
-        held_out, trained_on, raised = now["val"], now["train"], False
-        change = data.draw(st.sampled_from(["add", "rename", "rewrite", "damage", "raise"]))
+        held_out, trained_on, raised = held_out | now["val"], now["train"], False
+        change = data.draw(st.sampled_from(["add", "rename", "rewrite", "damage", "raise", "remove", "put back"]))
         name = data.draw(st.sampled_from(sorted(texts)))
         if change == "add":
             texts = {**data.draw(st.dictionaries(names, unique, min_size=1, max_size=3)), **texts}
@@ -509,6 +509,11 @@ def test_what_was_held_out_is_never_trained_on(
             new = data.draw(unique)
             (held_out if split[name] == "val" else trained_on).add(new)
             texts[name] = new
+        elif change == "remove":
+            if len(now[split[name]]) > 1:  # else a document would have to change sides
+                gone[name] = texts.pop(name)
+        elif change == "put back":
+            texts = {**gone, **texts}
         elif change == "damage":
             (here / "d" / "val.bin").unlink()
         else:
