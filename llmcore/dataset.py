@@ -60,7 +60,8 @@ class TokenDataset:
         if counts["tokens"] < context_size + 1:
             raise DatasetError(
                 f"the {split} split has {counts['tokens']} tokens; context_size={context_size} "
-                f"needs {context_size + 1}: lower context_size, add text or raise val_fraction"
+                f"needs {context_size + 1}: lower context_size, add text"
+                f"{' or raise val_fraction' if split == 'val' else ''}"
             )
         self.split, self.context_size = split, context_size
         self.path = dataset_dir / f"{split}.bin"

@@ -147,8 +147,7 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
             f"it computes with dim / n_heads = {config.dim / config.n_heads:g} and 10000"
         )
     if tokenizer is not None:
-        no_space = None if len(tokenizer.encode(" ")) == 1 else "has no piece for a space"
-        _warn("llama2.c's program", why_other_ids(tokenizer, config.vocab_size) or no_space)
+        _warn("llama2.c's program", why_other_ids(tokenizer, config.vocab_size))
     ids = list(range(config.vocab_size))  # which of our ids is at each place
     if adapt:
         # the stream is so many times as large; all it meets are norms, but for eps they do not care

@@ -33,6 +33,10 @@ PROJECT_ROOT = Path(
     os.environ.get("LLM_WORKBOOK_ROOT") or (_beside if (_beside / "pyproject.toml").is_file() else Path.cwd())
 ).resolve()
 
+# What texts in Chinese, and in most others, are full of; to tell encodings apart
+FREQUENT = "，。的一是不了人我在有他这這为為们們来來个個说說国國道上大中到就那你要出也得里裡后後会會 \n"
+FREQUENT += "abcdefghijklmnopqrstuvwxyz"
+
 READ_BYTES = 1 << 16  # at a time, of a text; the C library keeps larger pieces of memory for itself
 
 
@@ -191,7 +195,7 @@ def survey_texts(folder: Path, errors: str = "strict", progress: bool = False) -
         some = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise ValueError(
             f"{len(refused)} of {len(refused) + len(readable)} files in data_dir={str(folder)!r} cannot be read: {some}"
-            f"{'; …' if len(refused) > 5 else ''}. Convert them (for example: iconv -f GB18030 -t UTF-8)"
+            f"{'; …' if len(refused) > 5 else ''}. Mend them"
             f"{' or leave them out with errors=skip' if readable else ''}"
         )
     return readable, refused
@@ -231,11 +235,55 @@ def text_blocks(path: Path, digest: Any = None) -> Iterator[str]:
             except UnicodeDecodeError as error:  # its object may begin with what the block before has left over
                 bad = place - len(error.object) + error.start
                 name = os.fsencode(path).decode("utf-8", "backslashreplace")
-                raise ValueError(f"{name} is not UTF-8: byte {bad} is 0x{error.object[error.start]:02x}") from None
+                raise ValueError(
+                    f"{name} is not UTF-8: byte {bad} is 0x{error.object[error.start]:02x}. {_looks_like(path, bad)}"
+                ) from None
             if text:
                 yield text
             if not raw:
                 return
+
+
+def _looks_like(path: Path, bad: int) -> str:
+    """A sentence on the encoding that a file may be in, which at byte `bad` is not UTF-8, and on what to do."""
+    place = bad - bad % READ_BYTES
+    with open(path, "rb") as file:
+        mark = file.read(4)
+        file.seek(place)
+        sample, rest = file.read(READ_BYTES), file.read(1)
+    if place and 0 not in sample:  # not from the middle of a character
+        sample = sample.partition(b"\n")[2] or sample
+
+    def text_in(encoding: str) -> str:
+        """The sample's text; nothing if more than 1% of it is wrong."""
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(sample, final=not rest)
+        return text if 100 * text.count("\ufffd") <= len(text) else ""
+
+    def score(text: str) -> float:
+        return sum(map(text.count, FREQUENT)) / len(text)
+
+    # by its first bytes, or since most of it is good UTF-8
+    if mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return _convert("UTF-32")
+    if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return _convert("UTF-16")
+    if any(character > "\x7f" for character in text_in("utf-8").replace("\ufffd", "")):
+        return "The text around it is UTF-8, so some bytes are damaged: iconv -c -f UTF-8 -t UTF-8 drops them"
+
+    # much of what is Big5 could be GB18030, and the other way round: the right one has more of the frequent characters
+    found = {name: text for name in ("GB18030", "Big5", "UTF-16LE", "UTF-16BE") if (text := text_in(name))}
+    found = {name: text for name, text in found.items() if name[:3] != "UTF" or score(text) > 0.05}
+    if 0 in sample:
+        found = {name: text for name, text in found.items() if name[:3] == "UTF"}
+    if found:
+        return _convert(max(found, key=lambda name: score(found[name])))
+    return (
+        f"{'It looks like no text' if 0 in sample else 'Its encoding is not known'}: convert it to UTF-8, or remove it"
+    )
+
+
+def _convert(encoding: str) -> str:
+    return f"It looks like {encoding}: convert it with iconv -f {encoding} -t UTF-8"
 
 
 def read_text(path: Path) -> str:

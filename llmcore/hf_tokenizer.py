@@ -25,7 +25,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, max_
     """
     (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     proto = tokenizer.model_proto()
-    if reason := why_other_ids(tokenizer, vocab_size):
+    if reason := why_other_ids(tokenizer, vocab_size, space_byte=True):
         warnings.warn(f"the tokenizer {reason}: tokenizer.model is written, but no tokenizer.json", stacklevel=3)
         return
     special = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
@@ -40,7 +40,9 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, max_
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def why_other_ids(tokenizer: Tokenizer, vocab_size: int, prefix: bool = False, symbols: bool = False) -> str | None:
+def why_other_ids(
+    tokenizer: Tokenizer, vocab_size: int, prefix: bool = False, symbols: bool = False, space_byte: bool = False
+) -> str | None:
     """Why a program that cuts text by plain BPE gets other ids than this tokenizer; None if it gets the same.
 
     Args:
@@ -48,6 +50,7 @@ def why_other_ids(tokenizer: Tokenizer, vocab_size: int, prefix: bool = False, s
         vocab_size: ids of the model.
         prefix: whether the program can be told to put a space before each text.
         symbols: whether it keeps user-defined symbols whole.
+        space_byte: whether it spells a space that has no piece as the byte 0x20, as we do.
     """
     proto = tokenizer.model_proto()
     rules, made = proto.normalizer_spec, proto.trainer_spec
@@ -56,6 +59,7 @@ def why_other_ids(tokenizer: Tokenizer, vocab_size: int, prefix: bool = False, s
         "is not BPE": made.model_type != BPE,
         "has no byte fallback": not made.byte_fallback,
         "changes text before cutting it": changes or (rules.add_dummy_prefix and not prefix),
+        "has no piece for a space": not tokenizer.has_space_piece and not space_byte,
         "puts spaces elsewhere": made.treat_whitespace_as_suffix or not rules.escape_whitespaces,
         "keeps symbols of its own whole": not symbols
         and any(part.type == USER_DEFINED and len(part.piece) > 1 for part in proto.pieces),

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,8 +60,17 @@ def prepare_dataset(
 ) -> dict[str, Any]:
     """Turn a folder of texts into token files. Running it again on unchanged input does nothing.
 
-    The split is by document: each file's place follows from a hash of its name, so adding files moves none. A corpus
-    of one document is split by position instead, which the manifest's `split_by` says.
+    The split is by document. A new document's place follows from a hash of its name: it is held out where that falls
+    below val_fraction, seen as a number from 0 to 1. So the share held out is val_fraction only on average; the share
+    of the text that really is can be read from the manifest (see `held_out_share`). If no hash falls below, the lowest
+    one is held out. A corpus of one document is split by position instead, its end held out.
+
+    What was held out stays held out. A document that the data set in dataset_dir holds keeps its place, known by its
+    text, else by its name: whatever files are added, and also where it is renamed, changed, or taken away and put back.
+    A text split by position stays split at the same character when others join it. With a higher val_fraction,
+    documents are held out besides those that were; with a lower one, all places follow from the hashes anew. Where text
+    that was held out must be trained on (a lower val_fraction, a text split by position that changed, all others gone),
+    a warning names it.
 
     Each file is read twice, a block at a time: once for its hash, and once to encode it. A document encodes as
     `tokenizer.encode` would encode it whole, except that text without any safe place to cut (see
@@ -82,8 +93,9 @@ def prepare_dataset(
 
     Returns:
         The manifest, as in `meta.json`: format_version, dtype, vocab_size, tokenizer (fingerprint), val_fraction,
-        errors, split_by, splits (name -> documents, tokens, characters, bytes, and sha256, offsets_sha256 and
-        hashes_sha256 of its files), sources (path, sha256, bytes, tokens, split), refused (path -> why it was
+        errors, split_by ("position" where a text is on both sides, else "document"), splits (name -> documents,
+        tokens, characters, bytes, and sha256, offsets_sha256 and hashes_sha256 of its files), sources (path, sha256,
+        bytes, tokens, split), gone (sources that were held out, and are no longer there), refused (path -> why it was
         skipped), and sha256 of all this as JSON.
 
     Raises:
@@ -92,9 +104,7 @@ def prepare_dataset(
         ValueError: if a file cannot be read and errors="strict"; what was there before is as it was.
     """
     data_dir, dataset_dir = Path(data_dir), Path(dataset_dir)
-    before: dict[str, Any] = {}
-    with contextlib.suppress(DatasetError):
-        before = verify_dataset(dataset_dir, tokens=False)
+    before = _newest_manifest(dataset_dir)
     val_fraction = before.get("val_fraction", 0.05) if val_fraction is None else val_fraction
     errors = before.get("errors", "strict") if errors is None else errors
     if not 0 < val_fraction < 1:
@@ -109,6 +119,8 @@ def prepare_dataset(
         "errors": errors,
         "refused": refused,
     }
+    if not tokenizer.has_space_piece:  # earlier versions spelled spaces otherwise: what they encoded is not copied
+        wanted["space"] = tokenizer.encode(" ")
     dataset_dir.mkdir(parents=True, exist_ok=True)
     unfinished = dataset_dir / ".unfinished"
     with _alone(dataset_dir):
@@ -120,8 +132,17 @@ def prepare_dataset(
         if {**existing, **wanted} == existing and sources == [(text.name, text.sha256) for text in texts]:
             shutil.rmtree(unfinished, ignore_errors=True)
             return existing
-        old = _documents(dataset_dir, existing) if existing.get("tokenizer") == tokenizer.fingerprint else {}
-        _write(unfinished, texts, tokenizer, wanted, old, progress)
+        same_ids = all(existing.get(key) == wanted.get(key) for key in ("tokenizer", "space"))
+        old = _documents(dataset_dir, existing) if same_ids else {}
+        before = _newest_manifest(dataset_dir)
+        plan = _plan(texts, val_fraction, before)
+        here = {part for text in texts for part in (text.name, text.sha256)}
+        wanted["gone"] = [
+            source
+            for source in before.get("sources", []) + before.get("gone", [])
+            if source["split"] == "val" and not here & {source["path"], source["sha256"]}
+        ]
+        _write(unfinished, texts, plan, tokenizer, wanted, old, progress)
         publish(unfinished, dataset_dir)
         return verify_dataset(dataset_dir, tokens=False)
 
@@ -167,36 +188,103 @@ class _Done:
         return (self.sha256, self.split, self.start, self.end) == (part.text.sha256, part.split, part.start, part.end)
 
 
-def _plan(texts: list[TextFile], val_fraction: float) -> list[_Part]:
-    """Which text goes where, in the order of writing."""
+def held_out_share(manifest: dict[str, Any]) -> float:
+    """The share of a data set's characters that is really held out, 0 to 1."""
+    held_out, trained_on = (manifest["splits"][split]["characters"] for split in ("val", "train"))
+    return held_out / (held_out + trained_on)
+
+
+def _newest_manifest(dataset_dir: Path) -> dict[str, Any]:
+    """Of the complete data set whose publishing a kill cut short, else of the one that is there; {} if none is."""
+    for folder in (dataset_dir / ".unfinished", dataset_dir):
+        with contextlib.suppress(DatasetError):
+            return verify_dataset(folder, (), tokens=False)
+    return {}
+
+
+def _plan(texts: list[TextFile], val_fraction: float, before: dict[str, Any]) -> list[_Part]:
+    """Which text goes where, in the order of writing. What had a place in the manifest from before keeps it."""
     filled = [text for text in texts if text.characters]
+
+    # where each text was: known by its name and content, else by its content, else by its name
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    sources = before.get("gone", []) + before.get("sources", [])
+    for source in sorted(sources, key=lambda source: source["split"]):  # "val" last: it counts most
+        if source["split"] != "empty":
+            name, content = source["path"], source["sha256"]
+            known |= {(name, content): source, ("", content): source, (name, ""): source}
+    was = {}
+    for text in filled:
+        keys = ((text.name, text.sha256), ("", text.sha256), (text.name, ""))
+        if source := next((known[key] for key in keys if key in known), None):
+            was[text] = source
+
+    # another val_fraction moves texts, but with a higher one what was held out stays so
+    old_fraction = before.get("val_fraction", val_fraction)
+    stays = ["both"] + ["val"] * (val_fraction >= old_fraction) + ["train"] * (val_fraction == old_fraction)
+    kept = {text.name: source["split"] for text, source in was.items() if source["split"] in stays}
     if len(filled) == 1:
-        [text] = filled
-        cut = round(text.characters * (1 - val_fraction))
-        return [_Part(text, "train", 0, cut), _Part(text, "val", cut, text.characters)]
-    held_out = _held_out([text.name for text in filled], val_fraction)
-    return [_Part(text, "val" if text.name in held_out else "train", 0, text.characters) for text in filled]
+        kept = {filled[0].name: "both"}
+    held_out = _held_out([text.name for text in filled], val_fraction, kept)
+
+    plan, lost = [], []
+    for text in filled:
+        if kept.get(text.name) == "both":
+            cut = _cut(text, val_fraction)
+            plan += [_Part(text, "train", 0, cut), _Part(text, "val", cut, text.characters)]
+        else:
+            cut = 0 if text.name in held_out else text.characters
+            plan.append(_Part(text, "val" if text.name in held_out else "train", 0, text.characters))
+
+        # held out from character `cut` on; and before?
+        source, old_cut = was.get(text, {"split": "train"}), text.characters
+        if source["split"] != "train":
+            is_same = source["split"] == "both" and source["sha256"] == text.sha256
+            old_cut = _cut(text, old_fraction) if is_same else 0
+        if cut > old_cut:
+            lost.append(text.name)
+    if lost:
+        warnings.warn(
+            f"text that was held out before is now trained on: {', '.join(lost[:5])}{', …' if len(lost) > 5 else ''}. "
+            "The validation loss of a model that was trained before does not compare with a new one. To keep both "
+            "splits, choose another dataset_dir",
+            stacklevel=3,
+        )
+    return plan
 
 
-def _held_out(names: list[str], val_fraction: float) -> set[str]:
-    """The names whose hash falls below the fraction; the lowest one if none does."""
-    if len(names) < 2:
-        return set()
+def _cut(text: TextFile, val_fraction: float) -> int:
+    """The first character that is held out of a text split by position: at the latest its last."""
+    return min(round(text.characters * (1 - val_fraction)), text.characters - 1)
+
+
+def _held_out(names: list[str], val_fraction: float, kept: Mapping[str, str] | None = None) -> set[str]:
+    """The names that are not for training alone.
+
+    They are those that are kept so, and of the others those whose hash falls below the fraction. Where this leaves one
+    side empty, a name changes sides, if possible one that is not kept.
+    """
+    kept = kept or {}
     places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
-    chosen = {name for name, place in places.items() if place < val_fraction}
-    if len(chosen) in (0, len(names)):
-        chosen = {min(names, key=lambda name: places[name])}
+    chosen = {name for name in names if kept.get(name, "val" if places[name] < val_fraction else "train") != "train"}
+    new = [name for name in names if name not in kept]
+    lowest = {min(new or names, key=lambda name: places[name])}
+    if not chosen:
+        chosen = lowest
+    elif len(chosen) == len(names) and "both" not in kept.values():
+        chosen = chosen - set(new) if 0 < len(new) < len(names) else lowest
     return chosen
 
 
 def _documents(folder: Path, manifest: dict[str, Any]) -> dict[str, tuple[Path, int, int]]:
     """Where a data set holds which whole documents: sha256 of the source -> token file, first id, number of ids."""
-    found, places = {}, dict.fromkeys(SPLITS, 0)
-    for source in manifest["sources"]:
-        split, tokens = source["split"], source["tokens"]
-        if split in places:
-            found[source["sha256"]] = (folder / f"{split}.bin", places[split], tokens)
-            places[split] += tokens
+    found = {}
+    for split in SPLITS if manifest else ():
+        spans = itertools.pairwise(np.fromfile(folder / f"{split}.offsets", dtype="<u8").tolist())
+        own = (source for source in manifest["sources"] if source["split"] in (split, "both"))
+        for source, (start, end) in zip(own, spans, strict=True):
+            if source["split"] == split:
+                found[source["sha256"]] = (folder / f"{split}.bin", start, end - start)
     return found
 
 
@@ -267,6 +355,7 @@ def _in_order(jobs: Iterable[_Job]) -> Iterator[tuple[_Job, NDArray[Any]]]:
 def _write(
     folder: Path,
     texts: list[TextFile],
+    plan: list[_Part],
     tokenizer: Tokenizer,
     wanted: dict[str, Any],
     old: dict[str, tuple[Path, int, int]],
@@ -275,7 +364,6 @@ def _write(
     """Fill a folder with a data set, or go on filling it."""
     folder.mkdir(exist_ok=True)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    plan = _plan(texts, wanted["val_fraction"])
     done = _resume(folder, plan, tokenizer.fingerprint, dtype)
     finished = sum(one.is_whole() for one in done)
     done += [_Done(part.text.sha256, part.split, part.start, part.end) for part in plan[len(done) :]]
@@ -348,14 +436,12 @@ def _line(content: object) -> str:
 def _resume(folder: Path, plan: list[_Part], tokenizer: str, dtype: np.dtype[Any]) -> list[_Done]:
     """What a killed preparation has done of the plan, in order, the last part perhaps in half. What is more goes."""
     head, done = _line([FORMAT_VERSION, BLOCK, tokenizer]), list[_Done]()
-    lines = (
-        (folder / JOURNAL).read_text(errors="replace").splitlines(keepends=True) if (folder / JOURNAL).exists() else []
-    )
-    if lines and lines[0] == head:
-        for line in lines[1:]:
+    journal = (folder / JOURNAL).read_bytes() if (folder / JOURNAL).exists() else b""
+    if journal.startswith(head.encode()):
+        for line in journal.split(b"\n")[1:]:  # the last is empty, or was cut short by a kill
             try:
                 one = _Done(**json.loads(line))
-            except (ValueError, TypeError):  # the kill came within the line
+            except (ValueError, TypeError):
                 break
             if done and not done[-1].is_whole():
                 done.pop()  # the same part, further on

@@ -7,6 +7,7 @@ outside the vocabulary fall back to bytes, and the newline is a symbol of its ow
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -36,6 +37,15 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be trained or read. The message says which parameter to change, and to what."""
 
 
+@contextlib.contextmanager
+def _surrogates_refused() -> Iterator[None]:
+    """SentencePiece's error for half a surrogate pair in plain words."""
+    try:
+        yield
+    except (RuntimeError, TypeError):  # the latter for a list of texts
+        raise ValueError("the text holds half a surrogate pair, which no UTF-8 file can; take it out") from None
+
+
 class Tokenizer:
     """A SentencePiece model read from a file.
 
@@ -46,6 +56,7 @@ class Tokenizer:
         vocab_size: number of ids.
         pad_id, unk_id, bos_id, eos_id: the special ids.
         fingerprint: SHA-256 of the model, in hexadecimal.
+        has_space_piece: whether a piece holds a space; if none does, a space is the byte 0x20.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -70,7 +81,11 @@ class Tokenizer:
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
         self.fingerprint = hashlib.sha256(self.model_bytes).hexdigest()
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
-        self._space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        # SentencePiece writes a space as U+2581. A real U+2581 would come back as a space, so it goes in as its bytes.
+        # So does a space that no piece holds: SentencePiece would spell the bytes of U+2581 instead.
+        space = b"".join(self._bytes[id] for id in self._processor.encode(" "))
+        self.has_space_piece = space != _SPACE.encode()
+        self._spelled = re.compile(f"({_SPACE})" if self.has_space_piece else f"([{_SPACE} ])")
 
     def _piece_bytes(self, id: int) -> bytes:
         if self._processor.is_control(id) or self._processor.is_unknown(id):
@@ -90,19 +105,20 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
         """`encode` for many texts, on all cores (`num_threads=-1`) at once."""
-        if any(_SPACE in text for text in texts):
+        if any(self._spelled.search(text) for text in texts):
             return [self.encode(text) for text in texts]
-        return self._processor.encode(list(texts), num_threads=num_threads)
+        with _surrogates_refused():
+            return self._processor.encode(list(texts), num_threads=num_threads)
 
     def encode_array(self, text: str) -> NDArray[np.int32]:
         """`encode` without the detour of a list: about a third faster. Other threads go on meanwhile."""
-        # U+2581 in the text itself would come back as a space, so it goes in as its bytes.
-        try:
-            parts = [self._processor.encode(part, out_type="numpy") for part in text.split(_SPACE)]
-        except RuntimeError:
-            raise ValueError("the text holds half a surrogate pair, which no UTF-8 file can") from None
-        space = np.array(self._space_ids, dtype=np.int32)
-        return np.concatenate([parts[0], *(ids for part in parts[1:] for ids in (space, part))])
+        first, *rest = self._spelled.split(text)  # text, sign, text, sign, …, text
+        with _surrogates_refused():
+            parts = [self._processor.encode(first, out_type="numpy")]
+            for sign, part in zip(rest[::2], rest[1::2], strict=True):
+                ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in sign.encode()]
+                parts += [np.array(ids, dtype=np.int32), self._processor.encode(part, out_type="numpy")]
+        return np.concatenate(parts)
 
     def inner_pairs(self) -> set[str]:
         """Every two characters that some piece holds side by side.
@@ -155,8 +171,9 @@ def sentences(
     for file in files:
         rest = ""  # of a line that the next block goes on with
         for block in text_blocks(Path(file)):
-            # Tabs and U+2585 are marks of the trainer's own; it would drop the whole line.
-            *lines, rest = re.split("[\n\t\u2585\0]", rest + block)
+            # Tabs and U+2585 are marks of the trainer's own; it would drop the whole line. It never learns the names of
+            # special pieces either, such as "<s>": split off, they do not count as characters that the text needs.
+            *lines, rest = re.split(r"[\n\t\u2585\0]|<(?:pad|unk|/?s|0x[0-9A-F]{2})>", rest + block)
             for line in lines:
                 if line:
                     yield from split_long(line, max_sentence_length)
@@ -262,7 +279,7 @@ def _advice(message: str, files: list[Path], vocab_size: int, character_coverage
     if "required_chars" in message or "vocab_size" in message.lower():
         counts: Counter[str] = Counter()
         for line in sentences(files, 1 << 20):
-            counts.update(line)
+            counts.update(line.replace(" ", _SPACE))  # they are one to the trainer
         shares = list(accumulate(count / counts.total() for _, count in counts.most_common()))
         needed = bisect_left(shares, character_coverage) + 1
         fewest = bisect_left(shares, MIN_COVERAGE) + 1
@@ -272,11 +289,11 @@ def _advice(message: str, files: list[Path], vocab_size: int, character_coverage
             coverage = max(MIN_COVERAGE, int(10_000 * shares[room - 2]) / 10_000)
             lower = f", or character_coverage to {coverage:g} or less"
         elif needed > fewest:
-            lower = f", or to {fewest + 262} or more with character_coverage={MIN_COVERAGE}"
+            lower = f", or to {fewest + 261} or more with character_coverage={MIN_COVERAGE}"
         return (
             f"vocab_size={vocab_size} is too small: at character_coverage={character_coverage:g} the text needs "
             f"{needed} characters besides 256 bytes and 5 special symbols. "
-            f"Set vocab_size to {needed + 262} or more{lower} (rarer characters are then spelled in bytes)"
+            f"Set vocab_size to {needed + 261} or more{lower} (rarer characters are then spelled in bytes)"
         )
     if "Input corpus" in message or "empty" in message.lower() or "sentences_" in message:
         return f"the {len(files)} text files hold no text to learn from"

@@ -60,7 +60,8 @@ characters = sum(map(len, texts))
 print(widgets.visible(texts[0][:220]))
 
 # %% tags=["nbval-check-output"]
-print(f"{len(texts)} files, {characters:,} characters, {sum(len(t.encode()) for t in texts):,} bytes")
+print(f"{len(files)} files; in the {len(texts)} looked at: {characters:,} characters,", end=" ")
+print(f"{sum(len(t.encode()) for t in texts):,} bytes of UTF-8")
 print(f"{len(set(''.join(texts))):,} different characters")
 
 # %%
@@ -114,9 +115,10 @@ print(f"unknown tokens: {ids.count(tok.unk_id)}")
 sizes = [int(vocab_size * factor) for factor in (0.7, 1, 1.5, 2, 3, 4)]
 with tempfile.TemporaryDirectory() as scratch:
     ratios = tokenizer.compression_by_vocab_size(files, sizes, Path(scratch), character_coverage=character_coverage)
-    largest = tokenizer.Tokenizer(Path(scratch, f"vocab-{max(ratios)}.model"))
+    largest = tokenizer.Tokenizer(Path(scratch, f"vocab-{max(ratios)}.model")) if ratios else tok
 
 # %%
+ratios = ratios or {tok.vocab_size: characters / len(ids)}  # a very small text supports no other size
 small, large = min(ratios), max(ratios)
 saved = 1 - ratios[small] / ratios[large]
 title = f"{large / small:.1f} times the pieces, {saved:.0%} fewer tokens"
@@ -138,7 +140,8 @@ print("strange strings too:", all(tok.decode(tok.encode(text)) == text for text 
 # Each box is one token. ⟨E4⟩ would be a lone byte of a rare character, ␣ a space, ⏎ a newline.
 
 # %%
-sentence = texts[0].split("\n")[6 % len(texts[0].split("\n"))][:120]
+lines = next(lines for text in texts if (lines := [line for line in text.split("\n") if line]))
+sentence = lines[6 % len(lines)][:120]
 shown_pieces = [widgets.show_piece(tok, id) for id in tok.encode(sentence)]
 plots.text_pieces(shown_pieces, f"{len(sentence)} characters become {len(shown_pieces)} tokens")
 

@@ -41,8 +41,9 @@ import numpy as np
 
 from llmcore import config, corpus, plots, widgets
 from llmcore.dataset import TokenDataset, prepare_dataset
-from llmcore.files import shown, text_blocks
+from llmcore.files import find_texts, shown, text_blocks, text_name
 from llmcore.planner import TOKENS_PER_PARAMETER, plan
+from llmcore.prepare import held_out_share
 from llmcore.tokenizer import Tokenizer
 
 # %%
@@ -63,6 +64,7 @@ print(f"token files are in {shown(dataset_dir)}; files left out: {len(manifest['
 # %% tags=["nbval-check-output"]
 for name, split in manifest["splits"].items():
     print(f"{name}: {split['documents']} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes")
+print(f"held out: {held_out_share(manifest):.1%} of the text; asked for: {manifest['val_fraction']:.1%}")
 print("split by", manifest["split_by"], "- stored as", np.dtype(manifest["dtype"]).name)
 
 # %% tags=["nbval-check-output"]
@@ -77,19 +79,25 @@ plots.length_histogram(lengths, "tokens", f"{len(lengths)} documents, {lengths.s
 
 # %% [markdown]
 # ## Which documents are held out
-# A document's place follows from a hash of its name: adding files later moves none of the old ones, and whole documents
-# are held out, so the model cannot have read the other half of a validation sentence.
+# A document's place follows from a hash of its name, and stays as it is when files are added later, or renamed: what
+# was held out is never trained on. Whole documents are held out, so the model cannot have read the other half of a
+# validation sentence. With few documents, the share held out may be far from `val_fraction`. (A corpus of a single
+# document has to be split by position: its end is held out.)
 
 # %% tags=["nbval-check-output"]
-held_out = [source["path"] for source in manifest["sources"] if source["split"] == "val"]
+held_out = val.names
 print(len(held_out), "held out:", " ".join(held_out[:12]))
 
 # %% tags=["nbval-check-output"]
-document = tok.decode(train.read(0, min(int(train.offsets[1]), 100_000)).tolist()).rstrip("�")
 first = next(source for source in manifest["sources"] if source["split"] in ("train", "both"))
-print("the first document decodes to its file:", next(text_blocks(folder / first["path"])).startswith(document))
+file = next(file for file in find_texts(folder) if text_name(file, folder) == first["path"])
+text = next(text_blocks(file))  # 64 KiB at most, and no token is shorter than a byte
+document = tok.decode(train.read(0, min(int(train.offsets[1]), 1 << 16)).tolist())
+length = min(len(text), len(document))
+print("the first document decodes to its file:", document[:length] == text[:length])
 counts = train.count_ids()
-print("eos tokens:", counts[tok.eos_id], "- documents:", len(train.offsets) - 1)
+whole = sum(source["split"] == "train" for source in manifest["sources"])
+print("each document that ends here ends with eos:", counts[tok.eos_id] == whole)
 
 # %% [markdown]
 # ## A few tokens do most of the work

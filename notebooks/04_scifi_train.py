@@ -29,6 +29,8 @@ preset: str = "scifi-mini"  # scifi-mini, scifi-117M, scifi-1.5B, zhwiki-2.46B
 data_dir: str = "data/sanguo"  # folder of .txt files
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 dataset_dir: str = "outputs/dataset"  # token files, from notebook 2 or made here
+val_fraction: float = None  # share of the documents held out; None: as in the data set there is, else 0.05
+errors: str = None  # at a file that is not UTF-8: strict stops, skip leaves it out; None: as before, else strict
 output_dir: str = "outputs/runs"  # runs go here
 project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
 checkpoint_dir: str = None  # go on from: a checkpoint, a run, latest or best
@@ -52,9 +54,9 @@ seed: int = 0  # of the initial weights and the order of the data
 # %%
 from llmcore.parameters import check_parameters
 
-names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size dim"
-names += " n_layers n_heads max_steps batch_size learning_rate weight_decay activation_checkpointing prompt device"
-check_parameters(globals(), names + " precision tracker thorough seed")
+names = "preset data_dir tokenizer_model_file dataset_dir val_fraction errors output_dir project checkpoint_dir"
+names += " init_step context_size dim n_layers n_heads max_steps batch_size learning_rate weight_decay"
+check_parameters(globals(), names + " activation_checkpointing prompt device precision tracker thorough seed")
 
 # %%
 import torch
@@ -91,7 +93,7 @@ model_config, train_config = config.preset(preset)
 window = context_size or model_config.max_seq_len
 shape = {name: value for name in ("dim", "n_layers", "n_heads") if (value := globals()[name]) is not None}
 model_config = model_config.replace(vocab_size=tok.vocab_size, max_seq_len=window, **shape)
-manifest = prepare_dataset(corpus.open_corpus(data_dir), tok, dataset_dir)
+manifest = prepare_dataset(corpus.open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
 

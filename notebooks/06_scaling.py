@@ -29,6 +29,8 @@ preset: str = "scifi-mini"  # what all runs have in common but the size
 data_dir: str = "data/sanguo"  # folder of .txt files
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 dataset_dir: str = "outputs/dataset"  # token files, from notebook 2 or made here
+val_fraction: float = None  # share of the documents held out; None: as in the data set there is, else 0.05
+errors: str = None  # at a file that is not UTF-8: strict stops, skip leaves it out; None: as before, else strict
 output_dir: str = "outputs/scaling"  # the runs go here
 dims: str = "12 16 24 32 48 64 96 128"  # widths of the models
 budgets: str = "2.5e11 8e11 2.5e12"  # FLOPs that a run may cost
@@ -45,8 +47,9 @@ seed: int = 0  # of the runs and of the resampling
 # %%
 from llmcore.parameters import check_parameters
 
-names = "preset data_dir tokenizer_model_file dataset_dir output_dir dims budgets held_back_dim held_back_epochs"
-check_parameters(globals(), names + " context_size batch_size learning_rate min_steps workers device seed")
+names = "preset data_dir tokenizer_model_file dataset_dir val_fraction errors output_dir dims budgets held_back_dim"
+names += " held_back_epochs context_size batch_size learning_rate min_steps"
+check_parameters(globals(), names + " workers device seed")
 
 # %%
 import numpy as np
@@ -78,7 +81,7 @@ _ = new_run_dir(output_dir, "a-run")  # a folder that cannot be written is refus
 tok = Tokenizer(tokenizer_model_file)
 base, _ = config.preset(preset)
 base = base.replace(vocab_size=tok.vocab_size, max_seq_len=context_size or base.max_seq_len)
-prepare_dataset(corpus.open_corpus(data_dir), tok, dataset_dir)
+prepare_dataset(corpus.open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
 epoch = len(TokenDataset(dataset_dir, "train", base.max_seq_len).tokens)
 
 # %%

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmcore.files import find_texts, read_text, split_long
+from llmcore.files import cut_text, find_texts, read_text, split_long
 from llmcore.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 
 STRANGE = [
@@ -171,3 +174,89 @@ def test_a_broken_model_file_is_an_error_or_still_a_tokenizer(
 def test_a_missing_model_file_says_where_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"tokenizer_model_file.*01_tokenize"):
         Tokenizer(tmp_path / "no.model")
+
+
+CORPORA = {
+    "no spaces, no newlines": "却说曹操引军而还。刘备关羽张飞三人。" * 30,
+    "a few spaces, too rare for a piece": "却说曹操引军而还。刘备关羽张飞三人。" * 400 + " b",
+    "one character": "a" * 500,
+    "spaces": " " * 300,
+    "white space": " \u3000\t\n\r" * 100,
+    "U+2581": "▁" * 300,
+    "U+2581 in words": "▁a b▁c ▁▁ " * 100,
+    "tabs": "\ta\tb\tc" * 100,
+    "U+2028": "a\u2028b\u2028c\u2029\u0085" * 100,
+    "names of special pieces": "<s>hi</s> <unk> <pad> <0x41>\n" * 100,
+    "NUL and control characters": "a\0b\x1b[31mc\x7f" * 100,
+    "English": "the cat sat on the mat. the dog did not. " * 40,
+}
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def odd_tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    """For each odd corpus, the smallest and the largest tokenizer that can be trained on it, as the advice says."""
+    folder, trained = tmp_path_factory.mktemp("odd"), {}
+    for name, text in CORPORA.items():
+        file = folder / "corpus.txt"
+        file.write_text(text, encoding="utf-8", newline="")
+        for vocab_size, advice in (
+            (261, r"Set vocab_size to (\d+) or more"),
+            (9999, r"set vocab_size to (\d+) or less"),
+        ):
+            with pytest.raises(TokenizerError) as error:
+                train_tokenizer([file], folder / "t", vocab_size, model_type=request.param, progress=False)
+            [size] = re.findall(advice, str(error.value))
+            trained[f"{name}, {size}"] = train_tokenizer(
+                [file], folder / "t", int(size), model_type=request.param, progress=False
+            )
+    return trained
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.one_of(st.text(max_size=30), st.text(alphabet=" ▁\u3000a\t曹\0\u2028<s>", max_size=30)))
+@example("Hello world")
+@example(" ▁ ▁▁ ")
+@example("<s> </s> <0x20>\r\n")
+def test_any_text_survives_a_tokenizer_of_any_corpus(odd_tokenizers: dict[str, Tokenizer], text: str) -> None:
+    for corpus, tokenizer in odd_tokenizers.items():
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text, corpus
+        assert tokenizer.encode_batch([text, ""]) == [ids, []], corpus
+        assert tokenizer.encode_array(text).tolist() == ids, corpus
+        assert "".join(stream_of(tokenizer, ids)) == text, corpus
+
+
+def stream_of(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
+    """Text as it is streamed, byte by byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    return (decoder.decode(tokenizer.id_to_bytes(id)) for id in ids)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(alphabet=" ▁ab曹却说\n", max_size=40), st.integers(1, 6))
+def test_a_tokenizer_without_spaces_may_be_cut_at_safe_places(
+    odd_tokenizers: dict[str, Tokenizer], text: str, size: int
+) -> None:
+    for corpus, tokenizer in odd_tokenizers.items():
+        pairs = tokenizer.inner_pairs()
+        parts = list(cut_text([text], pairs, size))
+        if all(a[-1] + b[0] not in pairs for a, b in pairwise(parts)):
+            assert [id for part in parts for id in tokenizer.encode(part)] == tokenizer.encode(text), corpus
+
+
+def test_a_space_without_a_piece_is_its_byte_and_no_other(odd_tokenizers: dict[str, Tokenizer]) -> None:
+    without = [tokenizer for tokenizer in odd_tokenizers.values() if not tokenizer.has_space_piece]
+    assert len(without) > 5
+    for tokenizer in without:
+        assert [tokenizer.id_to_piece(id) for id in tokenizer.encode(" ▁")] == ["<0x20>", "<0xE2>", "<0x96>", "<0x81>"]
+    for name, tokenizer in odd_tokenizers.items():
+        if name.startswith(("English", "spaces")):
+            assert tokenizer.has_space_piece
+            assert not any(map(tokenizer.is_byte, tokenizer.encode("  ")))
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "\udcff", "▁\udfff "])
+def test_half_a_surrogate_pair_is_refused_in_a_batch_too(tokenizer: Tokenizer, text: str) -> None:
+    for encode in (tokenizer.encode, tokenizer.encode_array, lambda text: tokenizer.encode_batch(["a", text])):
+        with pytest.raises(ValueError, match="half a surrogate pair"):
+            encode(text)
