@@ -32,6 +32,8 @@ from llmcore.tokenizer import Tokenizer, TokenizerError
 
 FORMAT_VERSION = 1
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be stored in
+# all that is ever read of a checkpoint, besides its manifest
+READ = ("model.safetensors", "config.json", "tokenizer.model", "trainer_state.json", "trainer_state.safetensors")
 TRIES = 100  # at reading while another process saves and deletes
 
 # What the JSON files of a checkpoint must look like. They may hold more.
@@ -263,9 +265,9 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     manifest = _read_manifest(path)
     listed = manifest["sha256"]
-    for name in ("tokenizer.model", "trainer_state.json", "trainer_state.safetensors"):
+    for name in READ:
         if name not in listed and (path / name).exists():
-            raise CheckpointError(f"{shown(path / name)} is not listed in manifest.json: nobody knows whose it is")
+            raise CheckpointError(f"{shown(path)} is damaged: it holds {name}, which its manifest.json does not list")
     for name in {"model.safetensors", "config.json", *listed}:
         file = path / name
         if not file.is_file():
@@ -507,12 +509,8 @@ def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> 
     if not odd and len(kinds) > 1:
         both = [f"{name} is {_name(kind)}" for kind, name in kinds.items()]
         wrong.append(f"{' and '.join(both[:2])}: all weights must be of one type")
-    if (
-        not wrong
-        and tied is not None
-        and weights["output.weight"] is not tied
-        and not weights["output.weight"].equal(tied)
-    ):
+    output = weights.get("output.weight", tied)
+    if not wrong and tied is not None and not (output is tied or torch.equal(output, tied)):
         wrong.append("output.weight is not tok_embeddings.weight, though tie_embeddings is true")
     if not wrong:
         used = ((name, tensor if to_come else tensor.to(own[name].dtype)) for name, tensor in known.items())

@@ -49,8 +49,8 @@ class TokenDataset:
         bytes_per_token: raw UTF-8 bytes of this split's text per token.
 
     Raises:
-        DatasetError: if the files are missing, cut short, at odds or shorter than one window; from a batch, if it would hold
-            damaged tokens.
+        DatasetError: if the files are missing, cut short, at odds, or shorter than one window; from a batch, if it
+            would hold damaged tokens.
     """
 
     def __init__(self, dataset_dir: str | os.PathLike[str], split: str = "train", context_size: int = 1024) -> None:
@@ -106,10 +106,14 @@ class TokenDataset:
 
     @property
     def names(self) -> list[str]:
-        """Names of the documents, in the order of `offsets`."""
-        return [
-            source["path"] for source in self.manifest.get("sources", []) if source["split"] in (self.split, "both")
-        ]
+        """Names of the documents, in the order of `offsets`.
+
+        Raises:
+            DatasetError: if the manifest does not say them.
+        """
+        if "sources" not in self.manifest:
+            raise DatasetError(f"{self.path.with_name('meta.json')} does not name its sources; {AGAIN}")
+        return [source["path"] for source in self.manifest["sources"] if source["split"] in (self.split, "both")]
 
     def texts(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> dict[str, str]:
         """The documents' texts by name, decoded (without loss); None for all, else the first ones up to `max_tokens`.
