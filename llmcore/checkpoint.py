@@ -73,10 +73,10 @@ _CONFIG = {
         "history": {"type": "array", "items": _OBJECT},
     },
 }
+_STATE_FIELDS = ("step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau", "scaler")
 _SCALER = ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
 _TRAINER_STATE = {
     "type": "object",
-    "required": ["step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau", "scaler"],
     "properties": {
         **dict.fromkeys(("step", "tokens", "skipped", "skipped_in_a_row"), _COUNT),
         "val_loss": {"type": ["number", "null"]},
@@ -510,7 +510,7 @@ def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> 
         both = [f"{name} is {_name(kind)}" for kind, name in kinds.items()]
         wrong.append(f"{' and '.join(both[:2])}: all weights must be of one type")
     output = weights.get("output.weight", tied)
-    if not wrong and tied is not None and not (output is tied or torch.equal(output, tied)):
+    if not wrong and tied is not None and output is not None and not (output is tied or torch.equal(output, tied)):
         wrong.append("output.weight is not tok_embeddings.weight, though tie_embeddings is true")
     if not wrong:
         used = ((name, tensor if to_come else tensor.to(own[name].dtype)) for name, tensor in known.items())
@@ -540,14 +540,18 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         if hint := pointer_hint(file):
-            raise CheckpointError(f"{shown(file)} cannot be read: {hint}")
+            raise SafetensorError(hint)
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch, where the file has just gone
         raise CheckpointError(f"{shown(file)} cannot be read: {error}") from None
 
 
 def read_trainer_state(
-    path: Path, optimizers: Sequence[Optimizer], names: Mapping[int, str], device: torch.device
+    path: Path,
+    optimizers: Sequence[Optimizer],
+    names: Mapping[int, str],
+    device: torch.device,
+    required: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The numbers and tensors a trainer goes on with, checked before it takes over any of them.
 
@@ -558,6 +562,7 @@ def read_trainer_state(
         optimizers: AdamW and Muon, over the parameters that the state is for.
         names: of these parameters, by `id`.
         device: of the run.
+        required: more fields that `trainer_state.json` must have.
 
     Returns:
         `trainer_state.json`, and `trainer_state.safetensors` on the CPU: `rng.cpu`, `rng.cuda` (both uint8) and
@@ -567,7 +572,7 @@ def read_trainer_state(
         CheckpointError: naming the file and the field or tensor that is not as it must be.
     """
     file, config = path / "trainer_state.json", read_config(path)
-    state = _read_json(file, _TRAINER_STATE)
+    state = _read_json(file, {**_TRAINER_STATE, "required": [*_STATE_FIELDS, *required]})
     for key in ("step", "tokens"):
         if state[key] != config.get(key, state[key]):
             raise CheckpointError(f"{shown(file)} cannot be used: {key}: {state[key]} is not config.json's")
@@ -596,10 +601,12 @@ def read_trainer_state(
         left.discard(name)
         if name not in tensors:
             wrong += ["missing rng.cpu"] if name == "rng.cpu" else []
+        elif tensors[name].dim() != 1 or tensors[name].dtype != torch.uint8:
+            wrong.append(f"{name} is {tuple(tensors[name].shape)} {_name(tensors[name].dtype)}, not bytes in a row")
         elif name == f"rng.{of.type}":
             try:
                 torch.Generator(of).set_state(tensors[name])
-            except (RuntimeError, TypeError) as error:
+            except RuntimeError as error:
                 wrong.append(f"{name}: {error}")
     wrong += [f"unexpected {name}" for name in sorted(left)]
     if wrong:

@@ -525,7 +525,7 @@ class Trainer:
             )
         if differing:
             raise CheckpointError(f"{shown(path)} is of another run: " + "; ".join(differing))
-        state, tensors = read_trainer_state(path, self.optimizers, self._names, self.device)
+        state, tensors = read_trainer_state(path, self.optimizers, self._names, self.device, SAVED)
         load_weights(self.model, path)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
