@@ -6,29 +6,105 @@ A checkpoint `<run>/step=000400_loss=3.214/` holds `model.safetensors`, `config.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
-from llmcore.config import ModelConfig
+from llmcore.config import ConfigError, ModelConfig
 from llmcore.device import pick_device
-from llmcore.files import fsync, resolve, sha256_file, shown, write_atomic
+from llmcore.files import fsync, pointer_hint, read_json, resolve, sha256_file, shown, write_atomic
 from llmcore.model import Transformer
-from llmcore.tokenizer import Tokenizer
+from llmcore.tokenizer import Tokenizer, TokenizerError
 
 FORMAT_VERSION = 1
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be stored in
+# all that is ever read of a checkpoint, besides its manifest
+READ = ("model.safetensors", "config.json", "tokenizer.model", "trainer_state.json", "trainer_state.safetensors")
+TRIES = 100  # at reading while another process saves and deletes
+
+# What the JSON files of a checkpoint must look like. They may hold more.
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
+_OBJECT = {"type": "object"}
+_TEXT = {"type": ["string", "null"]}
+_MANIFEST = {
+    "type": "object",
+    "required": ["format_version", "step", "loss", "saved_at", "sha256"],
+    "properties": {
+        "format_version": {"enum": [FORMAT_VERSION]},
+        "step": _COUNT,
+        "loss": {"type": "number"},  # NaN where nothing was measured yet
+        "saved_at": {"type": "finite number", "minimum": 0},
+        "sha256": {
+            "type": "object",
+            "patternProperties": {"^[A-Za-z0-9._-]{1,100}$": {"type": "string", "pattern": "^[0-9a-f]{64}$"}},
+            "additionalProperties": False,
+        },
+    },
+}
+_CONFIG = {
+    "type": "object",
+    "required": ["step", "loss", "model"],
+    "properties": {
+        "step": _COUNT,
+        "loss": {"type": "number"},
+        "tokens": _COUNT,
+        "model": _OBJECT,
+        "train": _OBJECT,
+        "environment": _OBJECT,
+        "data": {"type": ["object", "null"]},
+        "tokenizer": _TEXT,
+        "precision": _TEXT,
+        "device": _TEXT,
+        "bytes_per_token": {"type": ["finite number", "null"], "minimum": 0},
+        "history": {"type": "array", "items": _OBJECT},
+    },
+}
+_STATE_FIELDS = ("step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau", "scaler")
+_SCALER = ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
+_TRAINER_STATE = {
+    "type": "object",
+    "properties": {
+        **dict.fromkeys(("step", "tokens", "skipped", "skipped_in_a_row"), _COUNT),
+        "val_loss": {"type": ["number", "null"]},
+        "best_loss": {"type": "number or Infinity"},  # Infinity before the first validation
+        "plateau": {
+            "type": "object",
+            "required": ["scale", "best", "bad"],
+            "properties": {
+                "scale": {"type": "finite number", "minimum": 0, "maximum": 1},
+                "best": {"type": "number or Infinity"},
+                "bad": _COUNT,
+            },
+            "additionalProperties": False,
+        },
+        "scaler": {  # torch's GradScaler; {} where the run is not in fp16
+            "type": "object",
+            "properties": {
+                "scale": {"type": "finite number", "minimum": 0, "exclusiveMinimum": True, "maximum": 2.0**127},
+                "growth_factor": {"type": "finite number", "minimum": 1, "maximum": 1024},
+                "backoff_factor": {"type": "finite number", "minimum": 0, "exclusiveMinimum": True, "maximum": 1},
+                "growth_interval": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
+                "_growth_tracker": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            },
+            "dependencies": dict.fromkeys(_SCALER, _SCALER),  # all of them, or none
+            "additionalProperties": False,
+        },
+    },
+}
 
 
 class CheckpointError(RuntimeError):
@@ -147,13 +223,31 @@ def _delete(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """A checkpoint folder's manifest; None if the folder is no finished checkpoint."""
+    """A checkpoint folder's manifest; None if the folder is no finished checkpoint that this code can read."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        kinds = {"step": int, "loss": float, "saved_at": float, "sha256": dict}
-        return manifest if all(isinstance(manifest[key], kind) for key, kind in kinds.items()) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return _read_manifest(path)
+    except CheckpointError:
         return None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint folder's manifest, checked against its schema.
+
+    Raises:
+        CheckpointError: naming the field that is not as it must be.
+    """
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise CheckpointError(f"{shown(path)} is not a checkpoint: it has no manifest.json")
+    try:
+        version = read_json(file, {"type": "object", "required": ["format_version"]})["format_version"]
+        if type(version) is int and version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{shown(path)} has format version {version}; this code reads {FORMAT_VERSION}: update llmcore"
+            )
+        return read_json(file, _MANIFEST)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(path)} is not a checkpoint: {error}") from None
 
 
 def _loss(path: Path) -> float:
@@ -166,22 +260,21 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its manifest and return the manifest.
 
     Raises:
-        CheckpointError: naming the file that is missing or differs.
+        CheckpointError: naming the file that is missing or differs, or that would be read though the manifest does
+            not list it.
     """
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise CheckpointError(f"{shown(path)} is not a checkpoint: it has no readable manifest.json")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{shown(path)} has format version {manifest.get('format_version')}; "
-            f"this code reads {FORMAT_VERSION}: update llmcore"
-        )
-    for name in {"model.safetensors", "config.json", *manifest["sha256"]}:
+    manifest = _read_manifest(path)
+    listed = manifest["sha256"]
+    for name in READ:
+        if name not in listed and (path / name).exists():
+            raise CheckpointError(f"{shown(path)} is damaged: it holds {name}, which its manifest.json does not list")
+    for name in {"model.safetensors", "config.json", *listed}:
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if not file.is_file():
             raise CheckpointError(f"{shown(file)} is missing")
-        if sha256_file(file) != manifest["sha256"].get(name):
-            raise CheckpointError(f"{shown(file)} is damaged: its hash differs from the manifest's")
+        if sha256_file(file) != listed.get(name):
+            reason = pointer_hint(file) or "its hash differs from the manifest's"
+            raise CheckpointError(f"{shown(file)} is damaged: {reason}")
     config = read_config(path)
     if any(repr(config.get(key)) != repr(manifest[key]) for key in ("step", "loss")):  # repr: NaN is not itself
         raise CheckpointError(f"{shown(path / 'manifest.json')} is damaged: its step or loss is not config.json's")
@@ -189,18 +282,20 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's `config.json`.
+    """A checkpoint's `config.json`, checked against its schema.
 
     Raises:
-        CheckpointError: if it is none.
+        CheckpointError: naming the field that is not as it must be.
     """
+    return _read_json(path / "config.json", _CONFIG)
+
+
+def _read_json(file: Path, schema: Mapping[str, Any]) -> Any:
+    """`read_json` with our kind of error."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return read_json(file, schema)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown(path / 'config.json')} cannot be used: {error!r}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{shown(path / 'config.json')} cannot be used: it describes no model")
-    return config
+        raise CheckpointError(str(error) if isinstance(error, ValueError) else f"{shown(file)}: {error}") from None
 
 
 def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
@@ -208,11 +303,12 @@ def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
 
     That is the order of steps, unless the run has gone back to an earlier one and on from there.
     """
-    found = [
-        (manifest["saved_at"], manifest["step"], path)
-        for path in Path(run_dir).glob("step=*")
-        if (manifest := read_manifest(path))
-    ]
+    return _finished(Path(run_dir).glob("step=*"))
+
+
+def _finished(folders: Iterable[Path]) -> list[Path]:
+    """Those of the folders that are finished checkpoints, in the order of saving."""
+    found = [(manifest["saved_at"], manifest["step"], path) for path in folders if (manifest := read_manifest(path))]
     return [path for _, _, path in sorted(found)]
 
 
@@ -244,23 +340,65 @@ def find_checkpoint(folder: str | os.PathLike[str], which: str = "latest") -> Pa
     Raises:
         CheckpointError: if there is none, saying where it looked, or if the one named is damaged.
     """
+    return _found(folder, which, lambda path, manifest: path)
+
+
+Result = TypeVar("Result")
+
+
+def _found(folder: str | os.PathLike[str], which: str, use: Callable[[Path, dict[str, Any]], Result]) -> Result:
+    """What `use` makes of the checkpoint meant, and of its manifest.
+
+    A trainer may save and delete meanwhile: what goes away under our hands is no damage, but a reason to look again.
+    """
     if which not in ("latest", "best"):
         folder, which = which, "latest"
-    folder = resolve(folder)
+    folder, gone = resolve(folder), None
+    for _ in range(TRIES):
+        try:
+            path, manifest = _look(folder, which)
+            with _noticing_replacement(path):
+                return use(path, manifest)
+        except (_GoneError, FileNotFoundError) as error:
+            gone = error
+    raise CheckpointError(f"the checkpoints in {shown(folder)} change faster than they can be read") from gone
+
+
+class _GoneError(CheckpointError):
+    """A checkpoint that was deleted or replaced while it was read."""
+
+
+@contextlib.contextmanager
+def _noticing_replacement(path: Path) -> Iterator[None]:
+    """Tell an error that comes from the deletion or replacement of a checkpoint from all others."""
+    before = read_manifest(path)
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        after = read_manifest(path)
+        if path.exists() and (before or {}).get("saved_at") == (after or {}).get("saved_at"):
+            raise
+        raise _GoneError(f"{shown(path)} was deleted or replaced while it was read") from error
+
+
+def _look(folder: Path, which: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint meant by a folder, verified, and its manifest: one look, see `find_checkpoint`."""
     if (folder / "manifest.json").exists() or folder.name.startswith("step="):
-        verify_checkpoint(folder)
-        return folder
+        return folder, verify_checkpoint(folder)
     runs = {path.parent for pattern in ("step=*", "*/step=*", "*/*/step=*") for path in folder.glob(pattern)}
     for run in sorted(runs, key=_last_saved, reverse=True):
-        candidates = checkpoints(run)
-        for path in sorted(set(run.glob("step=*")) - set(candidates)):
-            warnings.warn(f"passed over: {shown(path)} has no readable manifest.json", stacklevel=2)
-        for path in sorted(candidates, key=_loss) if which == "best" else reversed(candidates):
+        folders = set(run.glob("step=*"))
+        candidates = _finished(folders)
+        others = sorted(folders - set(candidates))
+        ordered = sorted(candidates, key=_loss) if which == "best" else candidates[::-1]
+        for path in (*others, *ordered):
             try:
-                verify_checkpoint(path)
-                return path
+                with _noticing_replacement(path):
+                    return path, verify_checkpoint(path)
+            except _GoneError:
+                raise
             except CheckpointError as error:
-                warnings.warn(f"passed over: {error}", stacklevel=2)
+                warnings.warn(f"passed over: {error}", stacklevel=4)
     raise CheckpointError(
         f"no checkpoint in {shown(folder)} (looked for step=*/manifest.json in it and two levels "
         "below); train one with notebook 04_scifi_train, or name another folder"
@@ -270,25 +408,58 @@ def find_checkpoint(folder: str | os.PathLike[str], which: str = "latest") -> Pa
 def load_checkpoint(folder_or_run: str | os.PathLike[str], which: str = "latest", device: str = "auto") -> Checkpoint:
     """Load a model and its tokenizer from a checkpoint, a run or a folder of runs.
 
+    Only files that the manifest lists are read. While a trainer saves and deletes in the folder, the newest checkpoint
+    of the moment is loaded.
+
     Args:
         folder_or_run: see `find_checkpoint`.
         which: "latest" or "best" where the folder holds several, or another folder to use instead.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        CheckpointError: if it is missing, damaged, or its tensors are not those of its configuration.
+        CheckpointError: if it is missing, damaged, or its tensors are not those of its configuration, or not finite.
     """
-    path = find_checkpoint(folder_or_run, which)
-    config = read_config(path)
+    return _found(folder_or_run, which, lambda path, manifest: _load(path, manifest, device))
+
+
+def _load(path: Path, manifest: dict[str, Any], device: str) -> Checkpoint:
+    """A verified checkpoint as a model with its tokenizer."""
+    config, file = read_config(path), path / "config.json"
     try:
-        model_config, step = ModelConfig.from_dict(config["model"]), int(config["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{shown(path / 'config.json')} cannot be used: {error!r}") from None
-    model = empty_model(model_config)
-    load_weights(model, path)
-    tokenizer_file = path / "tokenizer.model"
-    tokenizer = Tokenizer(tokenizer_file) if tokenizer_file.exists() else None
-    return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, step, path)
+        model_config = ModelConfig.from_dict(config["model"])
+    except ConfigError as error:
+        raise CheckpointError(f"{shown(file)} cannot be used: {error}") from None
+    model = model_with(model_config, read_tensors(path / "model.safetensors"), path / "model.safetensors")
+    tokenizer = None
+    if "tokenizer.model" in manifest["sha256"]:
+        try:
+            tokenizer = Tokenizer(path / "tokenizer.model")
+        except TokenizerError as error:
+            raise CheckpointError(f"{shown(path / 'tokenizer.model')} cannot be used: {error}") from None
+        if tokenizer.vocab_size > model_config.vocab_size:
+            raise CheckpointError(
+                f"{shown(path / 'tokenizer.model')} has {tokenizer.vocab_size} ids, "
+                f"the model in config.json only vocab_size={model_config.vocab_size}"
+            )
+    if config.get("tokenizer") is not None and (tokenizer is None or tokenizer.fingerprint != config["tokenizer"]):
+        raise CheckpointError(f"{shown(file)} names another tokenizer than the checkpoint's tokenizer.model")
+    return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, config["step"], path)
+
+
+def model_with(config: ModelConfig, weights: dict[str, Tensor], source: Path) -> Transformer:
+    """A model of a shape with these weights, by our names. Nothing is built for a shape that cannot be theirs.
+
+    Raises:
+        CheckpointError: see `fill_model`.
+    """
+    if config.n_layers > len(weights):
+        raise CheckpointError(
+            f"{shown(source)} does not fit the model: it holds {len(weights)} tensors, too few for "
+            f"n_layers={config.n_layers}"
+        )
+    model = empty_model(config)
+    fill_model(model, weights, source)
+    return model
 
 
 def empty_model(config: ModelConfig) -> Transformer:
@@ -311,24 +482,54 @@ def load_weights(model: Transformer, path: Path) -> None:
 def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> None:
     """Give a model its weights, by our names; a tied output matrix need not be among them.
 
+    Args:
+        model: of any device; one without weights yet takes over these tensors themselves, and their dtype.
+        weights: by name, all of one dtype: float32, bfloat16, float16 or float64.
+        source: the file they come from.
+
     Raises:
-        CheckpointError: naming the source, and tensors that are missing, too many or of another shape.
+        CheckpointError: naming the source, and tensors that are missing, too many, of another shape or dtype, or not
+            finite. The model is then as it was.
     """
-    if model.config.tie_embeddings and "tok_embeddings.weight" in weights:
-        weights["output.weight"] = weights["tok_embeddings.weight"]
-    own = model.state_dict()
+    own, to_come = model.state_dict(), model.tok_embeddings.weight.is_meta
+    tied = weights.get("tok_embeddings.weight") if model.config.tie_embeddings else None
+    if tied is not None:
+        weights = {"output.weight": tied, **weights}
     wrong = [f"missing {name}" for name in own if name not in weights]
     wrong += [f"unexpected {name}" for name in weights if name not in own]
+    known = {name: weights[name] for name in own if name in weights}
     wrong += [
-        f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} is {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}"
+        for name, tensor in known.items()
+        if tensor.shape != own[name].shape
     ]
+    odd = [name for name, tensor in known.items() if tensor.dtype not in WEIGHTS]
+    wrong += [f"{name} is {_name(known[name].dtype)}; weights must be {', '.join(map(_name, WEIGHTS))}" for name in odd]
+    kinds = {tensor.dtype: name for name, tensor in known.items()}
+    if not odd and len(kinds) > 1:
+        both = [f"{name} is {_name(kind)}" for kind, name in kinds.items()]
+        wrong.append(f"{' and '.join(both[:2])}: all weights must be of one type")
+    output = weights.get("output.weight", tied)
+    if not wrong and tied is not None and output is not None and not (output is tied or torch.equal(output, tied)):
+        wrong.append("output.weight is not tok_embeddings.weight, though tie_embeddings is true")
+    if not wrong:
+        used = ((name, tensor if to_come else tensor.to(own[name].dtype)) for name, tensor in known.items())
+        wrong = [f"{name} holds what is not finite" for name, tensor in used if not _finite(tensor)]
     if wrong:
-        raise CheckpointError(f"{shown(source)} does not fit the model: " + "; ".join(wrong[:8]))
-    model.load_state_dict(weights, assign=model.tok_embeddings.weight.is_meta)
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(f"{shown(source)} does not fit the model: " + "; ".join(wrong[:8]) + more)
+    model.load_state_dict(weights, assign=to_come)
     if model.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor is finite, in one pass and without a copy."""
+    return all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -338,9 +539,93 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         CheckpointError: if it is missing or no such file.
     """
     try:
+        if hint := pointer_hint(file):
+            raise SafetensorError(hint)
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch, where the file has just gone
         raise CheckpointError(f"{shown(file)} cannot be read: {error}") from None
+
+
+def read_trainer_state(
+    path: Path,
+    optimizers: Sequence[Optimizer],
+    names: Mapping[int, str],
+    device: torch.device,
+    required: Iterable[str] = (),
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The numbers and tensors a trainer goes on with, checked before it takes over any of them.
+
+    An optimizer's kernel believes the sizes of its moments and writes where they say, so each must be as its parameter.
+
+    Args:
+        path: a verified checkpoint.
+        optimizers: AdamW and Muon, over the parameters that the state is for.
+        names: of these parameters, by `id`.
+        device: of the run.
+        required: more fields that `trainer_state.json` must have.
+
+    Returns:
+        `trainer_state.json`, and `trainer_state.safetensors` on the CPU: `rng.cpu`, `rng.cuda` (both uint8) and
+        `<parameter>/<key>`.
+
+    Raises:
+        CheckpointError: naming the file and the field or tensor that is not as it must be.
+    """
+    file, config = path / "trainer_state.json", read_config(path)
+    state = _read_json(file, {**_TRAINER_STATE, "required": [*_STATE_FIELDS, *required]})
+    for key in ("step", "tokens"):
+        if state[key] != config.get(key, state[key]):
+            raise CheckpointError(f"{shown(file)} cannot be used: {key}: {state[key]} is not config.json's")
+    if not state["skipped_in_a_row"] <= state["skipped"] <= state["step"]:
+        raise CheckpointError(f"{shown(file)} cannot be used: skipped: more than there were steps")
+
+    file = path / "trainer_state.safetensors"
+    tensors = read_tensors(file)
+    left, wrong = set(tensors), []
+
+    # of a parameter all moments are there, or none before its first step
+    for optimizer in optimizers:
+        keys = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            own = {key: f"{names[id(parameter)]}/{key}" for key in sorted(keys)}
+            there = {key: name for key, name in own.items() if name in tensors}
+            left -= set(there.values())
+            if there:
+                wrong += [f"missing {name}" for key, name in own.items() if key not in there]
+            for key, name in there.items():
+                shape, kind = ((), torch.float32) if key == "step" else (tuple(parameter.shape), parameter.dtype)
+                wrong += _moment_fault(name, key, tensors[name], shape, kind, state["step"])
+
+    # torch itself judges a random state, on a generator of its own
+    for name, of in (("rng.cpu", torch.device("cpu")), ("rng.cuda", device)):
+        left.discard(name)
+        if name not in tensors:
+            wrong += ["missing rng.cpu"] if name == "rng.cpu" else []
+        elif tensors[name].dim() != 1 or tensors[name].dtype != torch.uint8:
+            wrong.append(f"{name} is {tuple(tensors[name].shape)} {_name(tensors[name].dtype)}, not bytes in a row")
+        elif name == f"rng.{of.type}":
+            try:
+                torch.Generator(of).set_state(tensors[name])
+            except RuntimeError as error:
+                wrong.append(f"{name}: {error}")
+    wrong += [f"unexpected {name}" for name in sorted(left)]
+    if wrong:
+        raise CheckpointError(f"{shown(file)} cannot be used: " + "; ".join(wrong[:8]))
+    return state, tensors
+
+
+def _moment_fault(
+    name: str, key: str, tensor: Tensor, shape: tuple[int, ...], kind: torch.dtype, steps: int
+) -> list[str]:
+    """What is wrong with one tensor of an optimizer, as a list of none or one."""
+    if (tuple(tensor.shape), tensor.dtype) != (shape, kind):
+        return [f"{name} is {tuple(tensor.shape)} {_name(tensor.dtype)}, not {shape} {_name(kind)}"]
+    least, most = torch.stack(torch.aminmax(tensor)).tolist()
+    if not (math.isfinite(least) and math.isfinite(most)):
+        return [f"{name} holds what is not finite"]
+    if (key == "exp_avg_sq" and least < 0) or (key == "step" and not (0 <= least <= steps and least.is_integer())):
+        return [f"{name} is out of range: {least}"]
+    return []
 
 
 def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:

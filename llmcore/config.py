@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,7 +19,7 @@ class ConfigError(ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: the closest known ones, or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:100], known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
@@ -29,7 +30,8 @@ class _JSONConfig:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a dictionary. Raises ConfigError on unknown or missing keys."""
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = [f"unknown key {key!r}: {nearest(key, fields)}" for key in values if key not in fields]
+        strange = [key for key in values if key not in fields][:8]
+        unknown = [f"unknown key {reprlib.repr(key)}: {nearest(key, fields)}" for key in strange]
         required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
         missing = [f"missing key {name!r}" for name in required if name not in values]
         if unknown or missing:
@@ -47,6 +49,23 @@ class _JSONConfig:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed (and checked again)."""
         return type(self).from_dict({**self.to_dict(), **changes})
+
+
+# The largest value of each field. Known models stay far below. A damaged or hostile file must not make anything
+# allocate gigabytes, or build layers for minutes, before it is refused.
+_LARGEST = {
+    "vocab_size": 1 << 22,
+    "dim": 1 << 17,
+    "n_layers": 512,
+    "n_heads": 1 << 12,
+    "n_kv_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "hidden_dim": 1 << 19,
+    "max_seq_len": 1 << 24,
+    "norm_eps": 1.0,
+    "rope_theta": 1e12,
+}
+LARGEST_ROPE = 1 << 28  # max_seq_len times head_dim
 
 
 @dataclass(frozen=True)
@@ -84,12 +103,10 @@ class ModelConfig(_JSONConfig):
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len", "norm_eps", "rope_theta"):
-            if name not in wrong and not getattr(self, name) > 0:
-                wrong[name] = f"{name}={getattr(self, name)} must be above 0"
-        for name in ("n_kv_heads", "head_dim", "hidden_dim"):
-            if name not in wrong and getattr(self, name) is not None and not getattr(self, name) > 0:
-                wrong[name] = f"{name}={getattr(self, name)} must be above 0"
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            if name not in wrong and value is not None and not 0 < value <= most:
+                wrong[name] = f"{name}={value} must be above 0" + f" and at most {most:,}" * (value > 0)
         if not {"dim", "n_heads", "n_kv_heads"} & set(wrong):
             if self.n_kv_heads is None:
                 object.__setattr__(self, "n_kv_heads", self.n_heads)
@@ -105,6 +122,11 @@ class ModelConfig(_JSONConfig):
                 wrong["n_kv_heads"] = f"n_heads={self.n_heads} does not divide by n_kv_heads={self.n_kv_heads}"
         if self.head_dim is not None and "head_dim" not in wrong and self.head_dim % 2:
             wrong["head_dim"] = f"head_dim={self.head_dim} must be even: rotary embedding turns pairs"
+        if not wrong and self.max_seq_len * self.head_dim > LARGEST_ROPE:  # type: ignore[operator]
+            wrong["max_seq_len"] = (
+                f"max_seq_len={self.max_seq_len} with head_dim={self.head_dim}: the two multiplied must be at most "
+                f"{LARGEST_ROPE:,}, or the rotary table takes gigabytes"
+            )
         if wrong:
             raise ConfigError("ModelConfig: " + "; ".join(wrong.values()))
 
@@ -254,7 +276,7 @@ def _check_types(config: Any) -> dict[str, str]:
             value = float(value) if abs(value) < 1e300 else math.inf
             object.__setattr__(config, field.name, value)
         if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-            wrong[field.name] = f"{field.name}={value!r} must be of type {kind}"
+            wrong[field.name] = f"{field.name}={reprlib.repr(value)} must be of type {kind}"
         elif isinstance(value, float) and not math.isfinite(value):
             wrong[field.name] = f"{field.name}={value} must be a finite number"
     return wrong

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from llmcore.tokenizer import Tokenizer
 __all__ = ["IGNORED", "DatasetError", "TokenDataset", "prepare_dataset", "verify_dataset"]
 
 IGNORED = -100  # a target that is left out of the loss
+TRIES = 100  # at opening a data set that is being replaced, a hundredth of a second apart
 
 
 class TokenDataset:
@@ -47,37 +49,71 @@ class TokenDataset:
         bytes_per_token: raw UTF-8 bytes of this split's text per token.
 
     Raises:
-        DatasetError: if the files are missing, cut short or shorter than one window; from a batch, if it would hold
-            damaged tokens.
+        DatasetError: if the files are missing, cut short, at odds, or shorter than one window; from a batch, if it
+            would hold damaged tokens.
     """
 
     def __init__(self, dataset_dir: str | os.PathLike[str], split: str = "train", context_size: int = 1024) -> None:
         dataset_dir = Path(dataset_dir)
         if context_size < 1:
             raise DatasetError(f"context_size={context_size} must be 1 or more")
-        self.manifest = verify_dataset(dataset_dir, [split], tokens=False)
-        counts = self.manifest["splits"][split]
-        if counts["tokens"] < context_size + 1:
-            raise DatasetError(
-                f"the {split} split has {counts['tokens']} tokens; context_size={context_size} "
-                f"needs {context_size + 1}: lower context_size, add text"
-                f"{' or raise val_fraction' if split == 'val' else ''}"
-            )
         self.split, self.context_size = split, context_size
         self.path = dataset_dir / f"{split}.bin"
-        self.vocab_size = int(self.manifest["vocab_size"])
-        self.tokens: NDArray[Any] = np.asarray(np.memmap(self.path, dtype=self.manifest["dtype"], mode="r"))
-        self._hashes = (dataset_dir / f"{split}.hashes").read_bytes()
+        self.tokens: NDArray[Any]
+        self.offsets: NDArray[Any]
+        self._open()
         self._checked: set[int] = set()
-        self.offsets: NDArray[Any] = np.fromfile(dataset_dir / f"{split}.offsets", dtype="<u8").astype(np.int64)
+        self.vocab_size = int(self.manifest["vocab_size"])
+        counts = self.manifest["splits"][split]
         self.bytes_per_token = counts["bytes"] / counts["tokens"]
         self.fingerprint: str = counts["sha256"]
         self.n_targets = len(self.tokens) - 1
         self.n_windows = -(-self.n_targets // context_size)
 
+    def _open(self) -> None:
+        """Verify and open the files of one and the same data set, though a preparation may replace it meanwhile.
+
+        An open file stays what it is, whatever takes its name. So if the manifest is still the same after all files
+        have been opened, they belong together; if not, whatever was found is of no account.
+        """
+        folder = self.path.parent
+        for _ in range(TRIES):
+            before = _stamp(folder / "meta.json")
+            found: DatasetError | None = None
+            try:
+                self._open_once()
+            except (OSError, ValueError) as error:
+                found = error if isinstance(error, DatasetError) else DatasetError(f"{self.path}: {error}; {AGAIN}")
+            unfinished = before is None and (folder / ".unfinished" / "meta.json").exists()  # its turn comes last
+            if before == _stamp(folder / "meta.json") and not unfinished:
+                if found:
+                    raise found
+                return
+            time.sleep(0.01)
+        raise DatasetError(f"{folder} is being replaced, or a preparation broke off; let it end, or {AGAIN}")
+
+    def _open_once(self) -> None:
+        self.manifest = verify_dataset(self.path.parent, [self.split], tokens=False)
+        tokens = self.manifest["splits"][self.split]["tokens"]
+        if tokens < self.context_size + 1:
+            raise DatasetError(
+                f"the {self.split} split has {tokens} tokens; context_size={self.context_size} "
+                f"needs {self.context_size + 1}: lower context_size, add text"
+                f"{' or raise val_fraction' if self.split == 'val' else ''}"
+            )
+        self.tokens = np.asarray(np.memmap(self.path, dtype=self.manifest["dtype"], mode="r"))
+        self._hashes = self.path.with_suffix(".hashes").read_bytes()
+        self.offsets = np.fromfile(self.path.with_suffix(".offsets"), dtype="<u8").astype(np.int64)
+
     @property
     def names(self) -> list[str]:
-        """Names of the documents, in the order of `offsets`."""
+        """Names of the documents, in the order of `offsets`.
+
+        Raises:
+            DatasetError: if the manifest does not say them.
+        """
+        if "sources" not in self.manifest:
+            raise DatasetError(f"{self.path.with_name('meta.json')} does not name its sources; {AGAIN}")
         return [source["path"] for source in self.manifest["sources"] if source["split"] in (self.split, "both")]
 
     def texts(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> dict[str, str]:
@@ -88,7 +124,7 @@ class TokenDataset:
         Raises:
             DatasetError: if the data set was made with another tokenizer.
         """
-        if tokenizer.fingerprint != self.manifest["tokenizer"]:
+        if tokenizer.fingerprint != self.manifest.get("tokenizer"):
             raise DatasetError(
                 f"{self.path.parent} was made with another tokenizer; run 02_dataset again with this one"
             )
@@ -165,6 +201,15 @@ class TokenDataset:
             block[row] = self.read(start, start + time + 1)
             y[row, first - start : end - start] = torch.from_numpy(block[row, first - start + 1 : end - start + 1])
         return torch.from_numpy(block[:, :-1].copy()), y
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another of its name; None if there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @functools.lru_cache(maxsize=4)

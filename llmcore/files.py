@@ -6,10 +6,12 @@ import codecs
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -73,13 +75,14 @@ def read_json(file: Path, schema: Mapping[str, Any] | None = None) -> Any:
         ValueError: naming the file, and the field that is not as it must be.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except RecursionError:
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{shown(file)} is not JSON: {pointer_hint(file) or error}") from None
+        check_json(content, schema or {}, shown(file))
+        return content
+    except RecursionError:  # also what a message about such content would raise
         raise ValueError(f"{shown(file)} cannot be used: it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{shown(file)} is not JSON: {error}") from None
-    check_json(content, schema or {}, shown(file))
-    return content
 
 
 def pointer_hint(file: Path) -> str:
@@ -92,18 +95,35 @@ def pointer_hint(file: Path) -> str:
 def check_json(content: Any, schema: Mapping[str, Any], source: str) -> None:
     """Compare JSON values with a JSON Schema (draft 4).
 
+    Python's JSON may hold NaN and Infinity, and to a schema both are of type "number" within any range. Two types are
+    added for that: "finite number", and "number or Infinity", which is not NaN nor -Infinity.
+
     Raises:
         ValueError: naming the source and the first field that is not as it must be.
     """
-    from jsonschema import Draft4Validator  # here, because it takes longer to import than most runs need it
-
-    error = next(
-        iter(sorted(Draft4Validator(schema).iter_errors(content), key=lambda error: list(map(str, error.path)))), None
-    )
+    errors = sorted(_validator()(schema).iter_errors(content), key=lambda error: list(map(str, error.path)))
+    error = next(iter(errors), None)
     if error is not None:
         field = ".".join(map(str, error.absolute_path))
         message = error.message if len(error.message) < 200 else f"{error.message[:200]}…"
         raise ValueError(f"{source} cannot be used: {f'{field}: ' if field else ''}{message}")
+
+
+@functools.cache
+def _validator() -> Any:
+    """jsonschema's validator with our two types of numbers."""
+    from jsonschema import Draft4Validator, validators  # here, because it takes longer to import than most runs need it
+
+    def finite(checker: Any, value: Any) -> bool:
+        return checker.is_type(value, "number") and (isinstance(value, int) or math.isfinite(value))
+
+    types = Draft4Validator.TYPE_CHECKER.redefine_many(
+        {
+            "finite number": finite,
+            "number or Infinity": lambda checker, value: finite(checker, value) or value == math.inf,
+        }
+    )
+    return validators.extend(Draft4Validator, type_checker=types)
 
 
 def find_texts(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmcore.checkpoint import Checkpoint, CheckpointError, empty_model, fill_model, read_tensors
+from llmcore.checkpoint import Checkpoint, CheckpointError, model_with, read_tensors
 from llmcore.config import ConfigError, ModelConfig
 from llmcore.device import pick_device
 from llmcore.files import pointer_hint, read_json, resolve, shown
@@ -329,8 +329,7 @@ def _checkpoint(config: ModelConfig, weights: dict[str, Tensor], folder: Path, s
     """A foreign folder's weights, by our names, as a checkpoint, with its tokenizer if that is SentencePiece."""
     kinds = {tensor.dtype for tensor in weights.values()}
     widest = functools.reduce(torch.promote_types, kinds, next(iter(kinds), torch.float32))
-    model = empty_model(config)
-    fill_model(model, {name: tensor.to(widest) for name, tensor in weights.items()}, source)
+    model = model_with(config, {name: tensor.to(widest) for name, tensor in weights.items()}, source)
     tokenizer, file, without = None, folder / "tokenizer.model", "has no SentencePiece tokenizer.model"
     if file.exists():
         _check_file(file)

@@ -441,7 +441,9 @@ def _resume(folder: Path, plan: list[_Part], tokenizer: str, dtype: np.dtype[Any
         for line in journal.split(b"\n")[1:]:  # the last is empty, or was cut short by a kill
             try:
                 one = _Done(**json.loads(line))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
+                break
+            if not all(type(n) is int and n >= 0 for n in (one.tokens, one.characters, one.bytes)):
                 break
             if done and not done[-1].is_whole():
                 done.pop()  # the same part, further on

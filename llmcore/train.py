@@ -30,7 +30,7 @@ from llmcore.checkpoint import (
     load_weights,
     prune_checkpoints,
     read_config,
-    read_tensors,
+    read_trainer_state,
     save_checkpoint,
 )
 from llmcore.config import TrainConfig
@@ -525,12 +525,7 @@ class Trainer:
             )
         if differing:
             raise CheckpointError(f"{shown(path)} is of another run: " + "; ".join(differing))
-        tensors = read_tensors(path / "trainer_state.safetensors")
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            counts, random_state = {name: state[name] for name in SAVED}, tensors["rng.cpu"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"the trainer's state in {shown(path)} cannot be used: {error!r}") from None
+        state, tensors = read_trainer_state(path, self.optimizers, self._names, self.device, SAVED)
         load_weights(self.model, path)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -546,11 +541,11 @@ class Trainer:
                         key: value.to(self.device) if key != "step" or group.get("fused") else value
                         for key, value in values.items()
                     }
-        for name, value in counts.items():
-            setattr(self, name, value)
+        for name in SAVED:
+            setattr(self, name, state[name])
         if state["scaler"]:  # empty unless the run was in fp16
             self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(random_state)
+        torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.last_checkpoint = path
