@@ -61,6 +61,7 @@ def save_checkpoint(
     *,
     step: int,
     loss: float,
+    loss_of: str = "validation",
     config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -72,7 +73,8 @@ def save_checkpoint(
         model: whose weights to save, in their own dtype.
         tokenizer: copied along.
         step: optimizer steps taken.
-        loss: what to name the folder by, in nats per token.
+        loss: what to name the folder by, in nats per token,
+        loss_of: and whether it is the "validation" or the "training" loss of that step.
         config: more entries for `config.json`; JSON values.
         tensors: the trainer's tensors (optimizer moments, random states).
         state: the trainer's numbers; JSON values.
@@ -84,7 +86,7 @@ def save_checkpoint(
         CheckpointError: if the disk is full or cannot be written; what was there before is as it was.
     """
     run_dir = Path(run_dir)
-    path = run_dir / f"step={step:06d}_loss={loss:.3f}"
+    path = run_dir / f"step={step:06d}_{'loss' if loss_of == 'validation' else 'train_loss'}={loss:.3f}"
     temporary = run_dir / f".{path.name}.{os.getpid()}.tmp"
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
@@ -104,6 +106,7 @@ def save_checkpoint(
             "format_version": FORMAT_VERSION,
             "step": step,
             "loss": float(loss),
+            "loss_of": loss_of,
             "model": model.config.to_dict(),
             **(config or {}),
         }
@@ -119,6 +122,7 @@ def save_checkpoint(
             "format_version": FORMAT_VERSION,
             "step": step,
             "loss": float(loss),
+            "loss_of": loss_of,
             "saved_at": max(time.time(), later),  # clocks may jump back
             "sha256": hashes,
         }
@@ -156,10 +160,28 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _loss(path: Path) -> float:
-    """The loss of a finished checkpoint, for finding the best: one that is not a number is the worst."""
-    loss = (read_manifest(path) or {}).get("loss", math.nan)
-    return math.inf if math.isnan(loss) else loss
+def _loss(path: Path) -> tuple[bool, float]:
+    """For finding the best checkpoint: validation losses come before training losses, what is no number comes last.
+
+    Checkpoints of older versions do not say of what their loss is; it counts as validation's.
+    """
+    manifest = read_manifest(path) or {}
+    loss = manifest.get("loss", math.nan)
+    if math.isnan(loss):
+        return True, math.inf
+    return manifest.get("loss_of", "validation") != "validation", loss
+
+
+def loss_in_words(config: Mapping[str, Any]) -> str:
+    """What a checkpoint's `config.json` knows of its loss, and of which text and step each figure is."""
+    loss, val_loss, val_step = (config.get(name) for name in ("loss", "val_loss", "val_step"))
+    if config.get("loss_of") == "validation":
+        return f"{loss:.3f} nats per token on held-out text"
+    if config.get("loss_of") != "training":
+        return f"{loss:.3f} nats per token (an older checkpoint: of an earlier step, perhaps)"
+    known = val_loss is not None and val_step is not None
+    validated = f"; at step {val_step:,}, {val_loss:.3f} on held-out text" if known else ", not validated"
+    return f"{loss:.3f} nats per token in training{validated}"
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
