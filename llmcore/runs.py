@@ -194,7 +194,7 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    top, head = place.splitlines()
+    top, head = place.rstrip("\n").rsplit("\n", 1)
     if Path(top).resolve() != here.parent:  # installed into an environment that lies in someone's own repository
         return None
     return head + ("+changes" if status.strip() else "")

@@ -686,7 +686,7 @@ def check_same_tokenizer(tokenizer: Tokenizer | None, train_data: TrainData, val
         raise TrainingError(
             "the data were made with another tokenizer, and its ids mean other pieces ("
             + ", ".join(f"{name}: {fingerprint[:16]}" for name, fingerprint in found.items())
-            + "); prepare the data set again with this tokenizer (notebook 02_dataset), or give the tokenizer of the data"
+            + "); prepare the data again with this tokenizer (notebook 02_dataset), or give the tokenizer of the data"
         )
 
 
