@@ -155,7 +155,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
-        self._train_loss = math.nan  # the last that was finite
+        self._train_loss = math.nan  # of the last step
         self.val_loss: float | None = None
         self.val_step: int | None = None  # the step of that validation
         self.best_loss = math.inf
@@ -187,7 +187,7 @@ class Trainer:
         if step > config.max_steps:
             raise TrainingError(
                 f"max_steps={config.max_steps}, but the run has reached step {step}; "
-                "raise max_steps, or resume from an earlier checkpoint into another output_dir"
+                "raise max_steps, or resume from an earlier checkpoint"
             )
 
     # Running
@@ -241,7 +241,7 @@ class Trainer:
             raise TrainingError(f"an error ended step {self.step + 1} half-way; resume from the last checkpoint")
         with only_run(self.run_dir), self._signals_stop():
             self._check_still_ours()
-            if self.step >= config.max_steps:
+            if config.max_steps <= self.step <= self._saved_step:
                 warnings.warn(
                     f"nothing is left to train: the run is at step {self.step} of max_steps={config.max_steps}; "
                     "raise max_steps to go on",

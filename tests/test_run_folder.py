@@ -396,6 +396,23 @@ def test_a_full_disk_tears_no_line_and_no_event_is_lost(tmp_path: Path) -> None:
     assert_same_tensors(state(straight.checkpoint), state(result.checkpoint))
 
 
+def test_a_last_save_that_failed_is_made_when_there_is_room(tmp_path: Path) -> None:
+    one = trainer(tmp_path, quick(max_steps=4, checkpoint_interval=2), val=False)
+    steps = one.steps()
+    next(steps), next(steps), next(steps)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 2000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            next(steps)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert find_checkpoint(tmp_path).name.startswith("step=000002") and len(read_metrics(tmp_path)) == 4
+    result = one.fit()
+    assert result.checkpoint and result.checkpoint.name.startswith("step=000004")
+    assert_same_tensors(weights(one.model), weights(load_checkpoint(tmp_path, device="cpu").model))
+
+
 def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync, rename = os.fsync, os.rename
     synced: dict[int, int] = {}
