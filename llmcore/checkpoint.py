@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmcore.config import ModelConfig
 from llmcore.device import pick_device
-from llmcore.files import fsync, resolve, sha256_file, shown, write_atomic
+from llmcore.files import fsync, resolve, sha256_file, shown, to_json, write_atomic
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
@@ -110,7 +110,7 @@ def save_checkpoint(
             "model": model.config.to_dict(),
             **(config or {}),
         }
-        (temporary / "config.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        (temporary / "config.json").write_text(to_json(content, indent=1), encoding="utf-8")
         if tokenizer is not None:
             (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         hashes = {}

@@ -66,6 +66,19 @@ def read_json(file: Path, schema: Mapping[str, Any] | None = None) -> Any:
     return content
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON text with its letters as they are, and escapes instead where UTF-8 cannot hold it: half a surrogate, say.
+
+    What JSON does not know becomes its text.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent, default=str)
+
+
 def check_json(content: Any, schema: Mapping[str, Any], source: str) -> None:
     """Compare JSON values with a JSON Schema (draft 4).
 

@@ -39,7 +39,7 @@ from llmcore.checkpoint import (
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED
 from llmcore.device import autocast, pick_device, pick_precision
-from llmcore.files import fsync, resolve, shown, write_atomic
+from llmcore.files import fsync, resolve, shown, to_json, write_atomic
 from llmcore.generate import stream
 from llmcore.memory import advice, check_memory
 from llmcore.model import Transformer
@@ -575,7 +575,7 @@ class Trainer:
         if content != _content(metrics):
             write_atomic(metrics, content)
         self._metrics = hashlib.sha256(content)
-        write_atomic(self.run_dir / "config.json", json.dumps(self._description(), indent=1, ensure_ascii=False))
+        write_atomic(self.run_dir / "config.json", to_json(self._description(), indent=1))
         self._begun = True
 
     def _log(self, to_disk: bool = False) -> None:
@@ -584,7 +584,10 @@ class Trainer:
         Raises:
             TrainingError: if the disk is full. The events are kept, and written by the next call.
         """
-        metrics, lines = self.run_dir / "metrics.jsonl", b"".join(map(_line, self._unlogged))
+        metrics, lines = (
+            self.run_dir / "metrics.jsonl",
+            "".join(to_json(event) + "\n" for event in self._unlogged).encode(),
+        )
         known = self._metrics.copy()
         try:
             if not self._begun:
@@ -765,14 +768,6 @@ def _due(step: int, interval: int) -> bool:
 
 def _content(file: Path) -> bytes:
     return file.read_bytes() if file.exists() else b""
-
-
-def _line(event: Event) -> bytes:
-    """An event as a line of `metrics.jsonl`."""
-    try:
-        return json.dumps(event, ensure_ascii=False, default=str).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate, in a prompt say, cannot be UTF-8, only an escape
-        return json.dumps(event, default=str).encode() + b"\n"
 
 
 def _step_of(path: Path) -> int:

@@ -265,7 +265,8 @@ def test_a_cut_killed_at_any_file_operation_loses_nothing(tmp_path: Path) -> Non
 def test_any_text_in_an_event_is_read_back_and_resumed(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     run = tmp_path_factory.mktemp("run")
     for resume in (None, "latest"):
-        one = trainer(run, quick(max_steps=4), val=False, sampler=lambda prompt: prompt + text, resume=resume)
+        config = quick(max_steps=4, sample_prompt=text)
+        one = trainer(run, config, val=False, sampler=lambda prompt: prompt + text, resume=resume)
         one.sample("甲" + SEPARATORS + text)
         steps = one.steps()
         next(steps), next(steps)
@@ -274,6 +275,8 @@ def test_any_text_in_an_event_is_read_back_and_resumed(text: str, tmp_path_facto
     assert [event["step"] for event in events] == [1, 2, 3, 4]
     assert [event.get("sample") for event in events[::2]] == ["甲" + SEPARATORS + text + text] * 2
     assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 4
+    for folder in (run, find_checkpoint(run)):
+        assert read_config(folder)["train"]["sample_prompt"] == text
 
 
 def test_the_readmes_sweep_reads_lines_with_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,7 +600,7 @@ def test_best_compares_validations_where_there_are_any(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "b", "best") == best
 
 
-def test_a_checkpoint_that_does_not_say_of_what_its_loss_is_still_opens(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_say_loss_of_still_opens(tmp_path: Path) -> None:
     """As they were written before: no loss_of, no val_step, and the loss of an older validation."""
     steps = trainer(tmp_path / "run", quick(eval_interval=2)).steps()
     events = [next(steps) for _ in range(3)]
@@ -686,7 +689,7 @@ def test_weights_that_are_not_finite_are_not_saved(by: str, at: int, tmp_path: P
 # Where a resume starts
 
 
-def test_fewer_steps_than_were_taken_are_refused_with_both_numbers(tmp_path: Path) -> None:
+def test_fewer_steps_than_taken_are_refused_with_both_numbers(tmp_path: Path) -> None:
     run = eight(tmp_path)
     before = snapshot(run)
     with pytest.raises(TrainingError, match="max_steps=4, but the run has reached step 8; raise max_steps"):
@@ -714,7 +717,7 @@ class Noting(Batches):
 
 @MANY
 @given(before=st.tuples(st.integers(1, 4), st.integers(1, 3)), after=st.tuples(st.integers(1, 4), st.integers(1, 3)))
-def test_a_resume_says_how_many_windows_it_misses_or_reads_again(
+def test_a_resume_says_which_windows_it_misses_or_reads_again(
     before: tuple[int, int], after: tuple[int, int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run, data = tmp_path_factory.mktemp("run"), Noting()
