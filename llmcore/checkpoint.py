@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from llmcore.config import ConfigError, ModelConfig
 from llmcore.device import pick_device
-from llmcore.files import fsync, pointer_hint, read_json, resolve, sha256_file, shown, write_atomic
+from llmcore.files import fsync, pointer_hint, read_json, resolve, sha256_file, shown, to_json, write_atomic
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
@@ -47,6 +47,7 @@ _MANIFEST = {
         "format_version": {"enum": [FORMAT_VERSION]},
         "step": _COUNT,
         "loss": {"type": "number"},  # NaN where nothing was measured yet
+        "loss_of": {"enum": ["validation", "training"]},
         "saved_at": {"type": "finite number", "minimum": 0},
         "sha256": {
             "type": "object",
@@ -61,6 +62,9 @@ _CONFIG = {
     "properties": {
         "step": _COUNT,
         "loss": {"type": "number"},
+        "loss_of": {"enum": ["validation", "training"]},
+        "val_loss": {"type": ["number", "null"]},
+        "val_step": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**53},
         "tokens": _COUNT,
         "model": _OBJECT,
         "train": _OBJECT,
@@ -73,13 +77,14 @@ _CONFIG = {
         "history": {"type": "array", "items": _OBJECT},
     },
 }
-_STATE_FIELDS = ("step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau", "scaler")
 _SCALER = ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
 _TRAINER_STATE = {
     "type": "object",
+    "required": ["step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau", "scaler"],
     "properties": {
         **dict.fromkeys(("step", "tokens", "skipped", "skipped_in_a_row"), _COUNT),
         "val_loss": {"type": ["number", "null"]},
+        "val_step": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**53},
         "best_loss": {"type": "number or Infinity"},  # Infinity before the first validation
         "plateau": {
             "type": "object",
@@ -137,6 +142,7 @@ def save_checkpoint(
     *,
     step: int,
     loss: float,
+    loss_of: str = "validation",
     config: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -148,7 +154,8 @@ def save_checkpoint(
         model: whose weights to save, in their own dtype.
         tokenizer: copied along.
         step: optimizer steps taken.
-        loss: what to name the folder by, in nats per token.
+        loss: what to name the folder by, in nats per token,
+        loss_of: and whether it is the "validation" or the "training" loss of that step.
         config: more entries for `config.json`; JSON values.
         tensors: the trainer's tensors (optimizer moments, random states).
         state: the trainer's numbers; JSON values.
@@ -160,7 +167,7 @@ def save_checkpoint(
         CheckpointError: if the disk is full or cannot be written; what was there before is as it was.
     """
     run_dir = Path(run_dir)
-    path = run_dir / f"step={step:06d}_loss={loss:.3f}"
+    path = run_dir / f"step={step:06d}_{'loss' if loss_of == 'validation' else 'train_loss'}={loss:.3f}"
     temporary = run_dir / f".{path.name}.{os.getpid()}.tmp"
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
@@ -180,10 +187,11 @@ def save_checkpoint(
             "format_version": FORMAT_VERSION,
             "step": step,
             "loss": float(loss),
+            "loss_of": loss_of,
             "model": model.config.to_dict(),
             **(config or {}),
         }
-        (temporary / "config.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        (temporary / "config.json").write_text(to_json(content, indent=1), encoding="utf-8")
         if tokenizer is not None:
             (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         hashes = {}
@@ -195,6 +203,7 @@ def save_checkpoint(
             "format_version": FORMAT_VERSION,
             "step": step,
             "loss": float(loss),
+            "loss_of": loss_of,
             "saved_at": max(time.time(), later),  # clocks may jump back
             "sha256": hashes,
         }
@@ -250,10 +259,28 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{shown(path)} is not a checkpoint: {error}") from None
 
 
-def _loss(path: Path) -> float:
-    """The loss of a finished checkpoint, for finding the best: one that is not a number is the worst."""
-    loss = (read_manifest(path) or {}).get("loss", math.nan)
-    return math.inf if math.isnan(loss) else loss
+def _loss(path: Path) -> tuple[bool, float]:
+    """For finding the best checkpoint: validation losses come before training losses, what is no number comes last.
+
+    Checkpoints of older versions do not say of what their loss is; it counts as validation's.
+    """
+    manifest = read_manifest(path) or {}
+    loss = manifest.get("loss", math.nan)
+    if math.isnan(loss):
+        return True, math.inf
+    return manifest.get("loss_of", "validation") != "validation", loss
+
+
+def loss_in_words(config: Mapping[str, Any]) -> str:
+    """What a checkpoint's `config.json` knows of its loss, and of which text and step each figure is."""
+    loss, val_loss, val_step = (config.get(name) for name in ("loss", "val_loss", "val_step"))
+    if config.get("loss_of") == "validation":
+        return f"{loss:.3f} nats per token on held-out text"
+    if config.get("loss_of") != "training":
+        return f"{loss:.3f} nats per token (an older checkpoint: of an earlier step, perhaps)"
+    known = val_loss is not None and val_step is not None
+    validated = f"; at step {val_step:,}, {val_loss:.3f} on held-out text" if known else ", not validated"
+    return f"{loss:.3f} nats per token in training{validated}"
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -551,7 +578,6 @@ def read_trainer_state(
     optimizers: Sequence[Optimizer],
     names: Mapping[int, str],
     device: torch.device,
-    required: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The numbers and tensors a trainer goes on with, checked before it takes over any of them.
 
@@ -562,7 +588,6 @@ def read_trainer_state(
         optimizers: AdamW and Muon, over the parameters that the state is for.
         names: of these parameters, by `id`.
         device: of the run.
-        required: more fields that `trainer_state.json` must have.
 
     Returns:
         `trainer_state.json`, and `trainer_state.safetensors` on the CPU: `rng.cpu`, `rng.cuda` (both uint8) and
@@ -572,7 +597,7 @@ def read_trainer_state(
         CheckpointError: naming the file and the field or tensor that is not as it must be.
     """
     file, config = path / "trainer_state.json", read_config(path)
-    state = _read_json(file, {**_TRAINER_STATE, "required": [*_STATE_FIELDS, *required]})
+    state = _read_json(file, _TRAINER_STATE)
     for key in ("step", "tokens"):
         if state[key] != config.get(key, state[key]):
             raise CheckpointError(f"{shown(file)} cannot be used: {key}: {state[key]} is not config.json's")

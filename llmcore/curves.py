@@ -91,6 +91,7 @@ def training_curves(
         target.spines["right"].set_visible(True)
     if marked:
         label = f"{metric_label}: {marked[-1][1]:{'.4g' if metric == 'val_loss' else '.2%'}}"
+        label += f" at step {marked[-1][0]:,}" if marked[-1][0] != events[-1]["step"] else ""
         target.plot(*zip(*marked, strict=True), color=RED, marker="o", markersize=4, label=label)
     finite = loss[np.isfinite(loss)]
     if len(finite):

@@ -58,12 +58,14 @@ def output(panel: ipywidgets.Widget, stand_in: str) -> dict[str, Any]:
 def facts(event: Event, trainer: Trainer, seconds_left: float) -> dict[str, str]:
     """How a run stands after a step, as words by name: what it cost, how good it is, how long it will take still."""
     found = {"step": f"{event['step']:,}/{trainer.config.max_steps:,}", "loss": f"{event['loss']:.3f}"}
+    since = event.get("validated_at", event["step"])
+    at = f" at step {since:,}" if since != event["step"] else ""
     if "val_loss" in event:
-        found["validation"] = f"{event['val_loss']:.3f}"
+        found["validation"] = f"{event['val_loss']:.3f}{at}"
     if "val_bits_per_byte" in event:
-        found["bits/byte"] = f"{event['val_bits_per_byte']:.3f}"
+        found["bits/byte"] = f"{event['val_bits_per_byte']:.3f}{at}"
     if "exact_match" in event:
-        found["exact match"] = f"{event['exact_match']:.2%}"
+        found["exact match"] = f"{event['exact_match']:.2%}{at}"
     found["tokens/s"] = f"{event['tokens_per_second']:,.0f}"
     found["learning rate"] = f"{event['learning_rate']:.2e}"
     found["gradient norm"] = f"{event['grad_norm']:.2f}"
@@ -127,9 +129,13 @@ class TrainingDashboard:
 
     async def run(self, trainer: Trainer) -> None:
         """Train to the end, until stopped or interrupted. Await it in a cell: clicks arrive between two steps."""
-        self.events = read_metrics(trainer.run_dir)
+        # later events are set aside when the first step has been taken
+        self.events = [event for event in read_metrics(trainer.run_dir) if event["step"] <= trainer.step]
+        started_at = trainer.step
         self._paused = False
-        self._validated = {name: event[name] for event in self.events for name in VALIDATED if name in event}
+        self._validated = {}
+        for event in self.events:
+            self._remember(event)
         watched = is_watched()
         handle = None
         if watched:
@@ -144,7 +150,7 @@ class TrainingDashboard:
         try:
             while (event := clock.training(functools.partial(next, steps, None))) is not None:
                 self.events.append(event)
-                self._validated |= {name: event[name] for name in VALIDATED if name in event}
+                self._remember(event)
                 left = clock.seconds_per_step() * (trainer.config.max_steps - trainer.step)
                 now = time.perf_counter()
                 if not watched:
@@ -165,7 +171,12 @@ class TrainingDashboard:
             clock.training(steps.close)  # saves if the loop did not end by itself
             self.overhead = clock.overhead()
             if self.events:
-                self._leave(trainer, ended, handle)
+                self._leave(trainer, ended, handle, trained=trainer.step > started_at)
+
+    def _remember(self, event: Event) -> None:
+        """Keep the figures of a validation, and its step."""
+        if found := {name: event[name] for name in VALIDATED if name in event}:
+            self._validated |= {**found, "validated_at": event["step"]}
 
     async def _wait(self, trainer: Trainer, left: float, clock: _Clock) -> None:
         """Stand still until somebody presses resume or stop; save and sample when asked to."""
@@ -184,12 +195,13 @@ class TrainingDashboard:
     def _print(self, event: Event, trainer: Trainer, left: float) -> None:
         print(" | ".join(f"{name} {value}" for name, value in facts(event, trainer, left).items()), flush=True)
 
-    def _leave(self, trainer: Trainer, ended: str, handle: Any) -> None:
+    def _leave(self, trainer: Trainer, ended: str, handle: Any, trained: bool) -> None:
         """The last state, where the reader of a page, a file or a folder looks for it."""
         figure = self.figure()
         with contextlib.suppress(OSError):  # a full disk: the notebook still has the picture
-            write_atomic(trainer.run_dir / "curves.png", plots.png(figure))
-            write_summary(trainer.run_dir)
+            if trained:  # a run that was refused, or was at its end, leaves its folder as it is
+                write_atomic(trainer.run_dir / "curves.png", plots.png(figure))
+                write_summary(trainer.run_dir)
         if handle is None:
             display(figure)
             return

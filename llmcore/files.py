@@ -92,6 +92,19 @@ def pointer_hint(file: Path) -> str:
     return "it is only a Git LFS pointer to the real file; fetch that with: git lfs pull" if is_pointer else ""
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON text with its letters as they are, and escapes instead where UTF-8 cannot hold it: half a surrogate, say.
+
+    What JSON does not know becomes its text.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent, default=str)
+
+
 def check_json(content: Any, schema: Mapping[str, Any], source: str) -> None:
     """Compare JSON values with a JSON Schema (draft 4).
 

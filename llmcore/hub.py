@@ -132,7 +132,11 @@ def model_card(checkpoint: Checkpoint, events: list[dict[str, Any]], name: str, 
     about = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["llama", "llm-workbook"])
     config, shape = checkpoint.config, checkpoint.model.config
     validated: dict[str, Any] = next((event for event in reversed(events) if "val_loss" in event), {})
+    if config.get("val_step") is not None:  # the checkpoint's own word
+        validated = {"val_loss": config["val_loss"], "step": config["val_step"]}
     loss = validated.get("val_loss", config.get("loss", math.nan))
+    at = f" at step {validated['step']:,}" if validated and validated["step"] != checkpoint.step else ""
+    kind = "validation loss" if validated else f"{config.get('loss_of', '')} loss".strip()
     bytes_per_token = config.get("bytes_per_token")
     rows = {
         "parameters": f"{shape.n_params():,}",
@@ -142,10 +146,10 @@ def model_card(checkpoint: Checkpoint, events: list[dict[str, Any]], name: str, 
         "fingerprint of the data": (config.get("data") or {}).get("train") or "not known",
         "optimizer steps": f"{checkpoint.step:,}",
         "tokens seen": f"{config['tokens']:,}" if "tokens" in config else "not known",
-        "validation loss" if validated else "loss": f"{loss:.4f} nats per token",
+        kind: f"{loss:.4f} nats per token{at}",
     }
     if bytes_per_token and validated:
-        rows["bits per byte of held-out text"] = f"{loss / math.log(2) / bytes_per_token:.4f}"
+        rows["bits per byte of held-out text"] = f"{loss / math.log(2) / bytes_per_token:.4f}{at}"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     settings = {key: config[key] for key in ("model", "train", "precision", "device", "environment") if key in config}
     curves = "\n![Training curves](training.png)\n" if events else ""

@@ -8,9 +8,10 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -22,6 +23,9 @@ try:
 except ImportError:  # Windows: runs there are not kept apart
     fcntl = None  # type: ignore[assignment]
 
+MEASURED = ("tokens", "loss", "learning_rate", "grad_norm", "seconds", "tokens_per_second")  # in every event
+OPTIONAL: dict[str, tuple[type, ...]] = {"sample": (str,), "sample_prompt": (str,)}
+OPTIONAL |= dict.fromkeys(("val_loss", "val_perplexity", "val_bits_per_byte", "exact_match", "skipped"), (int, float))
 PACKAGES = ("llmcore", "torch", "numpy", "sentencepiece", "safetensors")
 
 
@@ -36,47 +40,116 @@ def new_run_dir(output_dir: str | os.PathLike[str], name: str) -> Path:
         TrainingError: if it could not be made.
     """
     parent = resolve(output_dir)
-    there = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise TrainingError(f"output_dir={shown(parent)!r} cannot be written; choose another")
+    check_writable(parent)
     number = 1
     while (path := parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return path
 
 
-@contextlib.contextmanager
-def only_run(run_dir: Path) -> Iterator[None]:
-    """Keep other runs out of the folder. The system drops the lock with the process, however that ends.
+def check_writable(output_dir: Path) -> None:
+    """See whether a folder could be made, or written to where it exists. Nothing is made or written.
 
     Raises:
-        TrainingError: naming the process at work there.
+        TrainingError: if not.
     """
-    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read()
-            raise TrainingError(
-                f"output_dir={shown(run_dir)!r} is in use by a run of process {owner}"
-                f"{' (this one)' if owner == str(os.getpid()) else ''}; let it end or choose another"
-            ) from None
+    try:
+        there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK)
+    except OSError as error:  # a name that is too long, say
+        raise TrainingError(
+            f"output_dir={shown(output_dir)!r} cannot be written: {error.strerror}; choose another"
+        ) from None
+    if not writable:
+        raise TrainingError(f"output_dir={shown(output_dir)!r} cannot be written; choose another")
+
+
+@contextlib.contextmanager
+def only_run(run_dir: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep other runs out. The system drops the lock with the process.
+
+    Raises:
+        TrainingError: naming the process at work there, or if the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / ".lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(
+            f"output_dir={shown(run_dir)!r} cannot be written: {error.strerror}; choose another"
+        ) from None
+    with file:
+        _lock(file, run_dir)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
 
 
+def nobody_at_work(run_dir: Path) -> None:
+    """See whether another run is at work in a folder. Nothing is written.
+
+    Raises:
+        TrainingError: naming the process at work there.
+    """
+    with contextlib.suppress(OSError), open(run_dir / ".lock", "r+", encoding="utf-8") as file:
+        _lock(file, run_dir)
+
+
+def _lock(file: IO[str], run_dir: Path) -> None:
+    """Lock a run's lock file until it is closed."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read()
+        raise TrainingError(
+            f"output_dir={shown(run_dir)!r} is in use by a run of process {owner}"
+            f"{' (this one)' if owner == str(os.getpid()) else ''}; let it end or choose another"
+        ) from None
+
+
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The events in a run's `metrics.jsonl`; a last line cut short by a crash is left out."""
-    path = resolve(run_dir) / "metrics.jsonl"
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
+    """The events in a run's `metrics.jsonl`, in its order; none if there is no such file.
+
+    What is no event is left out with a warning: a line cut short by a crash, or one that another program wrote.
+    """
+    lines = metric_lines(run_dir)
+    events = [event for _, event in lines if event is not None]
+    if len(events) < len(lines):
+        where = shown(resolve(run_dir) / "metrics.jsonl")
+        warnings.warn(f"{where}: left out {len(lines) - len(events)} lines that are no whole events", stacklevel=2)
     return events
+
+
+def metric_lines(run_dir: str | os.PathLike[str]) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a run's `metrics.jsonl` without their ends, each with its event; None where it holds none.
+
+    Lines end at a newline byte and nowhere else: JSON strings may hold what Unicode calls a line's end. An event that
+    was written behind a torn line counts as a line.
+    """
+    path, found = resolve(run_dir) / "metrics.jsonl", []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        at = line.rfind(b'{"step"') if _event(line) is None else 0  # a quote inside a string has a backslash
+        found += [(part, _event(part)) for part in (line[: max(0, at)], line[max(0, at) :]) if part.strip()]
+    return found
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of metrics; None if it is no JSON, or lacks what tables and plots need."""
+    try:
+        event = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or type(event.get("step")) is not int:
+        return None
+    if not all(type(event.get(name)) in (int, float) for name in MEASURED):
+        return None
+    for name, kinds in OPTIONAL.items():  # a callback may have put in something else
+        if name in event and type(event[name]) not in kinds:
+            del event[name]
+    return event
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]]:
@@ -121,7 +194,7 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    top, head = place.splitlines()
+    top, head = place.rstrip("\n").rsplit("\n", 1)
     if Path(top).resolve() != here.parent:  # installed into an environment that lies in someone's own repository
         return None
     return head + ("+changes" if status.strip() else "")
@@ -171,7 +244,8 @@ def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]
     for folder, config in zip(map(resolve, run_dirs), configs, strict=True):
         events, measured = read_metrics(folder), validations(folder)
         last = measured[-1] if measured else {}
-        best = min((point["val_loss"] for point in measured), default=None)
+        best = min(measured, key=lambda point: point["val_loss"], default={})
+        reached = events[-1]["step"] if events else 0
         model, train = ModelConfig.from_dict(config["model"]), config["train"]
         seconds = sum(event["seconds"] for event in events)
         rows.append(
@@ -179,17 +253,24 @@ def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]
                 "run": folder.name,
                 "preset": preset_of(model),
                 "parameters": f"{model.n_params() / 1e6:,.1f} M",
-                "steps": f"{events[-1]['step'] if events else 0:,} of {train['max_steps']:,}",
+                "steps": f"{reached:,} of {train['max_steps']:,}",
                 "tokens": f"{events[-1]['tokens'] if events else 0:,}",
-                "validation (nats/token)": f"{last['val_loss']:.3f}" if last else "–",
-                "best": f"{best:.3f}" if best is not None else "–",
-                "bits per byte": f"{last['val_bits_per_byte']:.3f}" if "val_bits_per_byte" in last else "–",
+                "validation (nats/token)": _measured(last, "val_loss", reached),
+                "best": _measured(best, "val_loss", reached),
+                "bits per byte": _measured(last, "val_bits_per_byte", reached),
                 "time": f"{seconds / 60:,.1f} min",
                 "device": f"{config['device']}, {config['precision']}",
                 "differs in": ", ".join(f"{name}={train.get(name)}" for name in varied) or "–",
             }
         )
     return rows
+
+
+def _measured(point: Mapping[str, float], name: str, reached: int) -> str:
+    """A validation's figure in words, with its step where the run has gone on since; "–" for none."""
+    if name not in point:
+        return "–"
+    return f"{point[name]:.3f}" + (f" at step {point['steps']:,}" if point["steps"] != reached else "")
 
 
 def preset_of(model: ModelConfig) -> str:

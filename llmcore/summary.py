@@ -28,7 +28,8 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
     row = summarize([folder])[0]
     facts = {name: row[name] for name in ("preset", "parameters", "steps", "tokens")}
     skipped = events[-1].get("skipped", 0) if events else 0
-    facts |= {"state": "finished" if len(events) == config["train"]["max_steps"] else "not at its end"}
+    at_end = bool(events) and events[-1]["step"] >= config["train"]["max_steps"]
+    facts |= {"state": "finished" if at_end else "not at its end"}
     facts |= {name: row[name] for name in ("validation (nats/token)", "best", "bits per byte", "time", "device")}
     facts |= {"steps skipped": str(skipped), "data set": _fingerprint((config.get("data") or {}).get("train"))}
     facts |= {"tokenizer": _fingerprint(config.get("tokenizer"))}

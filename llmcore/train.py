@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
+import hashlib
+import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -36,18 +38,18 @@ from llmcore.checkpoint import (
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED
 from llmcore.device import autocast, pick_device, pick_precision
-from llmcore.files import resolve, shown, write_atomic
+from llmcore.files import fsync, resolve, shown, to_json, write_atomic
 from llmcore.generate import stream
 from llmcore.memory import advice, check_memory
 from llmcore.model import Transformer
 from llmcore.optim import build_optimizers, learning_rate_at
-from llmcore.runs import TrainingError, changes, environment, only_run, read_metrics
+from llmcore.runs import TrainingError, changes, check_writable, environment, metric_lines, nobody_at_work, only_run
 from llmcore.tokenizer import Tokenizer
 
 Event = dict[str, Any]
 
 # attributes of a Trainer that a checkpoint keeps, besides tensors and the scaler's state
-SAVED = ("step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau")
+SAVED = ("step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "val_step", "best_loss", "plateau")
 
 
 class TrainData(Protocol):
@@ -87,6 +89,8 @@ class TrainResult:
 class Trainer:
     """One training run in one folder.
 
+    Building one checks everything and writes nothing. The disk changes when `steps()` has taken a first step.
+
     Args:
         model: moved to the device.
         train_data: batches by (step, seed).
@@ -105,7 +109,7 @@ class Trainer:
         stop_requested: set by `stop()`: the current step is finished, then the run saves and ends.
 
     Raises:
-        TrainingError: before anything is built, if this cannot work.
+        TrainingError: before anything is built or written, if this cannot work.
         CheckpointError: if the checkpoint to resume from is missing, damaged or does not fit.
     """
 
@@ -127,20 +131,19 @@ class Trainer:
         self.device = pick_device(device)
         self.precision = pick_precision(config.precision, self.device)
         self.run_dir = resolve(output_dir)
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"output_dir={shown(self.run_dir)!r} cannot be written: {error.strerror}") from None
-        if not os.access(self.run_dir, os.W_OK):
-            raise TrainingError(f"output_dir={shown(self.run_dir)!r} is read-only; choose another")
+        check_writable(self.run_dir)
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise TrainingError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model only vocab_size={model.config.vocab_size}"
             )
-        if resume is None and (self.run_dir / "metrics.jsonl").exists():
+        check_same_tokenizer(tokenizer, train_data, val_data)
+        nobody_at_work(self.run_dir)
+        if resume is None and ((self.run_dir / "metrics.jsonl").exists() or any(self.run_dir.glob("step=*"))):
             raise TrainingError(
                 f"{shown(self.run_dir)} holds a run already; resume it (resume='latest') or choose another output_dir"
             )
+        if resume is None:
+            self._check_start(0, init_step, config)
         check_memory(model.config, config, self.device.type)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -151,8 +154,9 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = 0
-        self._train_loss = math.nan  # the last that was finite
+        self._train_loss = math.nan  # of the last step
         self.val_loss: float | None = None
+        self.val_step: int | None = None  # the step of that validation
         self.best_loss = math.inf
         self.last_checkpoint: Path | None = None
         self.stop_requested = False
@@ -161,16 +165,28 @@ class Trainer:
         self._half_a_step = False  # an error has left the weights between two steps
         self._environment = environment(self.device)
         self._history: list[Event] = []
+        self._begun = False  # whether the run's folder has become this run's
+        self._unlogged: list[Event] = []  # events that are not in metrics.jsonl yet
+        self._metrics = hashlib.sha256(_content(self.run_dir / "metrics.jsonl"))  # as this trainer knows it
         self.plateau = {"scale": 1.0, "best": math.inf, "bad": 0}
         self._loss: Callable[..., Tensor] = self.model
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        with only_run(self.run_dir):
-            if resume is not None:
-                self._resume(resume)
-        if init_step is not None and init_step != self.step:
+        if resume is not None:
+            self._resume(resume, init_step)
+        self._start = self._saved_step = self.step
+
+    @staticmethod
+    def _check_start(step: int, init_step: int | None, config: TrainConfig) -> None:
+        """Refuse a run that does not start where it is told to, or starts beyond its end."""
+        if init_step is not None and init_step != step:
             raise TrainingError(
-                f"init_step={init_step}, but training starts at step {self.step}; "
+                f"init_step={init_step}, but training starts at step {step}; "
                 "leave it out, or name the checkpoint of that step"
+            )
+        if step > config.max_steps:
+            raise TrainingError(
+                f"max_steps={config.max_steps}, but the run has reached step {step}; "
+                "raise max_steps, or resume from an earlier checkpoint"
             )
 
     # Running
@@ -214,23 +230,25 @@ class Trainer:
         SIGINT and SIGTERM end the run after the current step as `stop()` does; a second one raises at once.
 
         Raises:
-            TrainingError: after `max_skipped_steps` steps without a finite gradient in a row, if memory runs out, or
-                if another run is at work in the same folder.
+            TrainingError: before anything is written, if another run is at work in the same folder or has trained there
+                since; after `max_skipped_steps` steps without a finite gradient in a row; if memory runs out, or the
+                room for `metrics.jsonl`.
             CheckpointError: if a checkpoint cannot be written. Once there is room, training may go on from here.
         """
         config = self.config
         if self._half_a_step:
             raise TrainingError(f"an error ended step {self.step + 1} half-way; resume from the last checkpoint")
-        self.stop_requested = False
-        self._loss = self._compiled()
-        saved_at = self.step if self.last_checkpoint else -1
-        with (
-            only_run(self.run_dir),
-            self._signals_stop(),
-            open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as metrics,
-        ):
-            write_atomic(self.run_dir / "config.json", json.dumps(self._description(), indent=1, ensure_ascii=False))
-            prune_checkpoints(self.run_dir, config.keep_checkpoints)  # a kill may have come between save and deletion
+        with only_run(self.run_dir), self._signals_stop():
+            self._check_still_ours()
+            if config.max_steps <= self.step <= self._saved_step:
+                warnings.warn(
+                    f"nothing is left to train: the run is at step {self.step} of max_steps={config.max_steps}; "
+                    "raise max_steps to go on",
+                    stacklevel=2,
+                )
+                prune_checkpoints(self.run_dir, config.keep_checkpoints)  # a kill may have come before it
+                return
+            self._loss = self._compiled()
             try:
                 while self.step < config.max_steps and not self.stop_requested:
                     try:
@@ -239,33 +257,39 @@ class Trainer:
                         if is_out_of_memory(error):
                             raise self._out_of_memory() from error
                         raise
+                    self._train_loss = event["loss"]
+                    self._unlogged.append(event)
                     last = self.step == config.max_steps  # a stop does nothing that a run without it would not do
                     new_best = False
-                    if self.val_data is not None and (last or _due(self.step, config.eval_interval)):
-                        event |= self.validate()
-                        new_best = event["val_loss"] < self.best_loss
-                        self.best_loss = min(self.best_loss, event["val_loss"])
-                        self._update_plateau(event["val_loss"])
-                    sound = self._sound()
-                    sample_due = _due(self.step, config.sample_interval) or (last and config.sample_interval)
-                    if sound and (self._sample_requested or sample_due):
-                        event |= self._sample()
                     try:
+                        if self.val_data is not None and (last or _due(self.step, config.eval_interval)):
+                            event |= self.validate()
+                            new_best = event["val_loss"] < self.best_loss
+                            self.best_loss = min(self.best_loss, event["val_loss"])
+                            self._update_plateau(event["val_loss"])
+                        sample_due = _due(self.step, config.sample_interval) or (last and config.sample_interval)
+                        if (self._sample_requested or sample_due) and self._sound():
+                            event |= self._sample()
                         for callback in self.callbacks:
                             callback(event)
                     finally:  # the step was taken, whatever a callback thinks of it
-                        metrics.write(json.dumps(event, ensure_ascii=False) + "\n")
-                        metrics.flush()
+                        self._log()
                     due = _due(self.step, config.checkpoint_interval)
-                    if sound and (last or new_best or due or self._save_requested or self.stop_requested):
+                    wanted = last or new_best or due or self._save_requested or self.stop_requested
+                    if wanted and self._sound():
                         event["checkpoint"] = str(self._save())
-                        saved_at = self.step
                     yield event
             finally:
                 # reached early when the consumer closes the generator or an error ends it
                 worth_it = self.skipped_in_a_row < config.max_skipped_steps and not self._half_a_step
-                if self.step > saved_at and worth_it and self._sound():
-                    self._save()
+                if self.step > self._saved_step and worth_it:
+                    if self._sound():
+                        self._save()
+                    else:
+                        warnings.warn(
+                            f"step {self.step} is not saved: its weights are not finite. {self._last_good()}",
+                            stacklevel=2,
+                        )
 
     def measured_steps(self, count: int) -> list[Event]:
         """Take a few steps just as a run would, compiled or not, but write nothing: for measuring speed."""
@@ -273,12 +297,16 @@ class Trainer:
         return [self._train_step() for _ in range(count)]
 
     def _sound(self) -> bool:
-        """Whether the weights are worth keeping: a skipped step may mean that they themselves are broken."""
-        return not self.skipped_in_a_row or all(bool(p.isfinite().all()) for p in self.model.parameters())
+        """Whether there is something worth keeping: a step was taken here, and all weights are finite."""
+        return self.step > self._start and all(bool(p.isfinite().all()) for p in self.model.parameters())
+
+    def _last_good(self) -> str:
+        return f"Last good checkpoint: {shown(self.last_checkpoint) if self.last_checkpoint else 'none'}"
 
     @contextlib.contextmanager
     def _signals_stop(self) -> Iterator[None]:
         """Let SIGINT and SIGTERM end the run after the current step. Only the main thread may set handlers."""
+        self.stop_requested = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -362,7 +390,7 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise TrainingError(
                 f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
-                f"Last good checkpoint: {shown(self.last_checkpoint) if self.last_checkpoint else 'none'}. "
+                f"{self._last_good()}. "
                 "Lower learning_rate, raise warmup_steps, or use precision='fp32'"
             )
 
@@ -419,7 +447,7 @@ class Trainer:
             with autocast(self.precision, self.device):
                 total += float(self.model(x.to(self.device), y.to(self.device))) * targets
             count += targets
-        self.val_loss = total / count
+        self.val_loss, self.val_step = total / count, self.step
         event = {"val_loss": self.val_loss, "val_perplexity": math.exp(min(self.val_loss, 700.0))}
         if bytes_per_token := getattr(self.val_data, "bytes_per_token", None):
             event["val_bits_per_byte"] = self.val_loss / math.log(2) / bytes_per_token
@@ -473,8 +501,11 @@ class Trainer:
         }
 
     def _save(self) -> Path:
-        """Write a checkpoint named by the validation loss (or the training loss where there is none)."""
-        self._save_requested = False
+        """Write a checkpoint, named by the loss of its own step: of the validation if there was one, else of training.
+
+        The events up to its step reach the disk first: no checkpoint is ahead of `metrics.jsonl`.
+        """
+        self._log(to_disk=True)
         tensors = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -486,24 +517,103 @@ class Trainer:
             **{name: getattr(self, name) for name in SAVED},
             "scaler": self.scaler.state_dict(),
         }
-        loss = self.val_loss if self.val_loss is not None else self._train_loss
+        validated = self.val_loss is not None and self.val_step == self.step
         self.last_checkpoint = save_checkpoint(
             self.run_dir,
             self.model,
             self.tokenizer,
             step=self.step,
-            loss=loss,
-            config={**self._description(), "tokens": self.tokens},
+            loss=self.val_loss if validated and self.val_loss is not None else self._train_loss,
+            loss_of="validation" if validated else "training",
+            config={
+                **self._description(),
+                "tokens": self.tokens,
+                "val_loss": self.val_loss,
+                "val_step": self.val_step,
+            },
             tensors=tensors,
             state=state,
         )
+        self._save_requested, self._saved_step = False, self.step
         prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
         return self.last_checkpoint
 
-    def _resume(self, resume: str | os.PathLike[str]) -> None:
-        """Take over a checkpoint's weights, optimizer, counts and random state, and cut later metrics off."""
+    def _check_still_ours(self) -> None:
+        """Refuse to go on where another trainer has trained since this one was built or stepped last."""
+        if hashlib.sha256(_content(self.run_dir / "metrics.jsonl")).digest() != self._metrics.digest():
+            raise TrainingError(
+                f"the run in {shown(self.run_dir)} has gone on since this Trainer, at step {self.step}, was built or "
+                "stopped. Build the Trainer again with resume='latest', or choose another output_dir"
+            )
+
+    def _begin(self) -> None:
+        """Let the folder become this run's: what it holds of later steps is set aside, and none of it is deleted.
+
+        Whenever this is broken off, the checkpoint that the run goes on from is still the latest, with all its events.
+        """
+        metrics = self.run_dir / "metrics.jsonl"
+        kept: list[bytes] = []
+        cut: list[bytes] = []
+        for line, event in metric_lines(self.run_dir):
+            (kept if event and event["step"] <= self._start else cut).append(line)
+        later = [path for path in sorted(self.run_dir.glob("step=*")) if _step_of(path) > self._start]
+        if cut or later:
+            names = (f"cut.{number}" for number in itertools.count(1))
+            name = next(name for name in names if not any(self.run_dir.glob(f"{name}.*")))
+            for path in later:
+                os.rename(path, self.run_dir / f"{name}.{path.name}")
+            if cut:
+                write_atomic(self.run_dir / f"{name}.metrics.jsonl", b"\n".join(cut) + b"\n")
+            self._history[-1:] = [{**entry, "set_aside": name} for entry in self._history[-1:]]
+            warnings.warn(
+                f"{shown(self.run_dir)}: what does not belong to the first {self._start} steps is kept as {name}.* "
+                f"(lines of metrics.jsonl: {len(cut)}, checkpoints: {len(later)}); delete it if you do not need it",
+                stacklevel=2,
+            )
+        content = b"".join(line + b"\n" for line in kept)
+        if content != _content(metrics):
+            write_atomic(metrics, content)
+        self._metrics = hashlib.sha256(content)
+        write_atomic(self.run_dir / "config.json", to_json(self._description(), indent=1))
+        self._begun = True
+
+    def _log(self, to_disk: bool = False) -> None:
+        """Append to `metrics.jsonl` the events that it does not have yet: all of them or, if that fails, none.
+
+        Raises:
+            TrainingError: if the disk is full. The events are kept, and written by the next call.
+        """
+        metrics, lines = (
+            self.run_dir / "metrics.jsonl",
+            "".join(to_json(event) + "\n" for event in self._unlogged).encode(),
+        )
+        known = self._metrics.copy()
+        try:
+            if not self._begun:
+                self._begin()
+                known = self._metrics.copy()
+            known.update(lines)
+            with open(metrics, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    while file.tell() < end + len(lines):
+                        file.write(lines[file.tell() - end :])
+                    self._metrics, self._unlogged = known, []
+                except BaseException:
+                    file.truncate(end)
+                    raise
+            if to_disk:
+                fsync(metrics)
+        except OSError as error:
+            raise TrainingError(
+                f"{shown(metrics)} cannot be written: {error}. Make room on the disk and train on; nothing is lost yet"
+            ) from error
+
+    def _resume(self, resume: str | os.PathLike[str], init_step: int | None) -> None:
+        """Take over a checkpoint's weights, optimizer, counts and random state. Nothing on disk changes."""
         path = find_checkpoint(self.run_dir, os.fspath(resume))
-        if path.parent != self.run_dir and (self.run_dir / "metrics.jsonl").exists():
+        ours = path.parent == self.run_dir and path.name.startswith("step=")
+        if not ours and (self.run_dir / "metrics.jsonl").exists():
             raise TrainingError(
                 f"{shown(self.run_dir)} holds a run already, and {shown(path)} is of another; choose another output_dir"
             )
@@ -525,7 +635,9 @@ class Trainer:
             )
         if differing:
             raise CheckpointError(f"{shown(path)} is of another run: " + "; ".join(differing))
-        state, tensors = read_trainer_state(path, self.optimizers, self._names, self.device, SAVED)
+        self._check_start(config["step"], init_step, self.config)
+        state, tensors = read_trainer_state(path, self.optimizers, self._names, self.device)
+        state.setdefault("val_step", None)  # older checkpoints do not say it
         load_weights(self.model, path)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -549,12 +661,52 @@ class Trainer:
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self.last_checkpoint = path
-        self._history = [*config.get("history", []), {"step": self.step, "changed": changes(config, now)}]
-        if path.parent == self.run_dir:
-            kept = [line for line in read_metrics(self.run_dir) if line["step"] <= self.step]
-            write_atomic(
-                self.run_dir / "metrics.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-            )
+        changed = {"step": self.step, "changed": changes(config, now)}
+        if moved := moved_in_data(config.get("train", {}), now["train"], self.step):
+            warnings.warn(moved, stacklevel=3)
+            changed["data"] = moved
+        self._history = [*config.get("history", []), changed]
+
+
+def check_same_tokenizer(tokenizer: Tokenizer | None, train_data: TrainData, val_data: ValData | None) -> None:
+    """Compare tokenizers by their fingerprints: the run's, and those that the data were made with, where they say it.
+
+    Raises:
+        TrainingError: if they are not the same one.
+    """
+    found = {} if tokenizer is None else {"tokenizer": tokenizer.fingerprint}
+    for name, data in (("training data", train_data), ("validation data", val_data)):
+        manifest = getattr(data, "manifest", None)
+        if isinstance(manifest, dict) and manifest.get("tokenizer"):
+            found[name] = manifest["tokenizer"]
+    if len(set(found.values())) > 1:
+        raise TrainingError(
+            "the data were made with another tokenizer, and its ids mean other pieces ("
+            + ", ".join(f"{name}: {fingerprint[:16]}" for name, fingerprint in found.items())
+            + "); prepare the data again with this tokenizer (notebook 02_dataset), or give the tokenizer of the data"
+        )
+
+
+def moved_in_data(before: dict[str, Any], after: dict[str, Any], step: int) -> str | None:
+    """What a resume with other settings does to the order in which windows are read, in words; None if nothing.
+
+    Args:
+        before, after: the training configurations, as dictionaries.
+        step: where the run goes on. A step's windows follow from its number.
+    """
+    there, here = (config.get("batch_size", 0) * config.get("grad_accum_steps", 1) * step for config in (before, after))
+    if there and before.get("seed") != after["seed"]:
+        return (
+            f"seed was {before.get('seed')} and is {after['seed']}: from step {step} on the windows come in another "
+            "order, so in this epoch some are read twice and others never"
+        )
+    if there and there != here:
+        what = f"{abs(there - here):,} windows are {'read twice' if here < there else 'never read'}"
+        return (
+            f"batch_size x grad_accum_steps was {there // step} windows a step and is {here // step}: step {step} "
+            f"starts at window {here:,} of the data's order, not {there:,}, and so {what}"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -606,3 +758,13 @@ def has_compiler() -> bool:
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def _content(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""
+
+
+def _step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for another name."""
+    found = re.match(r"step=(\d+)", path.name)
+    return int(found[1]) if found else -1

@@ -46,7 +46,7 @@ import time
 import torch
 
 from llmcore import plots, widgets
-from llmcore.checkpoint import checkpoints, load_checkpoint
+from llmcore.checkpoint import checkpoints, load_checkpoint, loss_in_words
 from llmcore.device import pick_device
 from llmcore.export import from_hf, to_gguf, to_hf, to_llama2c
 from llmcore.files import resolve, shown
@@ -59,7 +59,7 @@ device = str(pick_device(device))
 # %%
 checkpoint = load_checkpoint(output_dir, which=checkpoint_dir or "latest", device=device)
 model, tok = checkpoint.model, checkpoint.tokenizer
-print(f"{shown(checkpoint.path)}: step {checkpoint.step:,}, {checkpoint.config['loss']:.3f} nats per token")
+print(f"{shown(checkpoint.path)}: step {checkpoint.step:,}, {loss_in_words(checkpoint.config)}")
 
 # %% tags=["nbval-check-output"]
 print(f"{model.config.n_params():,} parameters, context of {model.config.max_seq_len} tokens")

@@ -584,7 +584,7 @@ def test_a_stop_in_a_row_of_skipped_steps_still_saves(tmp_path: Path) -> None:
     poison(model, lambda: one, range(4, 5), math.nan)
     result = one.fit()
     assert result.stopped_early and result.checkpoint
-    assert result.checkpoint.name.startswith("step=000004_loss=3.")  # the last loss that is a number
+    assert result.checkpoint.name.startswith("step=000004_train_loss=3.")
 
 
 # Stopping
@@ -607,7 +607,7 @@ def test_a_consumer_that_walks_away_loses_nothing(tmp_path: Path) -> None:
     steps.close()
     path = find_checkpoint(tmp_path)
     assert one.result() == TrainResult(2, None, True, path)
-    assert path.name == f"step=000002_loss={read_metrics(tmp_path)[-1]['loss']:.3f}"
+    assert path.name == f"step=000002_train_loss={read_metrics(tmp_path)[-1]['loss']:.3f}"
     assert_same_tensors(load_checkpoint(path).model.state_dict(), one.model.state_dict())
     assert signal.getsignal(signal.SIGINT) is handler
     assert one.fit().step == 6  # and it goes on when asked to

@@ -122,7 +122,7 @@ def train(
 
 def finished() -> list[dict[str, Any]]:
     """The ladder's runs so far."""
-    lines = FINISHED.read_text().splitlines() if FINISHED.exists() else []
+    lines = FINISHED.read_bytes().split(b"\n")[:-1] if FINISHED.exists() else []
     return [json.loads(line) for line in lines]
 
 
