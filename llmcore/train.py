@@ -40,7 +40,7 @@ from llmcore.files import resolve, shown, write_atomic
 from llmcore.generate import stream
 from llmcore.memory import advice, check_memory
 from llmcore.model import Transformer
-from llmcore.optim import build_optimizers, learning_rate_at
+from llmcore.optim import back_off, build_optimizers, learning_rate_at
 from llmcore.runs import TrainingError, changes, environment, only_run, read_metrics
 from llmcore.tokenizer import Tokenizer
 
@@ -326,15 +326,17 @@ class Trainer:
                 part = self._loss(x, y) * (count / sum(counts))
             self.scaler.scale(part).backward()
             loss += part.detach()
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers if any(counts) else ():
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         values = torch.stack((loss, norm)).tolist()
         finite = all(map(math.isfinite, values))
         self._half_a_step = True
-        if finite or self.scaler.is_enabled():  # the scaler itself leaves out what is not finite, and backs off
+        if not finite:  # all optimizers step, or none: the scaler's own step() would decide for each by itself
+            back_off(self.scaler)
+        elif any(counts):
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                optimizer.step()
             self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
