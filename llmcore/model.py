@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llmcore.config import ModelConfig
+from llmcore.device import settle_cache_folder
+
+settle_cache_folder()  # before torch's compiler is imported, as the first line that mentions it does
 
 
 def rope_table(head_dim: int, max_seq_len: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,8 @@ def test_bf16_gradients_of_many_chunks_add_up_in_float32(monkeypatch: pytest.Mon
     hide_operator(monkeypatch)
     monkeypatch.setattr(llmcore.model, "LOSS_CHUNK", 16)
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(4096, 8).abs(), torch.zeros(10, 8, requires_grad=True), torch.zeros(4096).long()
+    hidden, targets = torch.randn(4096, 8).abs(), torch.zeros(4096).long()
+    weight = torch.zeros(10, 8, requires_grad=True)
     exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), weight)[0]
     with torch.autocast("cpu", torch.bfloat16):
         loss = llmcore.model._chunked_loss(hidden, weight, targets)
