@@ -1,8 +1,18 @@
-"""Which device to compute on, and in which precision."""
+"""Which device to compute on, in which precision, and compiled or not."""
 
 from __future__ import annotations
 
+import getpass
+import os
+import re
+import shlex
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from torch import Tensor, nn
 
 from llmcore.runs import TrainingError
 
@@ -50,3 +60,46 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """A context in which matrix products run in "bf16" or "fp16"; in "fp32" it changes nothing."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def settle_cache_folder() -> None:
+    """Give torch's compiler another cache folder, with a warning, where its own cannot be written.
+
+    torch makes that folder as soon as it defines or optimizes anything, compiled or not, and fails where it cannot.
+    """
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    try:  # where none is named, the default as torch makes it up, which needs the user's name
+        name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser()) if not folder else ""
+        folder = folder or os.path.join(tempfile.gettempdir(), f"torchinductor_{name}")
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, KeyError, ImportError) as error:
+        other = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
+        warnings.warn(
+            f"torch's cache folder cannot be used ({reason(error)}); it is {other} for now. "
+            "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written",
+            stacklevel=2,
+        )
+
+
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
+    """The model as torch.compile runs it: its first call and its first backward pass compile.
+
+    Both call a C++ compiler on a CPU, and write to a cache folder; where that fails, they raise errors of many kinds.
+    """
+    libraries = str(Path(torch.__file__).parent / "lib")
+    if os.name == "posix" and libraries != shlex.quote(libraries):
+        import torch.utils.cpp_extension as cpp_extension
+
+        # torch gives the linker this folder as it is, and splits the command at spaces
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(libraries)
+    return torch.compile(model)
+
+
+def reason(error: Exception) -> str:
+    """An error in a line: where it quotes a compiler, the first complaint of that."""
+    error = getattr(error, "inner_exception", error)  # torch wraps what its compiler raises
+    lines = [line.strip() for line in str(error).split("Output:")[-1].splitlines() if line.strip()]
+    said = next((line for line in lines if "error:" in line or "cannot" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {said}"[:300]

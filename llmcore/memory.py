@@ -14,7 +14,7 @@ import torch
 
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.device import has_bf16, pick_precision
-from llmcore.model import CHUNK_ABOVE, LOSS_CHUNK, SHORT
+from llmcore.model import CHUNK_ABOVE, LOSS_CHUNK, SHORT, has_chunked_operator
 from llmcore.runs import TrainingError
 
 LIBRARIES = 12_000_000  # bytes beside the tensors that a CPU's libraries take for themselves, whatever the model
@@ -62,7 +62,8 @@ def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") 
     assert model.hidden_dim and model.head_dim and model.n_kv_heads
     policy, context = train.activation_checkpointing, train.context_size or model.max_seq_len
     tokens, fused = train.batch_size * context, device == "cuda"
-    size = 4 if pick_precision(train.precision, torch.device(device)) == "fp32" else 2
+    precision = pick_precision(train.precision, torch.device(device))
+    size = 4 if precision == "fp32" else 2
     n_params, table = model.n_params(), model.vocab_size * model.dim
     matrices = model.n_params(embeddings=False) - (2 * model.n_layers + 1) * model.dim  # all blocks' together
     casts = 2 * matrices * (size == 2)  # autocast's copies of them
@@ -77,7 +78,10 @@ def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") 
     activations = model.n_layers * kept + tokens * (8 * model.dim + 4 + size * model.dim)  # and around the last norm
 
     chunked = tokens * model.vocab_size > CHUNK_ABOVE
-    if chunked:  # the loss computes its own gradients at once
+    if chunked and not has_chunked_operator(torch.float16 if precision == "fp16" else torch.float32):
+        chunk = min(LOSS_CHUNK // 4, tokens) * model.vocab_size  # computed again in the backward pass
+        logits = max(12 * chunk + (4 if size == 4 else 6) * table, (12 if size == 4 else 10) * table)
+    elif chunked:  # the loss computes its own gradients at once
         logits = size * (min(LOSS_CHUNK, tokens) * model.vocab_size + 2 * table + tokens * model.dim)
         logits += 2 * (table + tokens * model.dim) * (size == 2)  # rounded weights and stream
     else:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llmcore.config import ModelConfig
+from llmcore.device import settle_cache_folder
+
+settle_cache_folder()  # before torch's compiler is imported, as the first line that mentions it does
 
 
 def rope_table(head_dim: int, max_seq_len: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -53,16 +56,39 @@ LOSS_CHUNK = 1024  # tokens whose logits exist at a time
 CHUNK_ABOVE = 2**23  # logits in a batch from which on the loss is computed in chunks: glibc never reuses 32 MiB
 
 
+def has_chunked_operator(dtype: torch.dtype) -> bool:
+    """Whether torch itself computes the loss in chunks: torch 2.11 does not, and in float16 it is wrong.
+
+    The operator computes gradients before the scaler has multiplied the loss; the small ones are zero in float16 then.
+    """
+    return hasattr(F, "linear_cross_entropy") and dtype != torch.float16
+
+
 @torch.compiler.disable  # the chunked operator works outside the compiler only
 def _chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of (tokens, dim) hidden states without the (tokens, vocab) logits."""
+    kind, dtype = hidden.device.type, hidden.dtype
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    if not has_chunked_operator(dtype):
+        return _recomputed_loss(hidden.to(dtype), weight, targets)
     options = nn.LinearCrossEntropyOptions()
-    if hidden.device.type == "cpu":  # the defaults take five to ten times as long there
+    if kind == "cpu":  # the defaults take five to ten times as long there
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK, acc_policy="accurate")
-    if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return F.linear_cross_entropy(hidden, weight, targets, options=options)
+    return F.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, options=options)
+
+
+def _recomputed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same without torch's operator: each chunk's logits are computed once more for the backward pass."""
+
+    def summed(rows: Tensor, wanted: Tensor) -> Tensor:
+        logits = F.linear(rows, weight.to(rows.dtype))  # cast anew, so that the chunks' gradients add up in float32
+        return F.cross_entropy(logits.float(), wanted, reduction="sum")
+
+    size = LOSS_CHUNK // 4  # a chunk's logits exist four times: as they are, as logarithms, and the gradients of both
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    total = torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return total / (targets != -100).sum()  # as cross_entropy leaves it out by default
 
 
 SHORT = 256  # tokens up to which the formula itself, compiled, is the faster attention in bf16 on a CPU

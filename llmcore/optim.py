@@ -82,6 +82,16 @@ def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], s
     return x
 
 
+def back_off(scaler: torch.amp.GradScaler) -> None:
+    """Lower fp16's scale after a skipped step, and count good steps anew.
+
+    The scaler does so itself only where single gradients are not finite, not where the loss or their norm alone is not.
+    """
+    if scaler.is_enabled():
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": 0})
+
+
 def build_optimizers(model: Transformer, config: TrainConfig) -> list[Optimizer]:
     """AdamW with decay on matrices only; or Muon for the blocks' matrices and AdamW for the rest.
 

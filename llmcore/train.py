@@ -13,7 +13,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -37,12 +36,12 @@ from llmcore.checkpoint import (
 )
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED
-from llmcore.device import autocast, pick_device, pick_precision
+from llmcore.device import autocast, compiled, pick_device, pick_precision, reason
 from llmcore.files import fsync, resolve, shown, to_json, write_atomic
 from llmcore.generate import stream
 from llmcore.memory import advice, check_memory
 from llmcore.model import Transformer
-from llmcore.optim import build_optimizers, learning_rate_at
+from llmcore.optim import back_off, build_optimizers, learning_rate_at
 from llmcore.runs import TrainingError, changes, check_writable, environment, metric_lines, nobody_at_work, only_run
 from llmcore.tokenizer import Tokenizer
 
@@ -336,7 +335,6 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         rate = learning_rate_at(self.step, config) * self.plateau["scale"]
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)  # a step that an error broke off may have left some
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["peak"]
         first = self.step * config.grad_accum_steps
@@ -345,24 +343,26 @@ class Trainer:
         ]
         counts = [int((y != IGNORED).sum()) for _, y in batches]
         self.model.train()
-        loss = torch.zeros((), device=self.device)
-        for (x, y), count in zip(batches, counts, strict=True):
-            if not count:
-                continue
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            with autocast(self.precision, self.device):
-                part = self._loss(x, y) * (count / sum(counts))
-            self.scaler.scale(part).backward()
-            loss += part.detach()
-        for optimizer in self.optimizers:
+        loss = None
+        try:
+            loss = self._gradients(batches, counts)
+        except Exception as error:
+            if self._loss is self.model or is_out_of_memory(error):
+                raise
+            self._loss = self._uncompiled(error)
+        if loss is None:  # only here, where the error no longer holds on to its tensors
+            loss = self._gradients(batches, counts)
+        for optimizer in self.optimizers if any(counts) else ():
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         values = torch.stack((loss, norm)).tolist()
         finite = all(map(math.isfinite, values))
         self._half_a_step = True
-        if finite or self.scaler.is_enabled():  # the scaler itself leaves out what is not finite, and backs off
+        if not finite:  # all optimizers step, or none: the scaler's own step() would decide for each by itself
+            back_off(self.scaler)
+        elif any(counts):
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
+                optimizer.step()
             self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -383,6 +383,21 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": sum(x.numel() for x, _ in batches) / seconds,
         }
+
+    def _gradients(self, batches: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]) -> Tensor:
+        """Add up the gradients of the batches, which have so many targets; returns their mean loss, a scalar."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # a step that an error broke off may have left some
+        loss = torch.zeros((), device=self.device)
+        for (x, y), count in zip(batches, counts, strict=True):
+            if not count:
+                continue
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            with autocast(self.precision, self.device):
+                part = self._loss(x, y) * (count / sum(counts))
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        return loss
 
     def _count_skipped(self, finite: bool) -> None:
         self.skipped += not finite
@@ -410,9 +425,25 @@ class Trainer:
         if self.config.compile == "auto":
             windows = self.config.max_steps * self.config.batch_size * self.config.grad_accum_steps
             work = windows * self.model.config.max_seq_len * self.model.config.flops_per_token()
-            wanted = work > (2e12 if self.device.type == "cpu" else 2e16) and has_compiler()
-            wanted = wanted and self.device.type != "mps"
-        return torch.compile(self.model) if wanted else self.model
+            wanted = work > (2e12 if self.device.type == "cpu" else 2e16) and self.device.type != "mps"
+        try:
+            return compiled(self.model) if wanted else self.model
+        except Exception as error:
+            return self._uncompiled(error)
+
+    def _uncompiled(self, error: Exception) -> Callable[..., Tensor]:
+        """The model as it is, because compiling it, or a compiled step, has failed; nothing of that step was taken.
+
+        Raises:
+            TrainingError: if the configuration insists on compiling.
+        """
+        if self.config.compile == "on":
+            raise TrainingError(
+                f"compile='on', but the model cannot be trained compiled: {reason(error)}. "
+                "Mend that, or set compile='auto' or 'off'"
+            ) from error
+        warnings.warn(f"the model is trained uncompiled, which takes longer: {reason(error)}", stacklevel=2)
+        return self.model
 
     def _update_plateau(self, val_loss: float) -> None:
         """Lower the rate when validation has not improved for `plateau_patience` validations."""
@@ -745,15 +776,10 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether this is how torch says so: CUDA has an exception for it, CPU and MPS have only their words."""
     words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def has_compiler() -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs on a CPU."""
-    return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 
 
 def _due(step: int, interval: int) -> bool:

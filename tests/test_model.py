@@ -102,9 +102,20 @@ def loss_and_gradients(model: Transformer, tokens: Tensor, targets: Tensor) -> t
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def hide_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.11."""
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+
+
+@pytest.mark.parametrize("operator", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("tie", [False, True])
-def test_chunked_loss_equals_the_plain_one(bf16: bool, tie: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_equals_the_plain_one(
+    bf16: bool, tie: bool, operator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not operator:
+        hide_operator(monkeypatch)
     model = tiny_model(std=0.1, vocab_size=700, tie_embeddings=tie)
     tokens, targets = random_ids(16, 24, vocab_size=700), random_ids(16, 24, seed=1, vocab_size=700)
     targets[3] = -100
@@ -119,7 +130,72 @@ def test_chunked_loss_equals_the_plain_one(bf16: bool, tie: bool, monkeypatch: p
         assert (gradient - expected[name]).norm() < tolerance * expected[name].norm(), name
 
 
-def test_large_batches_never_hold_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@settings(deadline=None, max_examples=50)
+@given(
+    tokens=st.integers(1, 40),
+    vocab_size=st.integers(2, 30),
+    chunk=st.integers(4, 60),
+    kept=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_loss_without_torchs_operator_is_float64s(
+    tokens: int, vocab_size: int, chunk: int, kept: float, dtype: torch.dtype, seed: int
+) -> None:
+    """In a chunk or many, of whatever size, with some or all targets left out; its gradients too."""
+    torch.manual_seed(seed)
+    targets = torch.where(torch.rand(tokens) < kept, torch.randint(vocab_size, (tokens,)), -100)
+    parts = torch.randn(tokens, 8), torch.randn(vocab_size, 8)
+    wide = [part.to(dtype).double().requires_grad_() for part in parts]
+    F.cross_entropy(wide[0] @ wide[1].T, targets).backward()
+    ours = [part.to(dtype).float().requires_grad_() for part in parts]
+    with pytest.MonkeyPatch.context() as patch:
+        hide_operator(patch)
+        patch.setattr(llmcore.model, "LOSS_CHUNK", chunk)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = llmcore.model._chunked_loss(*ours, targets)
+        loss.backward()
+    close = 1e-5 if dtype == torch.float32 else 3e-2
+    expected = F.cross_entropy(wide[0] @ wide[1].T, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=close, atol=close, equal_nan=True)
+    for mine, exact in zip(ours, wide, strict=True):
+        assert mine.grad is not None and exact.grad is not None
+        assert (mine.grad - exact.grad).norm() <= close * exact.grad.norm() + 1e-7
+
+
+def test_bf16_gradients_of_many_chunks_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum kept in bf16 stops growing at some two hundred times of what is added."""
+    hide_operator(monkeypatch)
+    monkeypatch.setattr(llmcore.model, "LOSS_CHUNK", 16)
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(4096, 8).abs(), torch.zeros(4096).long()
+    weight = torch.zeros(10, 8, requires_grad=True)
+    exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = llmcore.model._chunked_loss(hidden, weight, targets)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert (gradient - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_fp16_gradients_of_the_chunked_loss_do_not_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler raises small gradients into float16's range; an operator that computes them before loses them."""
+    torch.manual_seed(0)
+    tokens, vocab_size = 4096, 3000
+    hidden, targets = torch.randn(tokens, 16), torch.randint(vocab_size, (tokens,))
+    weight = (0.02 * torch.randn(vocab_size, 16)).requires_grad_()
+    exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), weight)[0]
+    with torch.autocast("cpu", torch.float16):
+        loss = llmcore.model._chunked_loss(hidden, weight, targets)
+    (gradient,) = torch.autograd.grad(loss * 2.0**16, weight)
+    assert (gradient / 2**16 - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_large_batches_never_hold_their_logits(operator: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not operator:
+        hide_operator(monkeypatch)
+        monkeypatch.setattr(llmcore.model, "LOSS_CHUNK", 512)
     model, tokens = tiny_model(vocab_size=5000), random_ids(16, 24, vocab_size=5000)
     largest = 0
 
