@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from llmcore.runs import summarize, validations
+from llmcore.files import resolve
+from llmcore.runs import validations
 from llmcore.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Picture, name_axes, new_figure, plain, styled
 
 
@@ -139,14 +140,18 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
     """Validation loss of several runs against steps, tokens, time and compute, one panel each.
 
     Bits per byte where every run has them, so that vocabularies compare; else nats per token. Runs differ in colour,
-    marker and dashes. Those without a validation are left out, and named in the title.
+    marker and dashes. Those without a validation, or unreadable, are left out, and named in the title.
 
     Args:
         run_dirs: folders of runs, as `runs.find_runs` finds them.
         title: what to see; empty: which run ends lowest.
     """
-    names = [row["run"] for row in summarize(run_dirs)]
-    runs = list(zip(names, map(validations, run_dirs), strict=True))
+    runs, unreadable = [], []
+    for folder in map(resolve, run_dirs):
+        try:
+            runs.append((folder.name, validations(folder)))
+        except (OSError, ValueError):
+            unreadable.append(folder.name)
     silent = [name for name, found in runs if not found]
     drawn = [(name, found) for name, found in runs if found]
     in_bits = all("val_bits_per_byte" in point for _, found in drawn for point in found)
@@ -171,8 +176,9 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
         title = title or f"{words} at {end:.3f} {unit}"
     else:
         title = title or "No run has been validated yet"
-    if silent:
-        title += f" (not validated yet: {', '.join(silent)})"
+    for why, names in (("not validated yet", silent), ("unreadable", unreadable)):
+        if names:
+            title += f" ({why}: {', '.join(names)})"
     figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
