@@ -13,9 +13,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from llmcore.files import resolve
+from llmcore.files import one_line, resolve
 from llmcore.runs import validations
-from llmcore.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Picture, name_axes, new_figure, plain, styled
+from llmcore.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    LABEL,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    Picture,
+    head,
+    name_axes,
+    new_figure,
+    plain,
+    styled,
+)
 
 
 @styled
@@ -149,9 +164,9 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
     runs, unreadable = [], []
     for folder in map(resolve, run_dirs):
         try:
-            runs.append((folder.name, validations(folder)))
+            runs.append((one_line(folder.name), validations(folder)))
         except (OSError, ValueError):
-            unreadable.append(folder.name)
+            unreadable.append(one_line(folder.name))
     silent = [name for name, found in runs if not found]
     drawn = [(name, found) for name, found in runs if found]
     in_bits = all("val_bits_per_byte" in point for _, found in drawn for point in found)
@@ -165,12 +180,14 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
                 marker="os^Dv*"[number % 6],
                 linestyle=("-", "--", "-.", ":")[number // 6 % 4],
                 markersize=4,
-                label=plain(name),
+                label=plain(name, LABEL),
             )
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         name_axes(axes, "", label, f"validation ({unit})")
     if drawn:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        widest = max(sum(1 + (ord(c) > 0x2E7F) for c in plain(name, LABEL)) for name, _ in drawn)
+        columns = max(1, min(4, 120 // (widest + 8)))  # of the 120 letters that fit side by side
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
         end, lowest = min((found[-1][measure], name) for name, found in drawn)
         words = f"{lowest} ends lowest of {len(drawn)} runs," if len(drawn) > 1 else f"{lowest} ends"
         title = title or f"{words} at {end:.3f} {unit}"
@@ -179,7 +196,7 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
     for why, names in (("not validated yet", silent), ("unreadable", unreadable)):
         if names:
             title += f" ({why}: {', '.join(names)})"
-    figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    head(figure, title)
     return figure
 
 
@@ -245,7 +262,7 @@ def scaling_fit(
     left.legend()
     name_axes(left, "", "compute (FLOPs, log scale)", "validation loss (nats per token)")
     name_axes(right, "", "by the law (nats per token)", "measured (nats per token)")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    head(figure, title)
     return figure
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from llmcore.checkpoint import CheckpointError, find_checkpoint
 from llmcore.config import ModelConfig
-from llmcore.files import resolve, shown
+from llmcore.files import resolve, shown, visible
 from llmcore.runs import only_run, read_events, read_run, validations
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "04_scifi_train.ipynb"
@@ -161,5 +161,5 @@ def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any],
         [*command, str(notebook), str(folder / f"{name}.ipynb")], env=environment, capture_output=True, text=True
     )
     if done.returncode or not finished(run_dir, parameters):
-        reason = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
+        reason = visible((done.stderr.strip().splitlines() or ["it was stopped"])[-1])
         raise SweepError(f"{name}: {reason}. Its notebook: {shown(folder / name)}.ipynb")

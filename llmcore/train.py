@@ -363,7 +363,8 @@ class Trainer:
             raise TrainingError(
                 f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
                 f"Last good checkpoint: {shown(self.last_checkpoint) if self.last_checkpoint else 'none'}. "
-                "Lower learning_rate, raise warmup_steps, or use precision='fp32'"
+                f"Try a lower learning_rate (here {self.config.learning_rate:g}) or precision fp32 "
+                f"(here {self.precision}); where neither can be set, another seed or preset"
             )
 
     def _out_of_memory(self) -> TrainingError:

@@ -41,7 +41,7 @@ import numpy as np
 
 from llmcore import config, corpus, plots, widgets
 from llmcore.dataset import TokenDataset, prepare_dataset
-from llmcore.files import shown, text_blocks
+from llmcore.files import one_line, shown, text_blocks
 from llmcore.planner import TOKENS_PER_PARAMETER, plan
 from llmcore.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ plots.length_histogram(lengths, "tokens", f"{len(lengths)} documents, {lengths.s
 
 # %% tags=["nbval-check-output"]
 held_out = [source["path"] for source in manifest["sources"] if source["split"] == "val"]
-print(len(held_out), "held out:", " ".join(held_out[:12]))
+print(len(held_out), "held out:", " ".join(map(one_line, held_out[:12])))
 
 # %% tags=["nbval-check-output"]
 document = tok.decode(train.read(0, min(int(train.offsets[1]), 100_000)).tolist()).rstrip("�")
