@@ -30,7 +30,7 @@ LABELLED = {"description_width": "initial"}  # a label as wide as its words, not
 
 def row(*controls: ipywidgets.Widget) -> ipywidgets.Box:
     """Controls side by side; those for which a narrow page has no room go to the next line, none is cut off."""
-    return ipywidgets.Box(controls, layout={"display": "flex", "flex_flow": "row wrap", "width": "100%"})
+    return ipywidgets.Box(controls, layout={"flex_flow": "row wrap", "overflow": "visible"})
 
 
 class Explorer:
@@ -138,7 +138,9 @@ class DataExplorer(Explorer):
             inside = [name for name in self.names if wanted.casefold() in name.casefold()][:NEAR]
             near = inside or difflib.get_close_matches(wanted[:100], self.names[:2000], NEAR, cutoff=0.3)
             hint = f"near: {', '.join(near)}" if near else f"the first of {len(self.names):,} is {self.names[0]}"
-            self.notice.value = f"<p>⚠ no document of this split is called “{escaped(wanted[:100])}”; {escaped(hint)}</p>"
+            self.notice.value = (
+                f"<p>⚠ no document of this split is called “{escaped(wanted[:100])}”; {escaped(hint)}</p>"
+            )
 
     def _show(self, _: Any = None) -> None:
         first = self.window.value * self.data.context_size

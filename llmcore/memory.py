@@ -139,8 +139,8 @@ def advice(model: ModelConfig, train: TrainConfig, device: str) -> str:
     return (
         f"By estimate the run needs {need['total'] / 1e9:.2f} GB: {state / 1e9:.2f} for weights, gradients and "
         f"optimizer, {need['activations'] / 1e9:.2f} for activations, "
-        f"{(need['workspace'] + need['libraries']) / 1e9:.2f} to work in. Each of these needs less, as far as it can be "
-        f"set here: {ways}"
+        f"{(need['workspace'] + need['libraries']) / 1e9:.2f} to work in. Each of these needs less, as far as it "
+        f"can be set here: {ways}"
     )
 
 

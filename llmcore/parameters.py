@@ -1,8 +1,8 @@
 """Notebook parameters: one table of names, kinds and ranges, checked in the cell after they are set.
 
-papermill passes `3e-4` from a YAML file as a string, `-p flag true` as the word, `-p project 2024` as a number, and only
-warns of a name that the notebook does not know. Here what is clearly meant is taken, and wrong values and unknown names
-end the run in its first seconds.
+papermill passes `3e-4` from a YAML file as a string, `-p flag true` as the word, `-p project 2024` as a number, and
+only warns of a name that the notebook does not know. Here what is clearly meant is taken, and wrong values and unknown
+names end the run in its first seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from llmcore.config import PRESETS, nearest
 from llmcore.corpus import CORPORA
 from llmcore.files import resolve
 from llmcore.trackers import TRACKERS
-
 
 LONGEST_NAME = 200  # bytes of a folder's name; 255 is the most, and endings are added
 RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}

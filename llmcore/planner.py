@@ -204,9 +204,8 @@ def measure_memory(model: ModelConfig, train: TrainConfig, device: str = "auto")
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(
-            f"measuring memory failed (a notebook with thorough=False does without): {visible(done.stderr.strip()[-500:])}"
-        )
+        last = visible(done.stderr.strip()[-500:])
+        raise RuntimeError(f"measuring memory failed (a notebook with thorough=False does without): {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -140,7 +140,7 @@ CONFIG_SCHEMA = {
             "type": "object",
             "properties": {
                 **dict.fromkeys(("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len"), _COUNT),
-                **dict.fromkeys(("n_kv_heads", "head_dim", "hidden_dim"), {"anyOf": [_COUNT, {"type": "null"}]}),
+                **{name: {"anyOf": [_COUNT, {"type": "null"}]} for name in ("n_kv_heads", "head_dim", "hidden_dim")},
             },
         },
         "train": {"type": "object", "required": ["max_steps"], "properties": {"max_steps": _COUNT}},
@@ -159,6 +159,7 @@ COLUMNS = (
     "run", "preset", "parameters", "steps", "tokens", "validation (nats/token)", "best", "bits per byte", "time",
     "device", "differs in",
 )  # fmt: skip
+
 
 def find_runs(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The run folders below a folder, at any depth, in order of their names: those with metrics and a configuration."""

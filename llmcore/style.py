@@ -148,7 +148,7 @@ def _break_titles(figure: Figure) -> None:
     """Break every title that is wider than its figure into lines; after three, the rest is left out."""
     titles = [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]  # type: ignore[attr-defined]
     titles = [title for title in [figure._suptitle, *titles] if title and title.get_text()]  # type: ignore[attr-defined]
-    width = figure.bbox.width
+    width = 0.96 * figure.bbox.width  # letters are somewhat wider in a finer picture
     renderer = RendererAgg(1, 1, figure.dpi)  # measures as well as one of the figure's size
 
     def measure(title: Text, words: str) -> float:
@@ -169,7 +169,7 @@ def _break_titles(figure: Figure) -> None:
             continue
         lines: list[str] = []
         while words and len(lines) < 3:
-            fits = bisect.bisect_right(range(1, len(words) + 1), width - left - 8, key=lambda n: measure(title, words[:n]))
+            fits = bisect.bisect_right(range(1, len(words) + 1), width - left, key=lambda n: measure(title, words[:n]))
             space = words.rfind(" ", 0, fits + 1)
             cut = len(words) if fits == len(words) else space if space > fits / 2 else max(1, fits)
             lines, words = [*lines, words[:cut]], words[cut:].lstrip()
@@ -177,7 +177,10 @@ def _break_titles(figure: Figure) -> None:
             lines[-1] = lines[-1][:-2] + "…"
         title.set_parse_math(False)  # a line may end between a dollar sign and what keeps it from beginning a formula
         title.set_text("\n".join(lines).replace("\\$", "$"))
-        more, before = (len(lines) - 1) * 1.25 * title.get_fontsize() / 72, figure.get_figheight()
+        more, before = (
+            (len(lines) - 1) * 1.25 * title.get_fontproperties().get_size_in_points() / 72,
+            figure.get_figheight(),
+        )
         figure.set_figheight(before + more)
         if figure.get_layout_engine() is None:  # margins set by hand
             top = before * (1 - figure.subplotpars.top) + more

@@ -54,7 +54,10 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
     if samples:
         parts.append("## Samples")
     for event in samples:
-        parts += [f"After step {event['step']:,}:", _fenced(ending(str(event.get("sample_prompt", ""))) + str(event["sample"]))]
+        parts += [
+            f"After step {event['step']:,}:",
+            _fenced(ending(str(event.get("sample_prompt", ""))) + str(event["sample"])),
+        ]
     if config.get("history"):
         steps = ", ".join(f"{entry['step']:,}" for entry in config["history"])
         parts.append(f"Stopped, and resumed at step {steps}.")
@@ -80,7 +83,9 @@ def write_index(output_dir: str | os.PathLike[str]) -> Path:
     for run, words in zip(found, summarize(found), strict=True):
         path = run.relative_to(folder).as_posix()
         page = f"{path}/summary.md" if (run / "summary.md").exists() else path
-        rows.append({"run": f"[{_plain(path)}]({quote(os.fsencode(page))})", **{name: _plain(words[name]) for name in COLUMNS}})
+        rows.append(
+            {"run": f"[{_plain(path)}]({quote(os.fsencode(page))})", **{name: _plain(words[name]) for name in COLUMNS}}
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "index.md", "# Runs\n\n" + (_rows(rows) if rows else "None yet.") + "\n")
     return folder / "index.md"

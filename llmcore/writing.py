@@ -161,7 +161,10 @@ class WritingPanel(Explorer):
         self._second: tuple[Path, Transformer, Tokenizer] | None = None
 
         def slider(kind: Any, value: float, low: float, high: float, step: float, words: str) -> ipywidgets.Widget:
-            style, layout = {"description_width": "12.5em"}, {"flex": "1 1 30em", "min_width": "28em", "max_width": "36em"}
+            style, layout = (
+                {"description_width": "13em"},
+                {"flex": "1 1 30em", "min_width": "28em", "max_width": "36em"},
+            )
             return kind(value=value, min=low, max=high, step=step, description=words, style=style, layout=layout)
 
         whole, real = ipywidgets.IntSlider, ipywidgets.FloatSlider

@@ -54,7 +54,8 @@ seed: int = 0  # of the initial weights and the order of the data
 from llmcore.parameters import check_parameters
 
 names = "preset data_dir tokenizer_model_file dataset_dir output_dir project checkpoint_dir init_step context_size dim"
-names += " n_layers n_heads max_steps batch_size grad_accum_steps learning_rate weight_decay activation_checkpointing prompt device"
+names += " n_layers n_heads max_steps batch_size learning_rate weight_decay activation_checkpointing prompt device"
+names += " grad_accum_steps"
 check_parameters(globals(), names + " precision tracker thorough seed")
 
 # %%
@@ -98,7 +99,11 @@ val_data = TokenDataset(dataset_dir, "val", window)
 
 # %%
 chosen = {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
-chosen |= {"grad_accum_steps": grad_accum_steps, "weight_decay": weight_decay, "activation_checkpointing": activation_checkpointing}
+chosen |= {
+    "grad_accum_steps": grad_accum_steps,
+    "weight_decay": weight_decay,
+    "activation_checkpointing": activation_checkpointing,
+}
 chosen = {name: value for name, value in chosen.items() if value is not None}
 warmup_steps = min(train_config.warmup_steps, chosen.get("max_steps", train_config.max_steps) // 10)
 chosen["warmup_steps"] = warmup_steps  # a short run warms up for a tenth of its steps, no more

@@ -263,6 +263,7 @@ def test_no_title_leaves_its_figure_and_no_glyph_is_missing(kind: str) -> None:
         plots.scaling_fit([1.0, 2.0], [1.1, 2.1], [1e9, 1e10], title),
     ]
     for figure in figures:
+        figure.set_dpi(2 * figure.dpi)  # as a notebook shows it
         figure.draw_without_rendering()
         titles = [figure._suptitle, *(each for axes in figure.axes for each in (axes.title, axes._left_title))]  # type: ignore[attr-defined]
         shown = [each for each in titles if each is not None and each.get_text()]
