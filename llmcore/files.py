@@ -57,7 +57,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON to write as UTF-8: characters as they are, or all as numbers where one is half a surrogate, without UTF-8."""
+    """JSON to write as UTF-8: characters as they are, or all as numbers if one is half a surrogate: no UTF-8 has it."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     return json.dumps(value, indent=indent) if _HALF.search(text) else text
 
