@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,6 @@ PROJECT_ROOT = Path(os.environ.get("LLM_WORKBOOK_ROOT") or Path(__file__).parent
 # of writing around, end a line, or are half a surrogate, which ends a program that prints it.
 _ACTING = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 _SIGNS = {code: f"⟨{code:02X}⟩" for code in [*_ACTING, *range(0xD800, 0xE000)] if chr(code) not in "\t\n"}
-_HALF = re.compile("[\ud800-\udfff]")
 
 READ_BYTES = 1 << 16  # at a time, of a text; the C library keeps larger pieces of memory for itself
 
@@ -54,12 +52,6 @@ def shown(path: str | os.PathLike[str]) -> str:
     """A path as a notebook should print it: relative to the project where it lies inside, on one line, visible."""
     path = Path(path)
     return one_line(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON to write as UTF-8: characters as they are, or all as numbers if one is half a surrogate: no UTF-8 has it."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return json.dumps(value, indent=indent) if _HALF.search(text) else text
 
 
 def sha256_file(path: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -183,25 +182,27 @@ def read_run(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_events(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """A run's events, each with the numbers that tables and figures need; lines that are no events are left out.
+    """A run's events, each with the numbers that tables and figures need; what lacks them is left out.
 
     Raises:
         OSError: if they cannot be read.
-        ValueError: naming the field that an event lacks, or that is no number.
+        ValueError: if there is something, and no event in it.
     """
     file = resolve(run_dir) / "metrics.jsonl"
     if not file.is_file():
         raise ValueError(f"{shown(file)} cannot be used: it is no file")
-    events = [event for event in read_metrics(run_dir) if isinstance(event, dict) and "step" in event]
-    for number, event in enumerate(events, 1):
-        needed = ("step", "tokens", "seconds", *(name for name in ("val_loss", "val_bits_per_byte") if name in event))
-        for name in needed:
-            value = event.get(name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e18
-            if not whole and not (isinstance(value, float) and (name.startswith("val_") or math.isfinite(value))):
-                what = repr(value)[:40] if name in event else "missing"
-                raise ValueError(f"{shown(file)} cannot be used: event {number}: {name} is {what}")
+    events = [event for event in read_metrics(run_dir) if isinstance(event, dict) and _usable(event)]
+    if not events and file.stat().st_size:
+        raise ValueError(f"{shown(file)} cannot be used: it holds no whole event of a run")
     return events
+
+
+def _usable(event: dict[str, Any]) -> bool:
+    needed = [event.get(name) for name in ("step", "tokens", "seconds")]
+    measured = [event[name] for name in ("val_loss", "val_bits_per_byte") if name in event]  # may be infinite, or NaN
+    return all(type(value) in (int, float) and abs(value) < 1e18 for value in needed) and all(
+        type(value) is float or (type(value) is int and abs(value) < 1e18) for value in measured
+    )
 
 
 def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:

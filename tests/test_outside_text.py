@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import unicodedata
@@ -15,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcore import widgets
-from llmcore.files import json_text, one_line, shown
+from llmcore.files import one_line, shown
 from llmcore.generate import generate, stream
 from llmcore.markup import SHOWN, ending, escaped, visible
 from llmcore.summary import write_index
@@ -46,19 +45,6 @@ def test_no_character_acts_in_a_shown_text_name_or_path(text: str) -> None:
 @given(st.text(st.characters(exclude_categories=["C", "Zl", "Zp"])))
 def test_text_that_only_shows_is_left_as_it_is(text: str) -> None:
     assert visible(text) == one_line(text) == text
-
-
-JSON = st.recursive(ANY, lambda inner: st.lists(inner) | st.dictionaries(ANY, inner), max_leaves=4)
-
-
-@given(JSON)
-def test_any_text_is_written_as_json_and_read_back(value: object) -> None:
-    assert json.loads(json_text(value).encode().decode()) == value
-    assert json.loads(json_text(value, indent=1)) == value
-
-
-def test_json_keeps_readable_characters_where_it_can() -> None:
-    assert json_text({"prompt": "却说"}) == '{"prompt": "却说"}'
 
 
 @given(ANY, st.integers(1, 50))
