@@ -10,10 +10,12 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcore import widgets
+from llmcore import export, files, widgets
+from llmcore.checkpoint import load_checkpoint, save_checkpoint
 from llmcore.files import one_line, shown
 from llmcore.generate import generate, stream
 from llmcore.markup import SHOWN, ending, escaped, visible
@@ -110,3 +112,18 @@ def test_a_run_in_a_folder_of_undecodable_bytes_is_listed_and_linked(tmp_path: P
     [link] = re.findall(r"\]\((\S+)\)", text)
     assert (Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + unquote_to_bytes(link)))).is_dir()
     assert not acts(text)
+
+
+def test_an_export_that_cannot_be_written_is_left_out_with_a_word(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(files, "PROJECT_ROOT", tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "export").write_text("a file in the way", encoding="utf-8")
+    save_checkpoint(tmp_path / "run", tiny_model(vocab_size=tokenizer.vocab_size), tokenizer, step=3, loss=2.0)
+    space = {"checkpoint": load_checkpoint(tmp_path / "run"), "torch": torch, "widgets": widgets}
+    space |= {name: getattr(files, name) for name in ("resolve", "shown")}
+    space |= {name: getattr(export, name) for name in ("to_hf", "to_llama2c", "to_gguf")}
+    exec(cell("05_generate", "export_dir = "), space)
+    assert space["hf_dir"] is None and "left out, since outputs/export/run" in capsys.readouterr().out
+    exec(cell("05_generate", "logits agree within"), space)  # goes on without
