@@ -25,6 +25,7 @@ from llmcore.style import (
     RED,
     SKY,
     Picture,
+    cells,
     head,
     name_axes,
     new_figure,
@@ -185,7 +186,7 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         name_axes(axes, "", label, f"validation ({unit})")
     if drawn:
-        widest = max(sum(1 + (ord(c) > 0x2E7F) for c in plain(name, LABEL)) for name, _ in drawn)
+        widest = max(cells(plain(name, LABEL)) for name, _ in drawn)
         columns = max(1, min(4, 120 // (widest + 8)))  # of the 120 letters that fit side by side
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
         end, lowest = min((found[-1][measure], name) for name, found in drawn)

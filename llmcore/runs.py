@@ -198,7 +198,7 @@ def read_events(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _usable(event: dict[str, Any]) -> bool:
-    needed = [event.get(name) for name in ("step", "tokens", "seconds")]
+    needed: list[Any] = [event.get(name) for name in ("step", "tokens", "seconds")]
     measured = [event[name] for name in ("val_loss", "val_bits_per_byte") if name in event]  # may be infinite, or NaN
     return all(type(value) in (int, float) and abs(value) < 1e18 for value in needed) and all(
         type(value) is float or (type(value) is int and abs(value) < 1e18) for value in measured

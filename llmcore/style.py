@@ -119,15 +119,20 @@ def plain(text: str, most: int | None = None) -> str:
 
     Args:
         text: of anybody's.
-        most: characters to show; of more, the end is left out.
+        most: cells to show; of more, the end is left out.
     """
     known = _glyphs()
     signs = visible(text if most is None else text[: most + 1])
     shows = [c if c.isspace() or not known or ord(c) in known else f"⟨{ord(c):X}⟩" for c in signs]
-    if most is not None and sum(map(len, shows)) > most:
-        ends = itertools.accumulate(map(len, shows))
+    if most is not None and sum(map(cells, shows)) > most:
+        ends = itertools.accumulate(map(cells, shows))
         shows = [sign for sign, end in zip(shows, ends, strict=True) if end < most] + ["…"]
     return "".join(shows).replace("$", r"\$")
+
+
+def cells(text: str) -> int:
+    """How wide a text is: one cell a letter, two a Chinese character."""
+    return sum(1 + (ord(character) > 0x2E7F) for character in text)
 
 
 @functools.cache
@@ -148,11 +153,13 @@ def _break_titles(figure: Figure) -> None:
     """Break every title that is wider than its figure into lines; after three, the rest is left out."""
     titles = [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]  # type: ignore[attr-defined]
     titles = [title for title in [figure._suptitle, *titles] if title and title.get_text()]  # type: ignore[attr-defined]
-    width = 0.96 * figure.bbox.width  # letters are somewhat wider in a finer picture
-    renderer = RendererAgg(1, 1, figure.dpi)  # measures as well as one of the figure's size
+    width = 0.96 * figure.bbox.width  # a little room at its edge
+    renderer, finer = RendererAgg(1, 1, figure.dpi), RendererAgg(1, 1, 2 * figure.dpi)  # on a screen, in a file
 
     def measure(title: Text, words: str) -> float:
-        return renderer.get_text_width_height_descent(words, title.get_fontproperties(), False)[0]
+        font = title.get_fontproperties()
+        here, there = (each.get_text_width_height_descent(words, font, False)[0] for each in (renderer, finer))
+        return max(here, there / 2)
 
     for title in titles:
         whole = title.get_text()
