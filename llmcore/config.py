@@ -277,6 +277,8 @@ def _check_types(config: Any) -> dict[str, str]:
             object.__setattr__(config, field.name, value)
         if not isinstance(value, base) or (base is int and isinstance(value, bool)):
             wrong[field.name] = f"{field.name}={reprlib.repr(value)} must be of type {kind}"
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            wrong[field.name] = f"{field.name} holds half a surrogate, which is no character; leave it out"
         elif isinstance(value, float) and not math.isfinite(value):
             wrong[field.name] = f"{field.name}={value} must be a finite number"
     return wrong

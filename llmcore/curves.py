@@ -13,8 +13,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from llmcore.runs import summarize, validations
-from llmcore.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Picture, name_axes, new_figure, plain, styled
+from llmcore.files import one_line, resolve
+from llmcore.runs import validations
+from llmcore.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    LABEL,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    Picture,
+    cells,
+    head,
+    name_axes,
+    new_figure,
+    plain,
+    styled,
+)
 
 
 @styled
@@ -140,14 +157,18 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
     """Validation loss of several runs against steps, tokens, time and compute, one panel each.
 
     Bits per byte where every run has them, so that vocabularies compare; else nats per token. Runs differ in colour,
-    marker and dashes. Those without a validation are left out, and named in the title.
+    marker and dashes. Those without a validation, or unreadable, are left out, and named in the title.
 
     Args:
         run_dirs: folders of runs, as `runs.find_runs` finds them.
         title: what to see; empty: which run ends lowest.
     """
-    names = [row["run"] for row in summarize(run_dirs)]
-    runs = list(zip(names, map(validations, run_dirs), strict=True))
+    runs, unreadable = [], []
+    for folder in map(resolve, run_dirs):
+        try:
+            runs.append((one_line(folder.name), validations(folder)))
+        except (OSError, ValueError):
+            unreadable.append(one_line(folder.name))
     silent = [name for name, found in runs if not found]
     drawn = [(name, found) for name, found in runs if found]
     in_bits = all("val_bits_per_byte" in point for _, found in drawn for point in found)
@@ -161,20 +182,23 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
                 marker="os^Dv*"[number % 6],
                 linestyle=("-", "--", "-.", ":")[number // 6 % 4],
                 markersize=4,
-                label=plain(name),
+                label=plain(name, LABEL),
             )
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         name_axes(axes, "", label, f"validation ({unit})")
     if drawn:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        widest = max(cells(plain(name, LABEL)) for name, _ in drawn)
+        columns = max(1, min(4, 120 // (widest + 8)))  # of the 120 letters that fit side by side
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
         end, lowest = min((found[-1][measure], name) for name, found in drawn)
         words = f"{lowest} ends lowest of {len(drawn)} runs," if len(drawn) > 1 else f"{lowest} ends"
         title = title or f"{words} at {end:.3f} {unit}"
     else:
         title = title or "No run has been validated yet"
-    if silent:
-        title += f" (not validated yet: {', '.join(silent)})"
-    figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    for why, names in (("not validated yet", silent), ("unreadable", unreadable)):
+        if names:
+            title += f" ({why}: {', '.join(names)})"
+    head(figure, title)
     return figure
 
 
@@ -240,7 +264,7 @@ def scaling_fit(
     left.legend()
     name_axes(left, "", "compute (FLOPs, log scale)", "validation loss (nats per token)")
     name_axes(right, "", "by the law (nats per token)", "measured (nats per token)")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    head(figure, title)
     return figure
 
 

@@ -6,6 +6,7 @@ a notebook opened without its kernel gets the result alone.
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +18,19 @@ import torch
 from llmcore import reverse
 from llmcore.dashboard import output
 from llmcore.dataset import TokenDataset
+from llmcore.files import one_line
 from llmcore.markup import boxes, escaped, show_piece
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
 WIDE = {"width": "95%", "max_width": "1000px"}
+NEAR = 5  # names to show when none is right
 LABELLED = {"description_width": "initial"}  # a label as wide as its words, not cut to the default 80 pixels
+
+
+def row(*controls: ipywidgets.Widget) -> ipywidgets.Box:
+    """Controls side by side; those for which a narrow page has no room go to the next line, none is cut off."""
+    return ipywidgets.Box(controls, layout={"flex_flow": "row wrap", "overflow": "visible"})
 
 
 class Explorer:
@@ -93,12 +101,13 @@ class DataExplorer(Explorer):
     Attributes:
         window: number of the window, from 0.
         back, on: buttons to the windows beside it.
-        document: jumps to the window in which a document begins.
+        document: jumps to the window in which a document begins,
+        notice: or says that there is none of this name, and which are near.
     """
 
     def __init__(self, data: TokenDataset, tokenizer: Tokenizer) -> None:
         self.data, self.tokenizer = data, tokenizer
-        self.names = data.names
+        self.names = [one_line(name) for name in data.names]
         self.window = ipywidgets.BoundedIntText(0, 0, data.n_windows - 1, description="window")
         self.back = ipywidgets.Button(description="back", icon="arrow-left", tooltip="the window before")
         self.on = ipywidgets.Button(description="on", icon="arrow-right", tooltip="the next window")
@@ -106,7 +115,9 @@ class DataExplorer(Explorer):
             options=self.names[:2000], description="jump to document", ensure_option=False, style=LABELLED
         )
         self.document.placeholder = "the name of a file"
-        super().__init__(ipywidgets.HBox([self.back, self.on, self.window, self.document]))
+        self.document.layout = {"flex": "1 1 24em", "min_width": "20em", "max_width": "36em"}
+        self.notice = ipywidgets.HTML()
+        super().__init__(row(self.back, self.on, self.window, self.document), self.notice)
         self.back.on_click(lambda _: self._turn(-1))
         self.on.on_click(lambda _: self._turn(1))
         self.window.observe(self._show, "value")
@@ -117,10 +128,19 @@ class DataExplorer(Explorer):
         self.window.value = min(max(self.window.value + by, 0), self.window.max)
 
     def _jump(self, change: Any) -> None:
-        if change["new"] in self.names:
-            start = int(self.data.offsets[self.names.index(change["new"])])
+        wanted = change["new"].strip()
+        self.notice.value = ""
+        if wanted in self.names:
+            start = int(self.data.offsets[self.names.index(wanted)])
             self.window.value = min(start // self.data.context_size, self.window.max)
             self._show()
+        elif wanted:
+            inside = [name for name in self.names if wanted.casefold() in name.casefold()][:NEAR]
+            near = inside or difflib.get_close_matches(wanted[:100], self.names[:2000], NEAR, cutoff=0.3)
+            hint = f"near: {', '.join(near)}" if near else f"the first of {len(self.names):,} is {self.names[0]}"
+            self.notice.value = (
+                f"<p>⚠ no document of this split is called “{escaped(wanted[:100])}”; {escaped(hint)}</p>"
+            )
 
     def _show(self, _: Any = None) -> None:
         first = self.window.value * self.data.context_size

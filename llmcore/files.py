@@ -39,6 +39,11 @@ PROJECT_ROOT = Path(
 FREQUENT = "，。的一是不了人我在有他这這为為们們来來个個说說国國道上大中到就那你要出也得里裡后後会會 \n"
 FREQUENT += "abcdefghijklmnopqrstuvwxyz"
 
+# Characters that act instead of showing: an escape (1B) could recolour or clear a terminal, others turn the direction
+# of writing around, end a line, or are half a surrogate, which ends a program that prints it.
+_ACTING = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+_SIGNS = {code: f"⟨{code:02X}⟩" for code in [*_ACTING, *range(0xD800, 0xE000)] if chr(code) not in "\t\n"}
+
 READ_BYTES = 1 << 16  # at a time, of a text; the C library keeps larger pieces of memory for itself
 
 
@@ -51,10 +56,20 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return path if path.is_absolute() else PROJECT_ROOT / path
 
 
+def visible(text: str) -> str:
+    """Text in which characters that act show as numbers instead, as ⟨1B⟩; newlines and tabs stay."""
+    return text.translate(_SIGNS)
+
+
+def one_line(text: object) -> str:
+    """A name as one line of visible text: a file's name may hold newlines and bytes that are no characters."""
+    return visible(str(text)).replace("\n", "⟨0A⟩").replace("\t", "⟨09⟩")
+
+
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path as a notebook should print it: relative to the project where it lies inside."""
+    """A path as a notebook should print it: relative to the project where it lies inside, on one line, visible."""
     path = Path(path)
-    return str(path.relative_to(PROJECT_ROOT)) if path.is_relative_to(PROJECT_ROOT) else str(path)
+    return one_line(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
 
 
 def sha256_file(path: Path) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 from llmcore.model import KVCache, Transformer
 from llmcore.tokenizer import Tokenizer
 
+PIECE_CHARACTERS = 64  # no piece is longer, in the mean of a whole context: more of a prompt need not be encoded
+
 
 def check_sampling(
     max_new_tokens: int,
@@ -187,12 +189,17 @@ def _generate(
 def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids of a prompt. An empty one starts a new document: that is what follows eos in training.
 
-    A prompt longer than the context is cut from the left, with a warning.
+    A prompt longer than the context is cut from the left, with a warning; of a very long one only the end is encoded.
     """
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     context = model.config.max_seq_len
-    if len(ids) > context:
-        warnings.warn(f"the prompt has {len(ids)} tokens; only the last {context} fit into the context", stacklevel=3)
+    end = prompt[-PIECE_CHARACTERS * context :]
+    ids = tokenizer.encode(end) or [tokenizer.eos_id]
+    if len(ids) > context or len(end) < len(prompt):
+        more = "more than " if len(end) < len(prompt) else ""
+        warnings.warn(
+            f"the prompt has {more}{len(ids)} tokens; only the last {min(len(ids), context)} fit into the context",
+            stacklevel=3,
+        )
     return ids[-context:]
 
 

@@ -9,12 +9,10 @@ import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from llmcore.files import visible as visible
 from llmcore.tokenizer import Tokenizer
 
-# Characters that act instead of showing: an escape (1B) could recolour or clear a terminal, others turn the direction
-# of writing around. They are shown by their number, ⟨1B⟩, as single bytes are.
-_ACTING = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_SIGNS = {code: f"⟨{code:02X}⟩" for code in _ACTING if chr(code) not in "\t\n"}
+SHOWN = 400  # characters of a long text that are worth showing
 
 BOX = (
     "display:inline-block;padding:1px 4px;margin:1px 0;border:1px solid #888;border-radius:4px;color:#000;"
@@ -23,9 +21,9 @@ BOX = (
 COLORS = ("#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6")  # pale, so that black text stays readable in any theme
 
 
-def visible(text: str) -> str:
-    """Text in which control characters show as numbers instead of acting; newlines and tabs stay."""
-    return text.translate(_SIGNS)
+def ending(text: str, most: int = SHOWN) -> str:
+    """The end of a text, from where a model goes on, and in words how much stands before: for prompts of any length."""
+    return text if len(text) <= most else f"({len(text) - most:,} characters) …{text[-most:]}"
 
 
 def escaped(text: object) -> str:

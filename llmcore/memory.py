@@ -132,15 +132,19 @@ def advice(model: ModelConfig, train: TrainConfig, device: str) -> str:
     """What a run needs by estimate and which parameters lower it, in words."""
     need = predict_memory(model, train, device)
     state = need["weights"] + need["gradients"] + need["optimizer"]
-    less = {"none": '"selective" or "full"', "selective": '"full"', "full": None}[train.activation_checkpointing]
+    less = {"none": "selective or full", "selective": "full", "full": None}[train.activation_checkpointing]
+    ways = (
+        f"less than batch_size={train.batch_size}, with as many times more than "
+        f"grad_accum_steps={train.grad_accum_steps}; less than "
+        f"context_size={train.context_size or model.max_seq_len}; "
+        + (f"activation_checkpointing={less}; " if less else "")
+        + "a smaller preset or model"
+    )
     return (
         f"By estimate the run needs {need['total'] / 1e9:.2f} GB: {state / 1e9:.2f} for weights, gradients and "
         f"optimizer, {need['activations'] / 1e9:.2f} for activations, "
-        f"{(need['workspace'] + need['libraries']) / 1e9:.2f} to work in. Lower batch_size={train.batch_size} (raise "
-        f"grad_accum_steps={train.grad_accum_steps} by as much) or "
-        f"context_size={train.context_size or model.max_seq_len}"
-        + (f", set activation_checkpointing={less}" if less else "")
-        + ", or choose a smaller preset"
+        f"{(need['workspace'] + need['libraries']) / 1e9:.2f} to work in. Each of these needs less, as far as it "
+        f"can be set here: {ways}"
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.device import pick_device
+from llmcore.files import visible
 from llmcore.memory import available_memory, predict_memory
 from llmcore.model import Transformer
 from llmcore.train import TrainData, Trainer
@@ -53,7 +54,7 @@ class Plan:
     disk: int
     optimal_parameters: float
     tokens_per_second: float | None = None
-    speed_is: str = "unknown"
+    speed_is: str = "not measured"
 
     @property
     def optimal_tokens(self) -> float:
@@ -77,6 +78,7 @@ class Plan:
     def rows(self) -> dict[str, str]:
         """The plan as a table: what, and how much of it."""
         memory = {f"memory: {part}": f"{size / 1e6:,.0f} MB" for part, size in self.memory.items()}
+        speed = "–" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens per second"
         hours = "–" if self.hours is None else f"{self.hours:,.2f} hours"
         return {
             "parameters": f"{self.parameters:,}",
@@ -86,7 +88,7 @@ class Plan:
             "memory free": f"{self.available / 1e6:,.0f} MB",
             "largest batch_size that fits": f"{self.largest_batch:,}",
             "checkpoints on disk": f"{self.disk / 1e6:,.0f} MB",
-            f"speed ({self.speed_is})": f"{self.tokens_per_second or math.nan:,.0f} tokens per second",
+            f"speed ({self.speed_is})": speed,
             "time": hours,
             "compute-optimal for these FLOPs": f"{self.optimal_parameters:,.0f} parameters, "
             f"{self.optimal_tokens:,.0f} tokens",
@@ -118,7 +120,7 @@ def plan(
     tokens = train.max_steps * train.grad_accum_steps * train.batch_size * context
     optimal = math.sqrt(tokens * per_token / (6 * TOKENS_PER_PARAMETER))
     memory, available = predict_memory(model, train, device), available_memory(device)
-    speed, speed_is = None, "unknown"
+    speed, speed_is = None, "not measured"
     if data is not None:
         speed, speed_is = measure_speed(model, train, data, device)["tokens_per_second"], "measured"
     elif peak_flops is not None:
@@ -202,7 +204,8 @@ def measure_memory(model: ModelConfig, train: TrainConfig, device: str = "auto")
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"measuring memory failed: {done.stderr.strip()[-500:]}")
+        last = visible(done.stderr.strip()[-500:])
+        raise RuntimeError(f"measuring memory failed (a notebook with thorough=False does without): {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

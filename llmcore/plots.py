@@ -25,10 +25,12 @@ from llmcore.style import (
     BLUE,
     GREEN,
     GREY,
+    LABEL,
     PURPLE,
     RED,
     Picture,
     chinese_font,
+    head,
     name_axes,
     new_figure,
     plain,
@@ -117,6 +119,7 @@ def text_pieces(
         unit: of the values.
         columns: width of a line, in full-width characters.
     """
+    pieces = [plain(piece, LABEL) for piece in pieces]
     boxes, x, line = [], 0.0, 0
     for piece in pieces:
         width = max(0.6, sum(1.0 if ord(c) > 0x2E7F else 0.62 for c in piece)) + 0.25
@@ -144,9 +147,9 @@ def text_pieces(
                 edgecolor="none",
             )
         )
-        axes.text(x + width / 2, -line - 0.43, plain(piece), ha="center", va="center", color="black", fontsize=11)
+        axes.text(x + width / 2, -line - 0.43, piece, ha="center", va="center", color="black", fontsize=11)
     axes.set(xlim=(0, columns), ylim=(-(boxes[-1][1] + 1) if boxes else -1, 0.1))
-    axes.set_title(title)
+    axes.set_title(plain(title))
     axes.axis("off")
     if values is not None:
         shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, top / 0.8), scale)
@@ -176,9 +179,9 @@ def rank_frequency(counts: ArrayLike, title: str) -> Figure:
 def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | None = None) -> Figure:
     """A few named values beside each other, as horizontal bars."""
     figure, [axes] = new_figure(7, 0.8 + 0.42 * len(values))
-    drawn = axes.barh(
-        list(values), list(values.values()), color=[RED if name == highlight else BLUE for name in values]
-    )
+    places = range(len(values))
+    drawn = axes.barh(places, list(values.values()), color=[RED if name == highlight else BLUE for name in values])
+    axes.set_yticks(places, [plain(name, LABEL) for name in values])
     axes.bar_label(
         drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values.values()], padding=4
     )
@@ -188,7 +191,7 @@ def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | No
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(axis="y", visible=False)
     name_axes(axes, "", unit, "")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)  # above the names too, which may be long
+    head(figure, title)
     return figure
 
 
@@ -234,7 +237,7 @@ def document_scores(evaluations: Mapping[str, Evaluation], title: str) -> Figure
     axes.margins(x=0.08, y=0.5 / len(shown))
     name_axes(axes, "", "bits per byte (less is better)", "")
     figure.legend(loc="outside lower left")
-    figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    head(figure, title)
     return figure
 
 
@@ -245,7 +248,7 @@ def next_tokens(pieces: Sequence[str], probabilities: Sequence[float], title: st
     places = np.arange(len(pieces))
     drawn = axes.barh(places, probabilities, color=BLUE)
     axes.bar_label(drawn, [f"{p:.1%}" for p in probabilities], padding=4, fontsize=9)
-    axes.set_yticks(places, [plain(piece) for piece in pieces], fontsize=12)
+    axes.set_yticks(places, [plain(piece, LABEL) for piece in pieces], fontsize=12)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.margins(x=0.15)
@@ -271,11 +274,11 @@ def attention_maps(weights: ArrayLike, labels: Sequence[str], title: str) -> Fig
         axis.imshow(patterns[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
         axis.grid(False)
-        axis.set_xticks(range(time), list(labels), fontsize=6)
-        axis.set_yticks(range(time), list(labels), fontsize=6)
+        axis.set_xticks(range(time), list(map(plain, labels)), fontsize=6)
+        axis.set_yticks(range(time), list(map(plain, labels)), fontsize=6)
         if head == 0:
             axis.set_ylabel("token that looks", fontsize=8)
         if layer == layers - 1:
             axis.set_xlabel("token looked at", fontsize=8)
-    figure.suptitle(title, fontweight="bold", fontsize=11)
+    figure.suptitle(plain(title), fontweight="bold", fontsize=11)
     return figure

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from llmcore.config import PRESETS, ModelConfig
-from llmcore.files import resolve, shown
+from llmcore.files import read_json, resolve, shown
 
 try:
     import fcntl
@@ -202,16 +202,80 @@ def _commit() -> str | None:
 
 # Runs side by side
 
+LARGEST_CONFIG = 10_000_000  # bytes of a config.json; what is larger was not written here
+_COUNT = {"type": "integer", "minimum": 1, "maximum": 10**15}
+CONFIG_SCHEMA = {
+    "type": "object",
+    "required": ["model", "train", "device", "precision"],
+    "properties": {
+        "model": {
+            "type": "object",
+            "properties": {
+                **dict.fromkeys(("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len"), _COUNT),
+                **{name: {"anyOf": [_COUNT, {"type": "null"}]} for name in ("n_kv_heads", "head_dim", "hidden_dim")},
+            },
+        },
+        "train": {"type": "object", "required": ["max_steps"], "properties": {"max_steps": _COUNT}},
+        "data": {"type": ["object", "null"]},
+        "tokenizer": {"type": ["string", "null"]},
+        "device": {"type": "string"},
+        "precision": {"type": "string"},
+        "environment": {"type": "object"},
+        "history": {
+            "type": "array",
+            "items": {"type": "object", "required": ["step"], "properties": {"step": {"type": "integer"}}},
+        },
+    },
+}
+COLUMNS = (
+    "run", "preset", "parameters", "steps", "tokens", "validation (nats/token)", "best", "bits per byte", "time",
+    "device", "differs in",
+)  # fmt: skip
+
 
 def find_runs(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The run folders below a folder, at any depth, in order of their names: those with metrics and a configuration."""
-    found = (path.parent for path in resolve(output_dir).rglob("metrics.jsonl"))
-    return sorted(folder for folder in found if (folder / "config.json").exists())
+    walk = os.walk(resolve(output_dir))
+    return sorted(Path(folder) for folder, inner, files in walk if {"metrics.jsonl", "config.json"} <= {*inner, *files})
 
 
 def read_run(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """A run's `config.json`: model, train, data, precision, device, environment and history."""
-    return json.loads((resolve(run_dir) / "config.json").read_text(encoding="utf-8"))
+    """A run's `config.json`: model, train, data, precision, device, environment and history.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: naming the field, if it is not what this version writes.
+    """
+    file = resolve(run_dir) / "config.json"
+    if not file.is_file() or file.stat().st_size > LARGEST_CONFIG:  # a pipe would wait for ever
+        raise ValueError(f"{shown(file)} cannot be used: it is no file of at most {LARGEST_CONFIG // 10**6} MB")
+    config = read_json(file, CONFIG_SCHEMA)
+    ModelConfig.from_dict(config["model"])
+    return config
+
+
+def read_events(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """A run's events, each with the numbers that tables and figures need; what lacks them is left out.
+
+    Raises:
+        OSError: if they cannot be read.
+        ValueError: if there is something, and no event in it.
+    """
+    file = resolve(run_dir) / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{shown(file)} cannot be used: it is no file")
+    events = [event for event in read_metrics(run_dir) if isinstance(event, dict) and _usable(event)]
+    if not events and file.stat().st_size:
+        raise ValueError(f"{shown(file)} cannot be used: it holds no whole event of a run")
+    return events
+
+
+def _usable(event: dict[str, Any]) -> bool:
+    needed: list[Any] = [event.get(name) for name in ("step", "tokens", "seconds")]
+    measured = [event[name] for name in ("val_loss", "val_bits_per_byte") if name in event]  # may be infinite, or NaN
+    return all(type(value) in (int, float) and abs(value) < 1e18 for value in needed) and all(
+        type(value) is float or (type(value) is int and abs(value) < 1e18) for value in measured
+    )
 
 
 def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -220,10 +284,13 @@ def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
     Returns:
         For each: val_loss (nats per token) and, where the data knows, val_bits_per_byte; steps, tokens, seconds (spent
         in steps, without validation and samples) and flops (forward and backward).
+
+    Raises:
+        OSError, ValueError: if the run cannot be read, with the reason.
     """
     model = ModelConfig.from_dict(read_run(run_dir)["model"])
     found, seconds = [], 0.0
-    for event in read_metrics(run_dir):
+    for event in read_events(run_dir):
         seconds += event["seconds"]
         if "val_loss" in event:
             point: dict[str, float] = {k: event[k] for k in ("val_loss", "val_bits_per_byte") if k in event}
@@ -235,14 +302,18 @@ def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
 def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]]:
     """Runs as rows of a table, values as words: what each was, what it cost and how good it became.
 
-    "differs in" names the training settings that are not the same in all of them.
+    "differs in" names the training settings that are not the same in all of them. A run that cannot be read says so,
+    and why, in the place of its preset: what lies in a folder may be broken, of a newer version, or no run at all.
     """
-    configs = [read_run(folder) for folder in run_dirs]
-    settings = [config["train"] for config in configs]
+    read = [_readable(resolve(folder)) for folder in run_dirs]
+    settings = [found[0]["train"] for found in read if not isinstance(found, str)]
     varied = [name for name in (settings[0] if settings else {}) if len({str(each.get(name)) for each in settings}) > 1]
     rows = []
-    for folder, config in zip(map(resolve, run_dirs), configs, strict=True):
-        events, measured = read_metrics(folder), validations(folder)
+    for folder, found in zip(map(resolve, run_dirs), read, strict=True):
+        if isinstance(found, str):
+            rows.append({"run": folder.name, "preset": f"unreadable: {found}", **dict.fromkeys(COLUMNS[2:], "–")})
+            continue
+        config, events, measured = found
         last = measured[-1] if measured else {}
         best = min(measured, key=lambda point: point["val_loss"], default={})
         reached = events[-1]["step"] if events else 0
@@ -271,6 +342,16 @@ def _measured(point: Mapping[str, float], name: str, reached: int) -> str:
     if name not in point:
         return "–"
     return f"{point[name]:.3f}" + (f" at step {point['steps']:,}" if point["steps"] != reached else "")
+
+
+def _readable(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, float]]] | str:
+    """A run's configuration, events and validations; or why it has none."""
+    try:
+        return read_run(folder), read_events(folder), validations(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:
+        return str(error)
 
 
 def preset_of(model: ModelConfig) -> str:

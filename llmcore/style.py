@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import importlib.resources
 import io
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec
@@ -15,7 +17,9 @@ import numpy as np
 from cycler import cycler
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from llmcore.markup import visible
@@ -24,6 +28,7 @@ P = ParamSpec("P")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+LABEL, TITLE = 32, 300  # characters of a label, of a title, that are worth a look
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#666666"
 # As matplotlib calls them. "Noto Sans SC" is not among them: a system has it as a variable font, which comes out thin.
 SYSTEM_FONTS = (
@@ -48,7 +53,7 @@ class Picture(Figure):
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
         said = [self.get_suptitle(), *(axes.get_title(loc="left") for axes in self.axes)]
-        words = "; ".join(part for part in said if part) or "picture"
+        words = "; ".join(" ".join(part.split()) for part in said if part) or "picture"
         return (
             {"image/png": png(self), "text/plain": f"<picture: {words}>"},
             {"image/png": {"width": width, "height": height, "alt": words}},
@@ -105,7 +110,7 @@ def chinese_font() -> str | None:
 
 
 def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw with the workbook's style, and leave the caller's settings alone."""
+    """Draw with the workbook's style, break titles where the figure ends, and leave the caller's settings alone."""
 
     @functools.wraps(function)
     def draw(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -127,14 +132,91 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
             "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY]),
         }
         with matplotlib.rc_context(style):
-            return function(*args, **kwargs)
+            figure = function(*args, **kwargs)
+            _break_titles(figure)
+            return figure
 
     return draw
 
 
-def plain(text: str) -> str:
-    """Text from outside as a label: no formula begins at a dollar sign, no control character is left."""
-    return visible(text).replace("$", r"\$")
+def plain(text: str, most: int | None = None) -> str:
+    """Text from outside as a label: no formula begins at a dollar sign, and every character shows.
+
+    Args:
+        text: of anybody's.
+        most: cells to show; of more, the end is left out.
+    """
+    known = _glyphs()
+    signs = visible(text if most is None else text[: most + 1])
+    shows = [c if c.isspace() or not known or ord(c) in known else f"⟨{ord(c):X}⟩" for c in signs]
+    if most is not None and sum(map(cells, shows)) > most:
+        ends = itertools.accumulate(map(cells, shows))
+        shows = [sign for sign, end in zip(shows, ends, strict=True) if end < most] + ["…"]
+    return "".join(shows).replace("$", r"\$")
+
+
+def cells(text: str) -> int:
+    """How wide a text is: one cell a letter, two a Chinese character."""
+    return sum(1 + (ord(character) > 0x2E7F) for character in text)
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """The characters that the figures' fonts can draw, in regular and in bold; none if there is no Chinese font."""
+    chinese = chinese_font()
+    if chinese is None:
+        return frozenset()
+
+    def drawn(family: str, weight: str) -> set[int]:
+        file = font_manager.findfont(font_manager.FontProperties(family=[family], weight=weight))
+        return set(font_manager.get_font(file).get_charmap())
+
+    return frozenset((drawn("DejaVu Sans", "normal") & drawn("DejaVu Sans", "bold")) | drawn(chinese, "normal"))
+
+
+def _break_titles(figure: Figure) -> None:
+    """Break every title that is wider than its figure into lines; after three, the rest is left out."""
+    titles = [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]  # type: ignore[attr-defined]
+    titles = [title for title in [figure._suptitle, *titles] if title and title.get_text()]  # type: ignore[attr-defined]
+    width = 0.96 * figure.bbox.width  # a little room at its edge
+    renderer, finer = RendererAgg(1, 1, figure.dpi), RendererAgg(1, 1, 2 * figure.dpi)  # on a screen, in a file
+
+    def measure(title: Text, words: str) -> float:
+        font = title.get_fontproperties()
+        here, there = (each.get_text_width_height_descent(words, font, False)[0] for each in (renderer, finer))
+        return max(here, there / 2)
+
+    for title in titles:
+        whole = title.get_text()
+        words = " ".join(whole[:TITLE].split())
+        if whole == words and measure(title, words) < width / 2:
+            continue
+        left = 0.0
+        if title.get_horizontalalignment() == "left":
+            title.set_text("")  # a title too long would push the axes together
+            figure.draw_without_rendering()  # the layout engine finds out where they begin
+            left = title.get_window_extent(renderer).x0
+            title.set_text(whole)
+        if whole == words and left + measure(title, words) <= width:
+            continue
+        lines: list[str] = []
+        while words and len(lines) < 3:
+            fits = bisect.bisect_right(range(1, len(words) + 1), width - left, key=lambda n: measure(title, words[:n]))
+            space = words.rfind(" ", 0, fits + 1)
+            cut = len(words) if fits == len(words) else space if space > fits / 2 else max(1, fits)
+            lines, words = [*lines, words[:cut]], words[cut:].lstrip()
+        if words or len(whole) > TITLE:
+            lines[-1] = lines[-1][:-2] + "…"
+        title.set_parse_math(False)  # a line may end between a dollar sign and what keeps it from beginning a formula
+        title.set_text("\n".join(lines).replace("\\$", "$"))
+        more, before = (
+            (len(lines) - 1) * 1.25 * title.get_fontproperties().get_size_in_points() / 72,
+            figure.get_figheight(),
+        )
+        figure.set_figheight(before + more)
+        if figure.get_layout_engine() is None:  # margins set by hand
+            top = before * (1 - figure.subplotpars.top) + more
+            figure.subplots_adjust(top=1 - top / figure.get_figheight())
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -145,4 +227,9 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
     """Title, and what the axes mean, with units."""
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set(title=plain(title), xlabel=plain(x), ylabel=plain(y))
+
+
+def head(figure: Figure, title: str) -> None:
+    """Title above the whole figure, at its left edge: also above names beside the axes, which may be long."""
+    figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)

@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from llmcore.files import resolve, write_atomic
-from llmcore.markup import visible
-from llmcore.runs import find_runs, read_metrics, read_run, summarize, validations
+from llmcore.markup import ending, visible
+from llmcore.runs import find_runs, read_events, read_run, summarize, validations
 
 SAMPLES = 3  # the newest samples on a page
 COLUMNS = ("preset", "parameters", "steps", "tokens", "validation (nats/token)", "bits per byte", "time", "device")
@@ -22,9 +22,10 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
 
     Raises:
         OSError: if it cannot be written, or there is no such run.
+        ValueError: if the run cannot be read, with the reason.
     """
     folder = resolve(run_dir)
-    config, events = read_run(folder), read_metrics(folder)
+    config, events = read_run(folder), read_events(folder)
     row = summarize([folder])[0]
     facts = {name: row[name] for name in ("preset", "parameters", "steps", "tokens")}
     skipped = events[-1].get("skipped", 0) if events else 0
@@ -54,7 +55,10 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
     if samples:
         parts.append("## Samples")
     for event in samples:
-        parts += [f"After step {event['step']:,}:", _fenced(event.get("sample_prompt", "") + event["sample"])]
+        parts += [
+            f"After step {event['step']:,}:",
+            _fenced(ending(str(event.get("sample_prompt", ""))) + str(event["sample"])),
+        ]
     if config.get("history"):
         steps = ", ".join(f"{entry['step']:,}" for entry in config["history"])
         parts.append(f"Stopped, and resumed at step {steps}.")
@@ -67,7 +71,8 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
 def write_index(output_dir: str | os.PathLike[str]) -> Path:
     """Write `index.md`, a table of all runs with links to their pages.
 
-    It lists the project's whole `outputs` if the folder lies in there, else the folder.
+    It lists the project's whole `outputs` if the folder lies in there, else the folder. A run that cannot be read is
+    listed with the reason.
 
     Raises:
         OSError: if it cannot be written.
@@ -79,7 +84,9 @@ def write_index(output_dir: str | os.PathLike[str]) -> Path:
     for run, words in zip(found, summarize(found), strict=True):
         path = run.relative_to(folder).as_posix()
         page = f"{path}/summary.md" if (run / "summary.md").exists() else path
-        rows.append({"run": f"[{_plain(path)}]({quote(page)})", **{name: _plain(words[name]) for name in COLUMNS}})
+        rows.append(
+            {"run": f"[{_plain(path)}]({quote(os.fsencode(page))})", **{name: _plain(words[name]) for name in COLUMNS}}
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "index.md", "# Runs\n\n" + (_rows(rows) if rows else "None yet.") + "\n")
     return folder / "index.md"
@@ -106,5 +113,5 @@ def _rows(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _fingerprint(value: str | None) -> str:
-    return value[:16] if value else "not known"
+def _fingerprint(value: object) -> str:
+    return str(value)[:16] if value else "not known"

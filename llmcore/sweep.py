@@ -18,8 +18,8 @@ from typing import Any
 
 from llmcore.checkpoint import CheckpointError, find_checkpoint
 from llmcore.config import ModelConfig
-from llmcore.files import resolve, shown
-from llmcore.runs import only_run, read_metrics, read_run, validations
+from llmcore.files import resolve, shown, visible
+from llmcore.runs import only_run, read_events, read_run, validations
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "04_scifi_train.ipynb"
 
@@ -111,11 +111,15 @@ def finished(run_dir: Path, parameters: Mapping[str, Any]) -> bool:
     """Whether a folder holds a run with these parameters that was trained and validated to its end.
 
     Raises:
-        SweepError: if it holds a run with others.
+        SweepError: if it holds a run with others, or one that cannot be read.
     """
     if not (run_dir / "config.json").exists():
         return False
-    config = read_run(run_dir)
+    try:
+        config = read_run(run_dir)
+        events = read_events(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    except (OSError, ValueError) as error:
+        raise SweepError(f"{shown(run_dir)} is no run that can be read ({error}); choose another output_dir") from None
     settings = {**config["model"], **config["train"], "context_size": config["model"]["max_seq_len"]}
     differing = [
         f"{name}: {settings[name]} there, {value} here"
@@ -124,7 +128,7 @@ def finished(run_dir: Path, parameters: Mapping[str, Any]) -> bool:
     ]
     if differing:
         raise SweepError(f"{shown(run_dir)} is of another sweep ({'; '.join(differing)}); choose another output_dir")
-    last = (read_metrics(run_dir) or [{}])[-1]
+    last = events[-1] if events else {}
     return last.get("step") == config["train"]["max_steps"] and "val_loss" in last
 
 
@@ -137,7 +141,7 @@ def result(run_dir: Path) -> dict[str, float]:
     """
     model, last = ModelConfig.from_dict(read_run(run_dir)["model"]), validations(run_dir)[-1]
     sizes = {"parameters": model.n_params(), "without_tables": model.n_params(embeddings=False)}
-    events = read_metrics(run_dir)
+    events = read_events(run_dir)
     train = statistics.fmean(event["loss"] for event in events[-max(1, len(events) // 10) :])
     return {**sizes, "tokens": last["tokens"], "flops": last["flops"], "loss": last["val_loss"], "train_loss": train}
 
@@ -157,5 +161,5 @@ def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any],
         [*command, str(notebook), str(folder / f"{name}.ipynb")], env=environment, capture_output=True, text=True
     )
     if done.returncode or not finished(run_dir, parameters):
-        reason = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
+        reason = visible((done.stderr.strip().splitlines() or ["it was stopped"])[-1])
         raise SweepError(f"{name}: {reason}. Its notebook: {shown(folder / name)}.ipynb")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcore.config import nearest
-from llmcore.files import resolve, write_atomic
+from llmcore.files import resolve, visible, write_atomic
 
 TRACKERS = ("tensorboard", "wandb")
 Event = dict[str, Any]
@@ -61,7 +61,7 @@ def tracker_callback(
             failed = True
             warnings.warn(
                 f"tracker={name!r} failed at step {event['step']} and is left out from here on "
-                f"({type(error).__name__}: {error}); metrics.jsonl has everything",
+                f"({type(error).__name__}: {visible(str(error))}); metrics.jsonl has everything",
                 stacklevel=2,
             )
 
@@ -77,13 +77,13 @@ def _tensorboard(project: str, run_dir: Path, config: Event, first_step: int) ->
 
     # what a killed run wrote after its last checkpoint is drawn no more
     writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
-    writer.add_text("config", f"```json\n{json.dumps(config, indent=1, ensure_ascii=False)}\n```", first_step)
+    writer.add_text("config", f"```json\n{visible(json.dumps(config, indent=1, ensure_ascii=False))}\n```", first_step)
 
     def send(event: Event) -> None:
         for key, value in _numbers(event).items():
             writer.add_scalar(key, value, event["step"])
         if "sample" in event:
-            writer.add_text("sample", event["sample"], event["step"])
+            writer.add_text("sample", visible(event["sample"]), event["step"])
         writer.flush()
 
     return send
@@ -107,7 +107,7 @@ def _wandb(project: str, run_dir: Path, config: Event, first_step: int) -> Calla
     )
 
     def send(event: Event) -> None:
-        samples = {"sample": event["sample"]} if "sample" in event else {}
+        samples = {"sample": visible(event["sample"])} if "sample" in event else {}
         run.log({**_numbers(event), **samples}, step=event["step"])
 
     return send

@@ -405,8 +405,8 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise TrainingError(
                 f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
-                f"{self._last_good()}. "
-                "Lower learning_rate, raise warmup_steps, or use precision='fp32'"
+                f"{self._last_good()}. Try a lower learning_rate (here {self.config.learning_rate:g}) or precision "
+                f"fp32 (here {self.precision}); where neither can be set, another seed or preset"
             )
 
     def _out_of_memory(self) -> TrainingError:

@@ -10,7 +10,7 @@ from IPython.display import HTML
 
 from llmcore.dashboard import TrainingDashboard, is_watched
 from llmcore.explorers import DataExplorer, ReversalExplorer, TokenExplorer
-from llmcore.markup import show_piece, table, visible
+from llmcore.markup import ending, show_piece, table, visible
 from llmcore.runs import summarize
 from llmcore.writing import WritingPanel
 
@@ -20,6 +20,7 @@ __all__ = [
     "TokenExplorer",
     "TrainingDashboard",
     "WritingPanel",
+    "ending",
     "is_watched",
     "run_table",
     "show_piece",

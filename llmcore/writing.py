@@ -15,10 +15,10 @@ import torch
 
 from llmcore.checkpoint import CheckpointError, load_checkpoint
 from llmcore.dashboard import output
-from llmcore.explorers import LABELLED, WIDE, Explorer
-from llmcore.files import shown
-from llmcore.generate import check_sampling, generate_ids, prompt_ids
-from llmcore.markup import escaped, show_piece
+from llmcore.explorers import LABELLED, WIDE, Explorer, row
+from llmcore.files import one_line, shown
+from llmcore.generate import PIECE_CHARACTERS, check_sampling, generate_ids, prompt_ids
+from llmcore.markup import ending, escaped, show_piece
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
@@ -105,7 +105,7 @@ class Draft:
         written = self._spans() if with_odds else escaped(self.text())
         return (
             f'<div style="flex:1 1 20em;max-width:60em"><small>{escaped(self.name)}</small>'
-            f'<p style="white-space:pre-wrap;line-height:1.9"><b>{escaped(self.prompt)}</b>{written}</p></div>'
+            f'<p style="white-space:pre-wrap;line-height:1.9"><b>{escaped(ending(self.prompt))}</b>{written}</p></div>'
         )
 
     def _spans(self) -> str:
@@ -161,13 +161,15 @@ class WritingPanel(Explorer):
         self._second: tuple[Path, Transformer, Tokenizer] | None = None
 
         def slider(kind: Any, value: float, low: float, high: float, step: float, words: str) -> ipywidgets.Widget:
-            style = {"description_width": "13em"}
-            return kind(
-                value=value, min=low, max=high, step=step, description=words, style=style, layout={"width": "32em"}
+            style, layout = (
+                {"description_width": "13em"},
+                {"flex": "1 1 30em", "min_width": "28em", "max_width": "36em"},
             )
+            return kind(value=value, min=low, max=high, step=step, description=words, style=style, layout=layout)
 
         whole, real = ipywidgets.IntSlider, ipywidgets.FloatSlider
-        self.prompt = ipywidgets.Textarea(prompt, description="prompt", layout=WIDE)
+        usable = prompt[-PIECE_CHARACTERS * model.config.max_seq_len :]
+        self.prompt = ipywidgets.Textarea(usable, description="prompt", layout=WIDE)
         self.temperature = slider(real, 0.8, 0, 2, 0.05, "temperature (0: greedy)")
         self.top_k = slider(whole, 0, 0, 200, 1, "top-k (0: off)")
         self.top_p = slider(real, 0.95, 0.05, 1, 0.05, "top-p (1: off)")
@@ -176,19 +178,17 @@ class WritingPanel(Explorer):
         self.count = slider(whole, max(1, min(1000, max_new_tokens)), 1, 1000, 1, "tokens at most")
         self.seed = ipywidgets.Text("0", description="seed", placeholder="empty: another text each time")
         self.other = ipywidgets.Dropdown(
-            options=[("nothing", None), *((f"{path.parent.name}/{path.name}", path) for path in others)],
+            options=[("nothing", None), *((one_line(f"{path.parent.name}/{path.name}"), path) for path in others)],
             description="compare with",
             style=LABELLED,
-            layout={"width": "30em"},
+            layout={"flex": "0 1 30em", "max_width": "100%"},
         )
         self.write = ipywidgets.Button(description="write", icon="play", tooltip="continue the prompt")
         self.stop = ipywidgets.Button(description="stop writing", icon="stop", tooltip="stop here", disabled=True)
         self.state = ipywidgets.HTML("state: ready")
-        left = ipywidgets.VBox([self.temperature, self.top_k, self.top_p])
-        right = ipywidgets.VBox([self.min_p, self.repetition_penalty, self.count])
-        choices = ipywidgets.HBox([self.seed, *([self.other] if others else [])])
-        buttons = ipywidgets.HBox([self.write, self.stop, self.state])
-        super().__init__(self.prompt, ipywidgets.HBox([left, right]), choices, buttons)
+        knobs = row(self.temperature, self.min_p, self.top_k, self.repetition_penalty, self.top_p, self.count)
+        choices = row(self.seed, *([self.other] if others else []))
+        super().__init__(self.prompt, knobs, choices, row(self.write, self.stop, self.state))
         self.write.on_click(lambda _: self.start())
         self.stop.on_click(lambda _: self._stop())
 
@@ -213,8 +213,8 @@ class WritingPanel(Explorer):
 
     def _sampling(self) -> dict[str, Any]:
         seed = self.seed.value.strip()
-        if seed and not seed.isdecimal():
-            raise ValueError(f"seed={seed!r} must be a whole number, or nothing for another text each time")
+        if seed and not (seed.isdecimal() and len(seed) <= 18):
+            raise ValueError(f"seed={seed[:40]!r} must be a whole number of up to 18 digits, or nothing")
         values = {
             "temperature": self.temperature.value,
             "top_k": self.top_k.value or None,

@@ -44,7 +44,7 @@ from collections import Counter
 from pathlib import Path
 
 from llmcore import corpus, plots, tokenizer, widgets
-from llmcore.files import readable_texts, sample_texts, shown
+from llmcore.files import one_line, readable_texts, sample_texts, shown
 
 # %% [markdown]
 # ## The text
@@ -55,7 +55,7 @@ from llmcore.files import readable_texts, sample_texts, shown
 folder = corpus.open_corpus(data_dir)
 files, refused = readable_texts(folder, errors)
 texts = sample_texts(files)
-print(*(f"left out: {name}: {reason}\n" for name, reason in refused.items()), sep="", end="")
+print(*(f"left out: {one_line(f'{name}: {reason}')}\n" for name, reason in refused.items()), sep="", end="")
 characters = sum(map(len, texts))
 print(widgets.visible(texts[0][:220]))
 

@@ -41,7 +41,7 @@ import numpy as np
 
 from llmcore import config, corpus, plots, widgets
 from llmcore.dataset import TokenDataset, prepare_dataset
-from llmcore.files import find_texts, shown, text_blocks, text_name
+from llmcore.files import find_texts, one_line, shown, text_blocks, text_name
 from llmcore.planner import TOKENS_PER_PARAMETER, plan
 from llmcore.prepare import held_out_share
 from llmcore.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ plots.length_histogram(lengths, "tokens", f"{len(lengths)} documents, {lengths.s
 
 # %% tags=["nbval-check-output"]
 held_out = val.names
-print(len(held_out), "held out:", " ".join(held_out[:12]))
+print(len(held_out), "held out:", " ".join(map(one_line, held_out[:12])))
 
 # %% tags=["nbval-check-output"]
 first = next(source for source in manifest["sources"] if source["split"] in ("train", "both"))

@@ -41,6 +41,7 @@ n_layers: int = None  # its blocks; None: the preset's
 n_heads: int = None  # heads in a block; None: the preset's
 max_steps: int = None  # optimizer steps; None: the preset's
 batch_size: int = None  # windows per step; None: the preset's
+grad_accum_steps: int = None  # batches added up in a step, to save memory; None: the preset's
 learning_rate: float = None  # peak; None: the preset's
 weight_decay: float = None  # on matrices; None: the preset's
 activation_checkpointing: str = None  # none, selective or full; None: the preset's
@@ -55,7 +56,7 @@ seed: int = 0  # of the initial weights and the order of the data
 from llmcore.parameters import check_parameters
 
 names = "preset data_dir tokenizer_model_file dataset_dir val_fraction errors output_dir project checkpoint_dir"
-names += " init_step context_size dim n_layers n_heads max_steps batch_size learning_rate weight_decay"
+names += " init_step context_size dim n_layers n_heads max_steps batch_size grad_accum_steps learning_rate weight_decay"
 check_parameters(globals(), names + " activation_checkpointing prompt device precision tracker thorough seed")
 
 # %%
@@ -99,7 +100,11 @@ val_data = TokenDataset(dataset_dir, "val", window)
 
 # %%
 chosen = {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
-chosen |= {"weight_decay": weight_decay, "activation_checkpointing": activation_checkpointing}
+chosen |= {
+    "grad_accum_steps": grad_accum_steps,
+    "weight_decay": weight_decay,
+    "activation_checkpointing": activation_checkpointing,
+}
 chosen = {name: value for name, value in chosen.items() if value is not None}
 warmup_steps = min(train_config.warmup_steps, chosen.get("max_steps", train_config.max_steps) // 10)
 chosen["warmup_steps"] = warmup_steps  # a short run warms up for a tenth of its steps, no more
@@ -237,7 +242,7 @@ print("steps skipped for a loss that is not finite:", second.skipped)
 # %%
 for event in events:
     if "sample" in event:
-        text = widgets.visible(event.get("sample_prompt", prompt) + event["sample"])
+        text = widgets.visible(widgets.ending(event.get("sample_prompt", prompt)) + event["sample"])
         print(f"--- step {event['step']:,}, loss {event['loss']:.2f}\n{text}\n")
 
 # %% [markdown]

@@ -72,7 +72,7 @@ print("every parameter is finite:", all(bool(p.isfinite().all()) for p in model.
 
 # %%
 sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
-print(prompt, end="")
+print(widgets.visible(widgets.ending(prompt)), end="")
 for piece in stream(model, tok, prompt, max_new_tokens, temperature, **sampling):
     print(widgets.visible(piece), end="", flush=True)
 
@@ -89,7 +89,7 @@ print("the same seed gives the same text:", generate(model, tok, prompt, few, te
 # %%
 for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
     text = generate(model, tok, prompt, min(max_new_tokens, 80), degree, **sampling)
-    print(f"--- temperature {degree}\n{widgets.visible(prompt + text)}\n")
+    print(f"--- temperature {degree}\n{widgets.visible(widgets.ending(prompt) + text)}\n")
 
 # %% [markdown]
 # ## The next token
@@ -102,7 +102,7 @@ with torch.inference_mode():
 probabilities = next_token_probabilities(logits)[0]
 top = probabilities.topk(12)
 likely = [widgets.show_piece(tok, id) for id in top.indices.tolist()]
-plots.next_tokens(likely, top.values.tolist(), f"After “{prompt}”, “{likely[0]}” is the likeliest")
+plots.next_tokens(likely, top.values.tolist(), f"After “{widgets.ending(prompt, 40)}”, “{likely[0]}” is the likeliest")
 
 # %% tags=["nbval-check-output"]
 greedy = generate(model, tok, prompt, 1, temperature=0)
@@ -165,9 +165,13 @@ print("int8 changes the mean surprise by less than 1%:", abs(sum(rounded) / sum(
 
 # %%
 export_dir = resolve("outputs/export") / checkpoint.path.parent.name
-hf_dir = to_hf(checkpoint, export_dir / "huggingface")
-to_llama2c(checkpoint, export_dir / "llama2c" / "model.bin", adapt=True)
-to_gguf(checkpoint, export_dir / "gguf" / "model.gguf", torch.float16)
+hf_dir = None
+try:
+    hf_dir = to_hf(checkpoint, export_dir / "huggingface")
+    to_llama2c(checkpoint, export_dir / "llama2c" / "model.bin", adapt=True)
+    to_gguf(checkpoint, export_dir / "gguf" / "model.gguf", torch.float16)
+except OSError as error:  # a read-only or full disk: the notebook goes on without
+    print(f"left out, since {shown(export_dir)} cannot be written: {widgets.visible(str(error))}")
 for file in sorted(path for path in export_dir.rglob("*") if path.is_file()):
     print(f"{file.stat().st_size / 1e3:10,.1f} kB  {shown(file)}")
 
@@ -175,18 +179,20 @@ for file in sorted(path for path in export_dir.rglob("*") if path.is_file()):
 import transformers
 
 transformers.utils.logging.disable_progress_bar()
-theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).to(device)
-their_tok = transformers.AutoTokenizer.from_pretrained(hf_dir)
-back = from_hf(hf_dir, device)
+if hf_dir:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).to(device)
+    their_tok = transformers.AutoTokenizer.from_pretrained(hf_dir)
+    back = from_hf(hf_dir, device)
 
 # %% tags=["nbval-check-output"]
-ids_in = window[None, : model.config.max_seq_len]
-with torch.inference_mode():
-    difference = (theirs(ids_in).logits - model(ids_in)).abs().max().item()
-pairs = zip(model.parameters(), back.model.parameters(), strict=True)
-print("transformers' logits agree within 1e-4:", difference < 1e-4)
-print("transformers' tokenizer gives the same ids:", their_tok(paragraph)["input_ids"] == tok.encode(paragraph))
-print("read back, every weight is the same:", all(torch.equal(ours, same) for ours, same in pairs))
+if hf_dir:
+    ids_in = window[None, : model.config.max_seq_len]
+    with torch.inference_mode():
+        difference = (theirs(ids_in).logits - model(ids_in)).abs().max().item()
+    pairs = zip(model.parameters(), back.model.parameters(), strict=True)
+    print("transformers' logits agree within 1e-4:", difference < 1e-4)
+    print("transformers' tokenizer gives the same ids:", their_tok(paragraph)["input_ids"] == tok.encode(paragraph))
+    print("read back, every weight is the same:", all(torch.equal(ours, same) for ours, same in pairs))
 
 # %% [markdown]
 # ## Try it

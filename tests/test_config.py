@@ -202,3 +202,8 @@ def test_flops_grow_with_the_context_by_attention_alone() -> None:
     assert config.flops_per_token(20) - config.flops_per_token(10) == 10 * per_position
     multiplying = config.n_params() - config.vocab_size * config.dim  # the embedding is looked up
     assert config.flops_per_token(10) == 6 * multiplying + 10 * per_position
+
+
+def test_a_text_with_half_a_surrogate_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="sample_prompt holds half a surrogate"):
+        TrainConfig(sample_prompt="却说\ud83d")

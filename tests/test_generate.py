@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -317,6 +318,17 @@ def test_a_prompt_longer_than_the_context_is_cut_from_the_left_with_a_warning(to
         text = generate(model, tokenizer, long, 30, **GREEDY)
     tail = generated(model, [ids[-24:]], 30, eos_id=tokenizer.eos_id, **GREEDY)[0]
     assert text == tokenizer.decode(tail)
+
+
+def test_of_a_very_long_prompt_only_the_end_is_encoded(tokenizer: Tokenizer) -> None:
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    text = "却说曹操引军追赶，玄德大喜。Two words.  \n" * 20_000
+    started = time.process_time()
+    with pytest.warns(UserWarning, match=r"more than \d+ tokens; only the last 24"):
+        found = prompt_ids(model, tokenizer, text)
+    took, started = time.process_time() - started, time.process_time()
+    assert found == tokenizer.encode(text)[-24:]
+    assert took < (time.process_time() - started) / 10
 
 
 def test_a_prompt_of_unknown_characters_is_spelled_in_bytes(tokenizer: Tokenizer) -> None:

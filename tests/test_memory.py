@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,16 @@ def test_what_cannot_fit_is_refused_with_what_to_change(tmp_path: Path, monkeypa
         assert word in str(caught.value)
     monkeypatch.setattr(memory, "available_memory", lambda device: need)
     Trainer(tiny_model(), Batches(), None, quick(), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_all_that_the_advice_names_can_be_set_in_notebook_4(policy: str) -> None:
+    notebook = (PROJECT_ROOT / "notebooks" / "04_scifi_train.py").read_text(encoding="utf-8")
+    settable = set(re.findall(r"(?m)^(\w+): \w+ = ", notebook))
+    train = quick(activation_checkpointing=policy, grad_accum_steps=3)
+    named = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", memory.advice(tiny_config(), train, "cpu")))
+    assert named <= settable and {"batch_size", "grad_accum_steps", "context_size"} <= named
+    assert ("activation_checkpointing" in named) == (policy != "full")
 
 
 HUGE = """

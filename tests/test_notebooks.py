@@ -182,6 +182,7 @@ WRONG = [
     ("04_scifi_train", "precision", "int8"),
     ("04_scifi_train", "learning_rate", -0.1),
     ("04_scifi_train", "checkpoint_dir", "no/such/run"),
+    ("04_scifi_train", "project", "../../x"),
     ("04_scifi_train", "dim", 0),
     ("04_scifi_train", "n_layers", 0),
     ("05_generate", "checkpoint_dir", "no/such/run"),

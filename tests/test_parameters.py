@@ -38,6 +38,17 @@ def checked(**values: Any) -> dict[str, Any]:
         ("dims", [16.0, "32"], [16, 32]),
         ("budgets", "1e9 2.5e9", [1e9, 2.5e9]),
         ("dim", "none", None),
+        ("vocab_size", "3.0e3", 3000),
+        ("vocab_size", " 8e3 ", 8000),
+        ("max_steps", "1_000", 1000),
+        ("grad_accum_steps", 4.0, 4),
+        ("project", 2024, "2024"),
+        ("project", 1.5, "1.5"),
+        ("project", "三国 No. 1", "三国 No. 1"),
+        ("prompt", 3, "3"),
+        ("prompt", True, "True"),
+        ("prompt", "None", "None"),
+        ("output_dir", 2024, PROJECT_ROOT / "2024"),
     ],
 )
 def test_values_get_their_right_types(name: str, given: object, meant: object) -> None:
@@ -53,17 +64,50 @@ def test_values_get_their_right_types(name: str, given: object, meant: object) -
         ("vocab_size", "many"), ("vocab_size", [4000]), ("vocab_size", 10**12), ("learning_rate", float("nan")),
         ("learning_rate", "inf"), ("learning_rate", 0), ("temperature", -1), ("temperature", "hot"), ("top_p", 5),
         ("top_p", 0), ("top_k", 0), ("min_p", 2), ("max_new_tokens", -1), ("device", "gpu"), ("device", None),
-        ("precision", "int8"), ("preset", "scifi-117"), ("prompt", 3), ("project", None), ("data_dir", "no/such"),
+        ("precision", "int8"), ("preset", "scifi-117"), ("project", None), ("data_dir", "no/such"),
         ("data_dir", ""), ("data_dir", 7), ("tokenizer_model_file", "no.model"), ("checkpoint_dir", "no/such"),
         ("tracker", "mlflow"), ("seed", -1), ("init_step", -3), ("val_fraction", 1), ("character_coverage", 0.5),
         ("dim", 1), ("n_layers", 0), ("n_heads", 2.5), ("dims", ""), ("dims", "16 wide"), ("dims", 16),
         ("dims", "16 0"), ("budgets", "1e12 nan"), ("budgets", []), ("workers", 0), ("min_steps", -1),
-        ("held_back_epochs", 0), ("weight_decay", -0.1),
+        ("held_back_epochs", 0), ("weight_decay", -0.1), ("seed", 10**400), ("seed", "9" * 5000),
+        pytest.param("seed", 10**5000, id="seed-5000-digits"),
+        ("learning_rate", 10**400), ("vocab_size", "3.0005e3"), ("vocab_size", {}), ("prompt", ["a"]), ("prompt", None),
+        ("prompt", "half \ud83d of it"), ("output_dir", "a\0b"), ("output_dir", "x" * 300), ("output_dir", "a/" * 5000),
+        ("output_dir", "~nobody-of-this-name/x"), ("output_dir", "\ud800"), ("dataset_dir", "README.md/inside"),
+        ("dims", "1e400"), ("dims", [True]), ("project", ""), ("project", " "), ("project", "."), ("project", ".."),
+        ("project", "../../x"), ("project", "/tmp/x"), ("project", "a/b"), ("project", "a\\b"), ("project", "a\0b"),
+        ("project", "a\nb"), ("project", "\x1b[31m"), ("project", "a\u202eb"), ("project", "x" * 300),
+        ("project", "史" * 100), ("project", "\udcff"), ("project", "con"), ("project", "NUL.txt"), ("project", "a:b"),
+        ("project", "ends."), ("project", " space"), ("project", ["a"]),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ParameterError, match=f"^{name}"):
+    with pytest.raises(ParameterError, match=f"^{name}") as error:
         checked(**{name: value})
+    message = str(error.value)
+    assert len(message) < 1000 and (message.isprintable() or ("\n" not in message and "\x1b" not in message))
+
+
+def test_a_missing_path_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="looked for ") as error:
+        checked(tokenizer_model_file="outputs/no-such.model")
+    assert repr(str(PROJECT_ROOT / "outputs" / "no-such.model")) in str(error.value)
+    with pytest.raises(ParameterError, match="looked for ") as error:
+        checked(data_dir=str(tmp_path / "none"))
+    assert repr(str(tmp_path / "none")) in str(error.value) and "relative" not in str(error.value)
+
+
+@settings(deadline=None)
+@given(name=st.text(max_size=250))
+def test_every_project_that_is_taken_names_a_folder_right_there(tmp_path_factory: Any, name: str) -> None:
+    try:
+        project = checked(project=name)["project"]
+    except ParameterError:
+        return
+    parent = tmp_path_factory.mktemp("p")
+    (parent / project).mkdir()
+    (parent / f"{project}.ipynb").touch()
+    assert {path.name for path in parent.iterdir()} == {project, f"{project}.ipynb"}
 
 
 @settings(deadline=None, max_examples=200)

@@ -65,7 +65,9 @@ def test_an_assumed_speed_is_called_so() -> None:
     cost = plan(model, train, "cpu", peak_flops=1e15, mfu=0.5)
     assert cost.hours is not None and cost.hours * 3600 * 0.5e15 == pytest.approx(cost.flops)
     assert "assumed" in cost.speed_is and any("assumed" in row for row in cost.rows())
-    assert plan(model, train, "cpu").hours is None
+    unmeasured = plan(model, train, "cpu")
+    assert unmeasured.hours is None and unmeasured.rows()["speed (not measured)"] == "–"
+    assert not [row for row in unmeasured.rows().values() if "nan" in row]
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])

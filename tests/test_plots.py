@@ -282,3 +282,60 @@ def test_bold_titles_do_not_warn_of_a_regular_font(
         figure.suptitle("却说曹操", fontweight="bold", fontfamily=["DejaVu Sans", name])
         plots.png(figure)
     assert not caplog.records
+
+
+LONG = {
+    "words": "a title of so many words that no figure is wide enough for it " * 6,
+    "no spaces": "却说曹操引军追赶" * 30,
+    "formulas": "$x^2$ costs $ " * 40,
+    "emoji": "🐉𠀀" * 90,
+    "lines": "one line\nand another, which is far longer than the figure it stands in, and then some more of it\n" * 2,
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", LONG)
+def test_no_title_leaves_its_figure_and_no_glyph_is_missing(kind: str) -> None:
+    title = LONG[kind]
+    figures = [
+        plots.bars({title: 3.0, "b": 1.0}, title, "units", highlight=title),
+        plots.text_pieces([*title[:40], title], title, [1.0] * 41, "nats"),
+        plots.next_tokens([*title[:3], title], [0.4, 0.3, 0.2, 0.1], title),
+        plots.length_histogram([1, 2, 3, 9], "tokens", title),
+        plots.training_curves(events(30), title),
+        plots.training_curves(events(30), title, metric="exact_match"),
+        plots.attention_maps(np.ones((1, 2, 3, 3)) / 3, list("🐉bc"), title),
+        plots.scaling_fit([1.0, 2.0], [1.1, 2.1], [1e9, 1e10], title),
+    ]
+    for figure in figures:
+        figure.set_dpi(2 * figure.dpi)  # as a notebook shows it
+        figure.draw_without_rendering()
+        titles = [figure._suptitle, *(each for axes in figure.axes for each in (axes.title, axes._left_title))]  # type: ignore[attr-defined]
+        shown = [each for each in titles if each is not None and each.get_text()]
+        assert any(len(each.get_text()) > 20 for each in shown)
+        for each in shown:
+            box = each.get_window_extent()
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+
+
+def test_a_title_that_fits_stays_as_it_is_and_keeps_its_dollars() -> None:
+    for title in ("falls to 3.1", "却说曹操", r"costs 3$, or 4$"):
+        figure = plots.length_histogram([1, 2, 3], "tokens", title)
+        assert figure.axes[0].get_title(loc="left") == title.replace("$", r"\$")
+
+
+def test_a_character_without_a_glyph_is_shown_by_its_number() -> None:
+    figure = plots.text_pieces(["🐉", "龘", "é"], "after “🐉”")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["⟨1F409⟩", "龘", "é"]
+    assert figure.axes[0].get_title(loc="left") == "after “⟨1F409⟩”"
+
+
+def test_odd_names_of_runs_stay_inside_their_figure(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / name, 1e-2) for name in ("x" * 200, "a\nb\x1b[31m\u202e", "史" * 60)]
+    figure = plots.compare_runs(folders)
+    figure.draw_without_rendering()
+    assert all(axes.get_position().width > 0.2 for axes in figure.axes)
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert "a⟨0A⟩b⟨1B⟩[31m⟨202E⟩" in {text.get_text() for text in figure.legends[0].get_texts()}

@@ -7,10 +7,12 @@ import html
 import itertools
 import re
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ipywidgets
 import numpy as np
 import pytest
 import torch
@@ -364,6 +366,21 @@ def test_windows_follow_one_another_and_documents_begin_where_the_data_set_says(
         assert name in words(explorer.result.value)
 
 
+def test_the_jump_box_says_what_it_does_not_find_and_what_is_near(small_data: tuple[TokenDataset, Tokenizer]) -> None:
+    explorer = DataExplorer(*small_data)
+    explorer.document.value = explorer.names[-1]
+    place, page = explorer.window.value, explorer.result.value
+    for typed, hint in (("STORY", "story-0.txt"), ("stroy-1.tx", "story-1.txt"), ("<img src=x>\x1b", "first of")):
+        explorer.document.value = typed
+        said = words(explorer.notice.value)
+        assert "no document" in said and hint in said and escaped(typed) in explorer.notice.value
+        assert not tags(explorer.notice.value) & {"img"}
+        assert (explorer.window.value, explorer.result.value) == (place, page)
+    for right in ("", f" {explorer.names[0]} "):
+        explorer.document.value = right
+        assert explorer.notice.value == ""
+
+
 @pytest.fixture
 def toy() -> Transformer:
     torch.manual_seed(0)
@@ -440,6 +457,29 @@ def test_stop_ends_the_writing(tokenizer: Tokenizer) -> None:
     assert found and 0 < int(found[1]) < 1000
 
 
+def test_a_prompt_of_a_million_characters_makes_a_small_panel(tokenizer: Tokenizer) -> None:
+    model = wide_model(tokenizer)
+    panel = WritingPanel(model, tokenizer, "却说曹操" * 250_000, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        press_write(panel)
+    page = panel.result.value + str(panel.prompt.get_state())
+    assert "done" in panel.state.value and len(page) < 100 * model.config.max_seq_len + 20_000
+    assert panel.prompt.value.endswith("却说曹操" * 10)
+
+
+def test_no_row_of_controls_is_wider_than_a_narrow_page(tokenizer: Tokenizer) -> None:
+    """On 1000 pixels of a window the cells are about 700 wide: rows wrap, and no control needs more than that."""
+    panel = WritingPanel(wide_model(tokenizer), tokenizer, "曹操", 5, [Path("run/step=1_x")])
+    rows = [box for box in panel.panel.children if isinstance(box, ipywidgets.Box)]
+    assert len(rows) == 3 and all(box.layout.flex_flow == "row wrap" for box in rows)
+    knobs = [each for each in rows[0].children if "Slider" in type(each).__name__]
+    assert len(knobs) == 6
+    for knob in knobs:
+        ems = float(knob.layout.min_width.removesuffix("em")), float(knob.style.description_width.removesuffix("em"))
+        assert ems[0] * 13 < 600 and ems[1] >= 0.55 * len(knob.description)  # 13 pixels, half as wide as high
+
+
 def test_two_checkpoints_write_side_by_side(tokenizer: Tokenizer, tmp_path: Path) -> None:
     one, two = wide_model(tokenizer), wide_model(tokenizer, seed=1)
     path = save_checkpoint(tmp_path / "run", two, tokenizer, step=3, loss=2.0)
@@ -455,9 +495,10 @@ def test_two_checkpoints_write_side_by_side(tokenizer: Tokenizer, tmp_path: Path
 
 def test_a_wrong_seed_or_a_missing_checkpoint_is_said_in_words(tokenizer: Tokenizer, tmp_path: Path) -> None:
     panel = WritingPanel(wide_model(tokenizer), tokenizer, "曹操", 5, [tmp_path / "step=1_gone"])
-    panel.seed.value = "seven"
-    press_write(panel)
-    assert "whole number" in panel.state.value
+    for seed in ("seven", "9" * 30):
+        panel.seed.value = seed
+        press_write(panel)
+        assert "whole number" in panel.state.value
     panel.seed.value, panel.other.value = "", tmp_path / "step=1_gone"
     press_write(panel)
     assert "gone" in panel.state.value and not panel.write.disabled
