@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import pkgutil
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from jupyter_client.manager import start_new_kernel
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.execute import execute_notebook as papermill_in_process
 
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.runs import read_metrics
@@ -157,6 +163,86 @@ def test_a_signal_in_another_cell_ends_that_cell(notebook: Path) -> None:
     assert "KeyboardInterrupt" in printed(folder)
     assert not (folder / "after").exists()
     assert not is_alive(int((folder / "kernel").read_text()))
+
+
+def touches(count: int) -> nbformat.NotebookNode:
+    """A notebook whose code cells each leave a file, with text between them."""
+    made = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    )
+    for number in range(count):
+        made.cells.append(nbformat.v4.new_code_cell(f"open('{number}', 'w').write('')"))
+        made.cells.append(nbformat.v4.new_markdown_cell("some words"))
+    return made
+
+
+MOMENTS = {  # what is about to be called when the signal comes, the call's number, the cells that run
+    "the kernel is not started": ("papermill.clientwrap.PapermillNotebookClient.start_new_kernel", 0, 0),
+    "the first cell is next": ("papermill.engines.NotebookExecutionManager.cell_start", 0, 0),
+    "text is next": ("papermill.engines.NotebookExecutionManager.cell_start", 1, 1),
+    "a cell is over": ("papermill.engines.NotebookExecutionManager.cell_complete", 2, 2),
+    "the last is over": ("papermill.engines.NotebookExecutionManager.cell_complete", 5, 3),
+    "the kernel goes": ("papermill.clientwrap.PapermillNotebookClient._cleanup_kernel", 0, 3),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_outside_a_running_cell_begins_no_other(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, number, ran = MOMENTS[moment]
+    owner, method = pkgutil.resolve_name(where.rsplit(".", 1)[0]), where.rsplit(".", 1)[1]
+    before, calls, kernels = getattr(owner, method), itertools.count(), []
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return before(*args, **kwargs)
+
+    def started(self: Any, **kwargs: Any) -> None:
+        start(self, **kwargs)
+        kernels.append(self.km.provisioner.pid)
+
+    monkeypatch.setattr(owner, method, signalled)
+    start = PapermillNotebookClient.start_new_kernel
+    monkeypatch.setattr(PapermillNotebookClient, "start_new_kernel", started)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    nbformat.write(touches(3), tmp_path / "in.ipynb")
+    with pytest.raises(SystemExit) as end:
+        papermill_in_process(
+            tmp_path / "in.ipynb", tmp_path / "out.ipynb", engine_name="llmcore", cwd=tmp_path, progress_bar=False
+        )
+    assert end.value.code == 128 + signal.SIGTERM
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == "") == [str(n) for n in range(ran)]
+    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).metadata.papermill["stopped_by"] == "SIGTERM"
+    assert not is_alive(kernels[0])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_ends_the_notebook(tmp_path: Path) -> None:
+    """Many short cells, so that many signals come between two of them, and as one begins or ends."""
+    tries, ended = 12, []
+    for attempt in range(tries):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        made = touches(60)
+        made.cells.insert(0, nbformat.v4.new_code_cell("import os\nopen('kernel', 'w').write(str(os.getpid()))"))
+        nbformat.write(made, folder / "in.ipynb")
+        with papermill(folder / "in.ipynb") as process:
+            wait_until((folder / "kernel").exists, process)
+            time.sleep(random.Random(attempt).uniform(0, 1.5))  # the moment under test
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        written = nbformat.read(folder / "out.ipynb", as_version=4)
+        last = max([int(p.name) for p in folder.iterdir() if p.name.isdecimal()], default=-1)
+        assert process.returncode == 128 + signal.SIGTERM or (process.returncode == 0 and last == 59)
+        ended.append(last)
+        assert process.returncode == 0 or written.metadata.papermill["stopped_by"] == "SIGTERM"
+        begun = sum(cell.execution_count is not None for cell in written.cells if cell.cell_type == "code")
+        assert last + 1 <= begun, "a cell ran that the notebook does not show"
+        assert not is_alive(int((folder / "kernel").read_text()))
+    assert sum(last < 59 for last in ended) > tries // 2, "the notebook is too short for this test"
 
 
 @pytest.mark.slow
