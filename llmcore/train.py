@@ -103,6 +103,7 @@ class Trainer:
     Attributes:
         step: optimizer steps taken.
         stop_requested: set by `stop()`: the current step is finished, then the run saves and ends.
+        interrupted: whether a signal asked for that.
 
     Raises:
         TrainingError: before anything is built, if this cannot work.
@@ -155,7 +156,7 @@ class Trainer:
         self.val_loss: float | None = None
         self.best_loss = math.inf
         self.last_checkpoint: Path | None = None
-        self.stop_requested = False
+        self.stop_requested = self.interrupted = False
         self._save_requested = self._sample_requested = False
         self._sample_prompt: str | None = None
         self._half_a_step = False  # an error has left the weights between two steps
@@ -221,7 +222,7 @@ class Trainer:
         config = self.config
         if self._half_a_step:
             raise TrainingError(f"an error ended step {self.step + 1} half-way; resume from the last checkpoint")
-        self.stop_requested = False
+        self.stop_requested = self.interrupted = False
         self._loss = self._compiled()
         saved_at = self.step if self.last_checkpoint else -1
         with (
@@ -285,10 +286,10 @@ class Trainer:
         previous: dict[int, Any] = {}
 
         def handle(number: int, frame: Any) -> None:
-            if self.stop_requested:
+            if self.interrupted:
                 signal.signal(number, previous[number])
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            self.stop_requested = self.interrupted = True
 
         for caught in (signal.SIGINT, signal.SIGTERM):
             previous[caught] = signal.signal(caught, handle)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,134 @@ def test_jupyters_interrupt_button_saves_and_ends_the_cell_normally(
     checkpoint = load_checkpoint(find_checkpoint(tmp_path / "run"))
     assert "".join(said).strip() == f"{checkpoint.step} True"
     assert checkpoint.step == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+class Kernel:
+    """A real kernel, and what it answered to each cell."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        self.folder = folder
+        self.manager, self.client = start_new_kernel(cwd=str(folder))
+        self.replies: dict[str, dict[str, Any]] = {}
+
+    def reply(self, sent: str) -> dict[str, Any]:
+        while sent not in self.replies:
+            message = self.client.get_shell_msg(timeout=60)
+            self.replies[message["parent_header"]["msg_id"]] = message["content"]
+        return self.replies[sent]
+
+    def run(self, code: str, watched: bool = True) -> dict[str, Any]:
+        return self.reply(self.client.execute(code, allow_stdin=watched))
+
+    def wait_until_trained(self, steps: int = 3) -> None:
+        deadline = time.monotonic() + 60
+        while not has_trained(self.folder, steps):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    made = Kernel(tmp_path, monkeypatch)
+    yield made
+    made.client.stop_channels()
+    made.manager.shutdown_kernel(now=True)
+
+
+FIRST = "board = TrainingDashboard()\nawait board.run(one)\nfirst = one.step"
+SECOND = "two = trainer(one.run_dir, quick(max_steps=first + 5, schedule='plateau'), resume='latest')\n"
+SECOND += "await TrainingDashboard().run(two)"
+STOPS: dict[str, Callable[[Kernel], None]] = {
+    "interrupt": lambda kernel: kernel.manager.interrupt_kernel(),
+    "SIGTERM": lambda kernel: os.kill(kernel.manager.provisioner.pid, signal.SIGTERM),
+    "button": lambda kernel: None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stop_stops_run_all_and_a_person_goes_on(stop: str, kernel: Kernel) -> None:
+    assert kernel.run(DASHBOARD)["status"] == "ok"
+    if stop == "button":
+        kernel.run("one.callbacks.append(lambda event: board.stop.click() if event['step'] == 5 else None)")
+    cells = [FIRST, "Path('after').touch()", SECOND]
+    queued = [kernel.client.execute(cell) for cell in cells]  # as JupyterLab's Run All does: all at once
+    kernel.wait_until_trained()
+    STOPS[stop](kernel)
+    assert [kernel.reply(sent)["status"] for sent in queued] == ["ok", "aborted", "aborted"]
+    assert not (kernel.folder / "after").exists()
+    last = read_metrics(kernel.folder / "run")[-1]["step"]
+    assert load_checkpoint(find_checkpoint(kernel.folder / "run")).step == last
+    time.sleep(1.2)  # a person
+    assert kernel.run(SECOND)["status"] == "ok"
+    assert read_metrics(kernel.folder / "run")[-1]["step"] == last + 5
+
+
+@pytest.mark.slow
+def test_after_a_stop_no_cell_trains_by_itself(kernel: Kernel) -> None:
+    assert kernel.run(DASHBOARD, watched=False)["status"] == "ok"
+    running = kernel.client.execute(FIRST, allow_stdin=False)  # as papermill does: one after the other
+    kernel.wait_until_trained()
+    kernel.manager.interrupt_kernel()
+    assert kernel.reply(running)["status"] == "ok"
+    last = read_metrics(kernel.folder / "run")[-1]["step"]
+    assert kernel.run("Path('after').touch()", watched=False)["status"] == "ok"
+    refused = kernel.run(SECOND, watched=False)
+    assert refused["ename"] == "RunStoppedError" and len(refused["traceback"]) == 1, refused
+    assert read_metrics(kernel.folder / "run")[-1]["step"] == last
+    assert kernel.run(SECOND, watched=False)["status"] == "ok"
+    assert read_metrics(kernel.folder / "run")[-1]["step"] == last + 5
+
+
+@pytest.mark.slow
+def test_a_callbacks_stop_lets_the_notebook_go_on(kernel: Kernel) -> None:
+    assert kernel.run(DASHBOARD)["status"] == "ok"
+    kernel.run("one.callbacks.append(lambda event: one.stop() if event['step'] == 5 else None)")
+    queued = [kernel.client.execute(cell) for cell in (FIRST, SECOND)]
+    assert [kernel.reply(sent)["status"] for sent in queued] == ["ok", "ok"]
+    assert read_metrics(kernel.folder / "run")[-1]["step"] == 10
+
+
+@pytest.mark.slow
+def test_a_message_during_training_is_answered_by_idle(kernel: Kernel) -> None:
+    """A page holds back what is typed until then."""
+    client = kernel.client
+    assert kernel.run(DASHBOARD)["status"] == "ok"
+    running = client.execute(FIRST)
+    opened: dict[str, str] = {}  # what each widget shows or says it is, and its comm
+    states: list[tuple[str, str]] = [("", "")]
+
+    def listen(until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not until():
+            assert time.monotonic() < deadline
+            message = client.get_iopub_msg(timeout=60)
+            content = message["content"]
+            if message["msg_type"] == "comm_open":
+                opened[content["data"]["state"].get("description", "")] = content["comm_id"]
+            elif message["msg_type"] == "status":
+                states.append((message["parent_header"].get("msg_id", ""), content["execution_state"]))
+
+    listen(lambda: {"prompt", "x axis", "stop and save"} <= set(opened))
+    kernel.wait_until_trained()
+
+    def send(widget: str, data: dict[str, Any]) -> str:
+        message = client.session.msg("comm_msg", {"comm_id": opened[widget], "data": data})
+        client.shell_channel.send(message)
+        return str(message["header"]["msg_id"])
+
+    changes: list[tuple[str, dict[str, Any]]] = [("prompt", {"value": text}) for text in ("曹", "曹操")]
+    changes += [("x axis", {"index": index}) for index in (1, 0)]
+    for widget, state in changes:
+        sent = send(widget, {"method": "update", "state": state, "buffer_paths": []})
+        listen(lambda sent=sent: (sent, "idle") in states)  # type: ignore[misc]
+    listen(lambda: states[-1] == (running, "busy"))  # the page must still see a kernel at work
+    assert (running, "idle") not in states
+    send("stop and save", {"method": "custom", "content": {"event": "click"}})
+    assert kernel.reply(running)["status"] == "ok"
+    assert kernel.run("assert board.prompt.value == '曹操' and board.log_x.value is False")["status"] == "ok"
 
 
 @pytest.mark.slow
