@@ -134,6 +134,18 @@ class TrainingDashboard:
         self._paused = self._asked_to_stop = False
         self._validated: Event = {}
 
+    @staticmethod
+    def attach() -> None:
+        """Show the panel of the run that this kernel is training once more, to watch and steer it.
+
+        The cell that trains holds the kernel, and another one would wait for its end. JupyterLab's "New Subshell Console
+        for Notebook" does not wait.
+        """
+        if _running is None or _running.panel is None:
+            print("no run is shown by this kernel at the moment")
+        else:
+            display(_running.panel)
+
     def figure(self, log_x: bool = False) -> Figure:
         """The curves so far."""
         return plots.training_curves(self.events, self.title, self.metric, self.metric_label, log_x=log_x)
@@ -145,8 +157,13 @@ class TrainingDashboard:
             RunStoppedError: if the notebook was stopped, and nobody has run this cell by hand since.
         """
         _refuse_to_go_on()
-        with self._signals_noted(trainer), _messages_answered():
-            await self._run(trainer)
+        global _running
+        _running = self
+        try:
+            with self._signals_noted(trainer), _messages_answered():
+                await self._run(trainer)
+        finally:
+            _running = None
         if self._asked_to_stop:
             _stop_notebook()
 
@@ -332,6 +349,7 @@ class TrainingDashboard:
 
 # What a notebook's kernel must be told, since it does not know that a cell trains
 
+_running: TrainingDashboard | None = None
 _stopped_cell: tuple[Any, Any] | None = None  # which cell was stopped: what follows it does not train by itself
 _last_cell_ended = 0.0
 

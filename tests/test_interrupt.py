@@ -14,14 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jupytext
 import nbformat
 import pytest
 from jupyter_client.manager import start_new_kernel
 from papermill.clientwrap import PapermillNotebookClient
+from papermill.exceptions import PapermillExecutionError
 from papermill.execute import execute_notebook as papermill_in_process
 
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.runs import read_metrics
+
+from .test_train import quick, trainer
 
 ROOT = Path(__file__).parents[1]
 TRAIN = """
@@ -416,3 +420,30 @@ def test_without_a_signal_it_is_papermill(notebook: Path) -> None:
         assert process.wait(120) == 0, process.stderr and process.stderr.read()
     assert "stopped early: False" in printed(notebook.parent)
     assert (notebook.parent / "after").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_steps", [3, 4])
+def test_notebook_4_refuses_a_resume_with_no_steps_left(
+    max_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_WORKBOOK_ROOT", str(tmp_path))
+    trainer(tmp_path / "outputs" / "runs" / "old", quick(max_steps=4)).fit()
+    before = sorted(tmp_path.rglob("*"))
+    notebook = jupytext.read(ROOT / "notebooks" / "04_scifi_train.py")
+    notebook_file = str(tmp_path / "in.ipynb")  # any file: it is not opened before the refusal
+    nbformat.write(notebook, notebook_file)
+    with pytest.raises(PapermillExecutionError, match=rf"max_steps={max_steps},.*old/step=000004.*at step 4"):
+        papermill_in_process(
+            tmp_path / "in.ipynb",
+            tmp_path / "out.ipynb",
+            {
+                "checkpoint_dir": "outputs/runs/old",
+                "max_steps": max_steps,
+                "data_dir": "outputs",
+                "tokenizer_model_file": notebook_file,
+            },
+            cwd=tmp_path,
+            progress_bar=False,
+        )
+    assert {*tmp_path.rglob("*")} == {*before, tmp_path / "in.ipynb", tmp_path / "out.ipynb"}
