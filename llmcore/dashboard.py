@@ -106,8 +106,8 @@ class TrainingDashboard:
     Run the cell again, and the run goes on with its whole curve: the events are read from its folder. Close the tab,
     and it goes on in the kernel; the reopened page shows where it is. Interrupt the kernel, and it stops and saves.
 
-    A person who stops a run, by its button, an interrupt or a signal, stops the notebook: cells that wait for the kernel
-    are left out, and the next one that would train by itself ends in an error.
+    A person who stops a run, by its button, an interrupt or a signal, stops the notebook: cells that wait for the
+    kernel are left out, and the next one that would train by itself ends in an error.
 
     Args:
         title: of the picture.
@@ -138,8 +138,8 @@ class TrainingDashboard:
     def attach() -> None:
         """Show the panel of the run that this kernel is training once more, to watch and steer it.
 
-        The cell that trains holds the kernel, and another one would wait for its end. JupyterLab's "New Subshell Console
-        for Notebook" does not wait.
+        The cell that trains holds the kernel, and another one would wait for its end. JupyterLab's "New Subshell
+        Console for Notebook" does not wait.
         """
         if _running is None or _running.panel is None:
             print("no run is shown by this kernel at the moment")
@@ -397,15 +397,15 @@ def _refuse_to_go_on() -> None:
     if stopped is None or stopped == _running_cell(_kernel()):
         return
     if not is_watched() or time.monotonic() - _last_cell_ended < BY_HAND:
-        raise RunStoppedError("training was stopped in a cell before; run this cell (again) by hand to go on from there")
+        raise RunStoppedError("training was stopped in a cell before; run this cell again to go on from there")
 
 
 @contextlib.contextmanager
 def _messages_answered() -> Iterator[None]:
     """Tell the page after each message of a widget that the kernel is done with it.
 
-    A page sends the next value of a widget only then. ipykernel says so by the status "idle", but not for a message that
-    comes while a cell runs: of what is typed key by key, the page would send the first letter and keep the rest.
+    A page sends the next value of a widget only then. ipykernel says so by the status "idle", but not for a message
+    that comes while a cell runs: of what is typed key by key, the page would send the first letter and keep the rest.
     """
     kernel = _kernel()
     handler = kernel.shell_handlers.get("comm_msg") if kernel else None

@@ -22,7 +22,6 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine
 from papermill.log import logger
 
-
 REPLY_PATIENCE = 10  # seconds from the end of an interrupted cell to its reply
 
 
