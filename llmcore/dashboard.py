@@ -363,6 +363,13 @@ def _running_cell(kernel: Any) -> tuple[Any, Any]:
     return request.get("metadata", {}).get("cellId"), request.get("content", {}).get("code")
 
 
+def _cell_begins(_: Any) -> None:
+    """Forget the stop where a person goes on: whatever cell they run, they take their time before it."""
+    global _stopped_cell
+    if is_watched() and time.monotonic() - _last_cell_ended >= BY_HAND:
+        _stopped_cell = None
+
+
 def _cell_ended(_: Any) -> None:
     global _last_cell_ended
     _last_cell_ended = time.monotonic()
@@ -378,25 +385,34 @@ def _stop_notebook() -> None:
     if (kernel := _kernel()) is None:
         return
     _stopped_cell = _running_cell(kernel)
-    events = get_ipython().events
-    with contextlib.suppress(ValueError):
-        events.unregister("post_run_cell", _cell_ended)
-    events.register("post_run_cell", _cell_ended)
-    if abort := getattr(kernel, "_abort_queues", None):  # ipykernel has no public name for it
-        abort()
+    for event, callback in (("pre_run_cell", _cell_begins), ("post_run_cell", _cell_ended)):
+        with contextlib.suppress(ValueError):  # raised where it is not registered yet
+            get_ipython().events.unregister(event, callback)
+        get_ipython().events.register(event, callback)
+    if not hasattr(kernel, "_abort_queues"):  # ipykernel has no public name for it
+        return
+    answer = kernel._send_abort_reply
+
+    def left_out(*message: Any) -> None:
+        """Forget the stop where a cell did wait: there all are sent at once, and what comes later is sent by hand."""
+        global _stopped_cell
+        _stopped_cell, kernel._send_abort_reply = None, answer
+        answer(*message)
+
+    kernel._send_abort_reply = left_out
+    kernel._abort_queues()
 
 
 def _refuse_to_go_on() -> None:
-    """After a stop, let a cell train only if a person has run it: an error comes once, by hand it goes on.
+    """After a stop, let no cell train that nobody has run by hand. The error comes once.
 
     Raises:
-        RunStoppedError: if the cell was sent as soon as the one before it ended, or nobody is there to send it by hand.
+        RunStoppedError: if all cells since were sent as soon as the one before had ended, or if nobody is there to send
+            one by hand.
     """
     global _stopped_cell
     stopped, _stopped_cell = _stopped_cell, None
-    if stopped is None or stopped == _running_cell(_kernel()):
-        return
-    if not is_watched() or time.monotonic() - _last_cell_ended < BY_HAND:
+    if stopped is not None and stopped != _running_cell(_kernel()):
         raise RunStoppedError("training was stopped in a cell before; run this cell again to go on from there")
 
 

@@ -91,6 +91,7 @@ def lab(project: Path) -> Iterator[str]:
     environment = {**os.environ, **private, "LLM_WORKBOOK_ROOT": str(project), "OMP_NUM_THREADS": "1"}
     environment.pop("LLM_WORKBOOK_WATCHED", None)
     environment["PYTHONPATH"] = str(PROJECT_ROOT)
+    environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes on a busy machine, and is not what is tested
     environment["JUPYTER_CONFIG_PATH"] = str(PROJECT_ROOT / ".jupyter")  # as `make lab` does
     token = secrets.token_hex(16)
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]

@@ -192,25 +192,34 @@ def test_a_stop_stops_run_all_and_a_person_goes_on(stop: str, kernel: Kernel) ->
     assert not (kernel.folder / "after").exists()
     last = read_metrics(kernel.folder / "run")[-1]["step"]
     assert load_checkpoint(find_checkpoint(kernel.folder / "run")).step == last
-    time.sleep(1.2)  # a person
     assert kernel.run(SECOND)["status"] == "ok"
     assert read_metrics(kernel.folder / "run")[-1]["step"] == last + 5
 
 
 @pytest.mark.slow
-def test_after_a_stop_no_cell_trains_by_itself(kernel: Kernel) -> None:
-    assert kernel.run(DASHBOARD, watched=False)["status"] == "ok"
-    running = kernel.client.execute(FIRST, allow_stdin=False)  # as papermill does: one after the other
+@pytest.mark.parametrize("watched", [False, True])
+def test_after_a_stop_no_cell_trains_by_itself(watched: bool, kernel: Kernel) -> None:
+    assert kernel.run(DASHBOARD, watched)["status"] == "ok"
+    running = kernel.client.execute(FIRST, allow_stdin=watched)  # as papermill does: one after the other
     kernel.wait_until_trained()
     kernel.manager.interrupt_kernel()
     assert kernel.reply(running)["status"] == "ok"
     last = read_metrics(kernel.folder / "run")[-1]["step"]
-    assert kernel.run("Path('after').touch()", watched=False)["status"] == "ok"
-    refused = kernel.run(SECOND, watched=False)
+    assert kernel.run("Path('after').touch()", watched)["status"] == "ok"
+    refused = kernel.run(SECOND, watched)
     assert refused["ename"] == "RunStoppedError" and len(refused["traceback"]) == 1, refused
     assert read_metrics(kernel.folder / "run")[-1]["step"] == last
-    assert kernel.run(SECOND, watched=False)["status"] == "ok"
+    assert kernel.run(SECOND, watched)["status"] == "ok"
     assert read_metrics(kernel.folder / "run")[-1]["step"] == last + 5
+
+
+@pytest.mark.slow
+def test_after_a_stop_a_person_runs_any_cell(kernel: Kernel) -> None:
+    kernel.run(DASHBOARD + "import llmcore.dashboard\nllmcore.dashboard.BY_HAND = 0")  # whoever comes is a person
+    running = kernel.client.execute(FIRST)
+    kernel.wait_until_trained()
+    kernel.manager.interrupt_kernel()
+    assert [kernel.reply(running)["status"], *(kernel.run(cell)["status"] for cell in ("1", SECOND))] == ["ok"] * 3
 
 
 @pytest.mark.slow
