@@ -272,6 +272,31 @@ def test_a_message_during_training_is_answered_by_idle(kernel: Kernel) -> None:
 
 
 @pytest.mark.slow
+def test_a_second_view_finds_the_run_that_is_going_on(kernel: Kernel) -> None:
+    """As JupyterLab's subshell console does it: in another thread, while the cell holds the kernel."""
+    client = kernel.client
+    assert kernel.run(DASHBOARD)["status"] == "ok"
+    running = client.execute(FIRST)
+    kernel.wait_until_trained()
+    client.control_channel.send(client.session.msg("create_subshell_request"))
+    subshell = client.get_control_msg(timeout=60)["content"]["subshell_id"]
+    code = "TrainingDashboard.attach()\nprint(board.panel.model_id)\nboard.stop.click()"
+    request = client.session.msg("execute_request", {"code": code, "silent": False})
+    request["header"]["subshell_id"] = subshell
+    client.shell_channel.send(request)
+    assert kernel.reply(request["header"]["msg_id"])["status"] == "ok"
+    assert kernel.reply(running)["status"] == "ok"
+    shown, said = "", ""
+    while not said:
+        message = client.get_iopub_msg(timeout=60)
+        if message["parent_header"].get("msg_id") == request["header"]["msg_id"]:
+            said = message["content"].get("text", "").strip()
+            view = message["content"].get("data", {}).get("application/vnd.jupyter.widget-view+json", {})
+            shown = view.get("model_id", shown) if isinstance(view, dict) else shown
+    assert shown == said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "slow_disk"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
 )
