@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import functools
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets
@@ -32,6 +34,7 @@ from llmcore.train import Event, Trainer
 DRAWING_BUDGET = 0.01  # share of the time that live drawing may take
 REFRESH = 0.5  # seconds between two updates of the numbers
 ROUNDS = 10  # of the event loop between two steps
+BY_HAND = 1.0  # seconds between two cells that only a person takes: a program sends the next cell sooner
 VALIDATED = ("val_loss", "val_bits_per_byte", "exact_match")  # measured now and then, shown until the next time
 
 
@@ -92,11 +95,21 @@ def memory_used(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+class RunStoppedError(RuntimeError):
+    """A cell would train although the notebook was stopped. It trains when it is run again."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]  # its reader needs no stack
+
+
 class TrainingDashboard:
     """Runs a trainer step by step, showing it live to a person and as text and one picture to a log.
 
     Run the cell again, and the run goes on with its whole curve: the events are read from its folder. Close the tab,
     and it goes on in the kernel; the reopened page shows where it is. Interrupt the kernel, and it stops and saves.
+
+    A person who stops a run, by its button, an interrupt or a signal, stops the notebook: cells that wait for the
+    kernel are left out, and the next one that would train by itself ends in an error.
 
     Args:
         title: of the picture.
@@ -120,15 +133,43 @@ class TrainingDashboard:
         self.events: list[Event] = []
         self.overhead = 0.0
         self.panel: ipywidgets.Widget | None = None
-        self._paused = False
+        self._paused = self._asked_to_stop = False
         self._validated: Event = {}
+
+    @staticmethod
+    def attach() -> None:
+        """Show the panel of the run that this kernel is training once more, to watch and steer it.
+
+        The cell that trains holds the kernel, and another one would wait for its end. JupyterLab's "New Subshell
+        Console for Notebook" does not wait.
+        """
+        if _running is None or _running.panel is None:
+            print("no run is shown by this kernel at the moment")
+        else:
+            display(_running.panel)
 
     def figure(self, log_x: bool = False) -> Figure:
         """The curves so far."""
         return plots.training_curves(self.events, self.title, self.metric, self.metric_label, log_x=log_x)
 
     async def run(self, trainer: Trainer) -> None:
-        """Train to the end, until stopped or interrupted. Await it in a cell: clicks arrive between two steps."""
+        """Train to the end, until stopped or interrupted. Await it in a cell: clicks arrive between two steps.
+
+        Raises:
+            RunStoppedError: if the notebook was stopped, and nobody has run this cell by hand since.
+        """
+        _refuse_to_go_on()
+        global _running
+        _running = self
+        try:
+            with self._signals_noted(trainer), _messages_answered():
+                await self._run(trainer)
+        finally:
+            _running = None
+        if self._asked_to_stop:
+            _stop_notebook()
+
+    async def _run(self, trainer: Trainer) -> None:
         # later events are set aside when the first step has been taken
         self.events = [event for event in read_metrics(trainer.run_dir) if event["step"] <= trainer.step]
         started_at = trainer.step
@@ -163,8 +204,11 @@ class TrainingDashboard:
                         cost = self._draw()
                         next_draw = time.perf_counter() + cost / DRAWING_BUDGET
                 await _let_messages_in()
+                if self._asked_to_stop:  # by a signal before the first step, too
+                    trainer.stop()
                 if self._paused and not trainer.stop_requested:
                     await self._wait(trainer, left, clock)
+            self._asked_to_stop |= trainer.interrupted
             done = trainer.step >= trainer.config.max_steps
             ended = "finished" if done else f"stopped at step {trainer.step:,} and saved; run the cell again to go on"
         finally:
@@ -177,6 +221,27 @@ class TrainingDashboard:
         """Keep the figures of a validation, and its step."""
         if found := {name: event[name] for name in VALIDATED if name in event}:
             self._validated |= {**found, "validated_at": event["step"]}
+
+    @contextlib.contextmanager
+    def _signals_noted(self, trainer: Trainer) -> Iterator[None]:
+        """Take a signal outside the trainer's steps, which have handlers of their own, for a wish to stop as well."""
+        self._asked_to_stop = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: Any) -> None:
+            if self._asked_to_stop:
+                raise KeyboardInterrupt
+            self._asked_to_stop = True
+            trainer.stop()
+
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     async def _wait(self, trainer: Trainer, left: float, clock: _Clock) -> None:
         """Stand still until somebody presses resume or stop; save and sample when asked to."""
@@ -224,6 +289,7 @@ class TrainingDashboard:
             return made
 
         def stop() -> None:
+            self._asked_to_stop = True
             trainer.stop()
             self._say("stopping after this step")
 
@@ -241,7 +307,10 @@ class TrainingDashboard:
         self.save = button("save now", "save", "write a checkpoint after this step", trainer.save)
         self.sample = button("sample now", "pencil", "continue the prompt after this step", sample)
         self.prompt = ipywidgets.Text(
-            trainer.config.sample_prompt, description="prompt", tooltip="what sample now continues"
+            trainer.config.sample_prompt,
+            description="prompt",
+            tooltip="what sample now continues",
+            continuous_update=False,  # whole, and before the click that follows
         )
         self.log_x = ipywidgets.Dropdown(
             description="x axis", options=[("linear", False), ("logarithmic", True)], layout={"width": "14em"}
@@ -288,6 +357,103 @@ class TrainingDashboard:
         started = time.perf_counter()
         self.picture.value = plots.png(self.figure(self.log_x.value), live=True)
         return time.perf_counter() - started
+
+
+# What a notebook's kernel must be told, since it does not know that a cell trains
+
+_running: TrainingDashboard | None = None
+_stopped_cell: tuple[Any, Any] | None = None  # which cell was stopped: what follows it does not train by itself
+_last_cell_ended = 0.0
+
+
+def _kernel() -> Any:
+    return getattr(get_ipython(), "kernel", None)
+
+
+def _running_cell(kernel: Any) -> tuple[Any, Any]:
+    request = kernel.get_parent("shell")
+    return request.get("metadata", {}).get("cellId"), request.get("content", {}).get("code")
+
+
+def _cell_begins(_: Any) -> None:
+    """Forget the stop where a person goes on: whatever cell they run, they take their time before it."""
+    global _stopped_cell
+    if is_watched() and time.monotonic() - _last_cell_ended >= BY_HAND:
+        _stopped_cell = None
+
+
+def _cell_ended(_: Any) -> None:
+    global _last_cell_ended
+    _last_cell_ended = time.monotonic()
+
+
+def _stop_notebook() -> None:
+    """Have the kernel leave out the cells that wait for it, and remember that the notebook was stopped.
+
+    JupyterLab's Run All sends all cells at once, and the kernel drops them only after an error. Others (papermill, some
+    editors) send each when the one before has ended.
+    """
+    global _stopped_cell
+    if (kernel := _kernel()) is None:
+        return
+    _stopped_cell = _running_cell(kernel)
+    for event, callback in (("pre_run_cell", _cell_begins), ("post_run_cell", _cell_ended)):
+        with contextlib.suppress(ValueError):  # raised where it is not registered yet
+            get_ipython().events.unregister(event, callback)
+        get_ipython().events.register(event, callback)
+    if not hasattr(kernel, "_abort_queues"):  # ipykernel has no public name for it
+        return
+    answer = kernel._send_abort_reply
+
+    def left_out(*message: Any) -> None:
+        """Forget the stop where a cell did wait: there all are sent at once, and what comes later is sent by hand."""
+        global _stopped_cell
+        _stopped_cell, kernel._send_abort_reply = None, answer
+        answer(*message)
+
+    kernel._send_abort_reply = left_out
+    kernel._abort_queues()
+
+
+def _refuse_to_go_on() -> None:
+    """After a stop, let no cell train that nobody has run by hand. The error comes once.
+
+    Raises:
+        RunStoppedError: if all cells since were sent as soon as the one before had ended, or if nobody is there to send
+            one by hand.
+    """
+    global _stopped_cell
+    stopped, _stopped_cell = _stopped_cell, None
+    if stopped is not None and stopped != _running_cell(_kernel()):
+        raise RunStoppedError("training was stopped in a cell before; run this cell again to go on from there")
+
+
+@contextlib.contextmanager
+def _messages_answered() -> Iterator[None]:
+    """Tell the page after each message of a widget that the kernel is done with it.
+
+    A page sends the next value of a widget only then. ipykernel says so by the status "idle", but not for a message
+    that comes while a cell runs: of what is typed key by key, the page would send the first letter and keep the rest.
+    """
+    kernel = _kernel()
+    handler = kernel.shell_handlers.get("comm_msg") if kernel else None
+    if handler is None:
+        yield
+        return
+    cell = kernel.get_parent("shell")
+
+    def handle(stream: Any, ident: Any, message: Any) -> None:
+        try:
+            handler(stream, ident, message)
+        finally:
+            kernel._publish_status("idle", "shell", message)
+            kernel._publish_status("busy", "shell", cell)
+
+    kernel.shell_handlers["comm_msg"] = handle
+    try:
+        yield
+    finally:
+        kernel.shell_handlers["comm_msg"] = handler
 
 
 async def _let_messages_in() -> None:

@@ -1,13 +1,14 @@
 """A papermill engine that ends a notebook in order: `papermill --engine llmcore notebook.ipynb out.ipynb`.
 
-On SIGTERM papermill itself dies at once and the run is lost; on SIGINT it gives the kernel two seconds. This engine
-passes either signal on to the kernel as an interrupt and waits for the running cell, however long that takes: a
-training cell finishes its step and saves. Then it leaves out the cells that follow, shuts the kernel down, writes the
-notebook, and exits with 128 + the signal's number. A second signal does not wait.
+On SIGTERM papermill itself dies at once and the run is lost; on SIGINT it gives the kernel two seconds. With this
+engine either signal, whenever it comes, ends the notebook: no other cell is begun, and the cell that is running is
+interrupted and waited for, however long that takes: a training cell finishes its step and saves. Then the kernel is
+shut down, the notebook is written, and papermill exits with 128 + the signal's number. A second signal does not wait.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -15,10 +16,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import click
 from nbclient.exceptions import CellExecutionError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine
 from papermill.log import logger
+
+REPLY_PATIENCE = 10  # seconds from the end of an interrupted cell to its reply
 
 
 class InterruptibleClient(PapermillNotebookClient):
@@ -29,6 +33,8 @@ class InterruptibleClient(PapermillNotebookClient):
     """
 
     caught: signal.Signals | None = None
+    _begun = False  # the kernel has begun the cell, and takes an interrupt for it: before, it would not heed one
+    _interrupted = False
 
     def execute(self, **kwargs: Any) -> Any:
         """Start the kernel and execute all cells.
@@ -36,42 +42,72 @@ class InterruptibleClient(PapermillNotebookClient):
         Raises:
             SystemExit: after a signal, when the running cell has ended and the kernel is gone.
         """
-        with self._signals_interrupt():
-            return super().execute(**kwargs)
+        with self._signals_end_it():
+            try:
+                return super().execute(**kwargs)
+            finally:
+                if self.caught is not None:  # whatever else went wrong then
+                    self.nb.metadata.papermill["stopped_by"] = self.caught.name
+                    raise SystemExit(128 + self.caught)
 
-    def execute_cell(self, cell: Any, cell_index: int, *args: Any, **kwargs: Any) -> Any:
-        """Execute one cell; the last one if a signal came meanwhile."""
-        try:
-            return super().execute_cell(cell, cell_index, *args, **kwargs)
-        except CellExecutionError as error:
-            self.nb_man.cell_exception(cell, cell_index=cell_index, exception=error)
-            raise
-        finally:
+    def papermill_execute_cells(self) -> None:
+        """Execute one cell after another; none is begun after a signal."""
+        for index, cell in enumerate(self.nb.cells):
             if self.caught is not None:
-                self.nb.metadata.papermill["stopped_by"] = self.caught.name
-                raise SystemExit(128 + self.caught)
+                break
+            try:
+                self.nb_man.cell_start(cell, index)
+                if self.caught is None:
+                    self.execute_cell(cell, index)
+            except CellExecutionError as error:
+                self.nb_man.cell_exception(cell, cell_index=index, exception=error)
+                break
+            finally:
+                self._begun = False
+                self.nb_man.cell_complete(cell, cell_index=index)
+
+    def process_message(self, message: Any, *args: Any, **kwargs: Any) -> Any:
+        """Look for the cell's begin and end among the kernel's messages."""
+        if message["msg_type"] == "execute_input":
+            self._begun = True
+            if self.caught is not None:
+                self._interrupt()
+        elif message["content"].get("execution_state") == "idle" and self._interrupted:
+            # an interrupt that comes just as a cell ends may cost the kernel its reply
+            asyncio.get_running_loop().call_later(REPLY_PATIENCE, self.task_poll_for_reply.cancel)
+        return super().process_message(message, *args, **kwargs)
+
+    def _interrupt(self) -> None:
+        """Interrupt the kernel once, and the processes that it has started: to a run, a second one means haste."""
+        if not self._interrupted:
+            self._interrupted = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.km.provisioner.pgid, signal.SIGINT)
 
     @contextlib.contextmanager
-    def _signals_interrupt(self) -> Iterator[None]:
-        """Pass SIGINT and SIGTERM on to the kernel. Only the main thread may set handlers."""
+    def _signals_end_it(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the notebook. Only the main thread may set handlers."""
         if threading.current_thread() is not threading.main_thread() or os.name != "posix":
             yield
             return
 
         def handle(number: int, frame: Any) -> None:
-            kernel = getattr(getattr(self.km, "provisioner", None), "pid", None)
-            if self.caught is not None or kernel is None:
+            if self.caught is not None:
                 raise KeyboardInterrupt
             self.caught = signal.Signals(number)
-            logger.warning("%s: waiting for the running cell; a second one does not wait", self.caught.name)
-            os.kill(kernel, signal.SIGINT)
+            words = f"{self.caught.name}: waiting for the running cell; a second one does not wait\n"
+            os.write(2, words.encode())  # a logger may be in the middle of a line
+            if self._begun:
+                self._interrupt()
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
+            # the command has only the notebook left to write; a program goes on
+            command = click.get_current_context(silent=True) is not None
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if command else handler)
 
 
 class InterruptibleEngine(NBClientEngine):

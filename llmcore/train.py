@@ -106,6 +106,7 @@ class Trainer:
     Attributes:
         step: optimizer steps taken.
         stop_requested: set by `stop()`: the current step is finished, then the run saves and ends.
+        interrupted: whether a signal asked for that.
 
     Raises:
         TrainingError: before anything is built or written, if this cannot work.
@@ -158,7 +159,7 @@ class Trainer:
         self.val_step: int | None = None  # the step of that validation
         self.best_loss = math.inf
         self.last_checkpoint: Path | None = None
-        self.stop_requested = False
+        self.stop_requested = self.interrupted = False
         self._save_requested = self._sample_requested = False
         self._sample_prompt: str | None = None
         self._half_a_step = False  # an error has left the weights between two steps
@@ -305,17 +306,17 @@ class Trainer:
     @contextlib.contextmanager
     def _signals_stop(self) -> Iterator[None]:
         """Let SIGINT and SIGTERM end the run after the current step. Only the main thread may set handlers."""
-        self.stop_requested = False
+        self.stop_requested = self.interrupted = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         previous: dict[int, Any] = {}
 
         def handle(number: int, frame: Any) -> None:
-            if self.stop_requested:
+            if self.interrupted:
                 signal.signal(number, previous[number])
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            self.stop_requested = self.interrupted = True
 
         for caught in (signal.SIGINT, signal.SIGTERM):
             previous[caught] = signal.signal(caught, handle)
@@ -369,8 +370,6 @@ class Trainer:
         self.step += 1
         self._half_a_step = False
         self.tokens += sum(x.numel() for x, _ in batches)
-        if finite:
-            self._train_loss = values[0]
         self._count_skipped(finite)
         seconds = time.perf_counter() - started
         return {

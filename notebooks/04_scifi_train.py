@@ -63,7 +63,7 @@ check_parameters(globals(), names + " activation_checkpointing prompt device pre
 import torch
 
 from llmcore import config, corpus, plots, widgets
-from llmcore.checkpoint import find_checkpoint, load_checkpoint
+from llmcore.checkpoint import find_checkpoint, load_checkpoint, read_config
 from llmcore.dataset import TokenDataset, prepare_dataset
 from llmcore.device import pick_device
 from llmcore.evaluate import evaluate, paired_difference, xz_bits_per_byte
@@ -81,6 +81,12 @@ from llmcore.widgets import TrainingDashboard
 
 device = str(pick_device(device))
 start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
+last_step = max_steps or config.preset(preset)[1].max_steps
+if start and (reached := read_config(start)["step"]) >= last_step:
+    raise ValueError(
+        f"max_steps={last_step}, but checkpoint_dir={shown(start)!r} is at step {reached} already: nothing is left "
+        "to train; raise max_steps, or open the checkpoint in notebook 5"
+    )
 _ = new_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe,
 _ = tracker_callback(tracker, project, output_dir)  # as is a tracker that is not installed
 
@@ -219,6 +225,8 @@ second = Trainer(
     resume="latest",
 )
 resumed_at = second.step
+
+# %%
 dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters")
 await dashboard.run(second)
 

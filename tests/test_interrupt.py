@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import pkgutil
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jupytext
 import nbformat
 import pytest
 from jupyter_client.manager import start_new_kernel
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.exceptions import PapermillExecutionError
+from papermill.execute import execute_notebook as papermill_in_process
 
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.runs import read_metrics
+
+from .test_train import quick, trainer
 
 ROOT = Path(__file__).parents[1]
 TRAIN = """
@@ -124,6 +134,168 @@ def test_jupyters_interrupt_button_saves_and_ends_the_cell_normally(
     assert checkpoint.step == read_metrics(tmp_path / "run")[-1]["step"]
 
 
+class Kernel:
+    """A real kernel, and what it answered to each cell."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        self.folder = folder
+        self.manager, self.client = start_new_kernel(cwd=str(folder))
+        self.replies: dict[str, dict[str, Any]] = {}
+
+    def reply(self, sent: str) -> dict[str, Any]:
+        while sent not in self.replies:
+            message = self.client.get_shell_msg(timeout=60)
+            self.replies[message["parent_header"]["msg_id"]] = message["content"]
+        return self.replies[sent]
+
+    def run(self, code: str, watched: bool = True) -> dict[str, Any]:
+        return self.reply(self.client.execute(code, allow_stdin=watched))
+
+    def wait_until_trained(self, steps: int = 3) -> None:
+        deadline = time.monotonic() + 60
+        while not has_trained(self.folder, steps):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    made = Kernel(tmp_path, monkeypatch)
+    yield made
+    made.client.stop_channels()
+    made.manager.shutdown_kernel(now=True)
+
+
+FIRST = "board = TrainingDashboard()\nawait board.run(one)\nfirst = one.step"
+SECOND = "two = trainer(one.run_dir, quick(max_steps=first + 5, schedule='plateau'), resume='latest')\n"
+SECOND += "await TrainingDashboard().run(two)"
+STOPS: dict[str, Callable[[Kernel], None]] = {
+    "interrupt": lambda kernel: kernel.manager.interrupt_kernel(),
+    "SIGTERM": lambda kernel: os.kill(kernel.manager.provisioner.pid, signal.SIGTERM),
+    "button": lambda kernel: None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stop_stops_run_all_and_a_person_goes_on(stop: str, kernel: Kernel) -> None:
+    assert kernel.run(DASHBOARD)["status"] == "ok"
+    if stop == "button":
+        kernel.run("one.callbacks.append(lambda event: board.stop.click() if event['step'] == 5 else None)")
+    cells = [FIRST, "Path('after').touch()", SECOND]
+    queued = [kernel.client.execute(cell) for cell in cells]  # as JupyterLab's Run All does: all at once
+    kernel.wait_until_trained()
+    STOPS[stop](kernel)
+    assert [kernel.reply(sent)["status"] for sent in queued] == ["ok", "aborted", "aborted"]
+    assert not (kernel.folder / "after").exists()
+    last = read_metrics(kernel.folder / "run")[-1]["step"]
+    assert load_checkpoint(find_checkpoint(kernel.folder / "run")).step == last
+    assert kernel.run(SECOND)["status"] == "ok"
+    assert read_metrics(kernel.folder / "run")[-1]["step"] == last + 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("watched", [False, True])
+def test_after_a_stop_no_cell_trains_by_itself(watched: bool, kernel: Kernel) -> None:
+    assert kernel.run(DASHBOARD, watched)["status"] == "ok"
+    running = kernel.client.execute(FIRST, allow_stdin=watched)  # as papermill does: one after the other
+    kernel.wait_until_trained()
+    kernel.manager.interrupt_kernel()
+    assert kernel.reply(running)["status"] == "ok"
+    last = read_metrics(kernel.folder / "run")[-1]["step"]
+    assert kernel.run("Path('after').touch()", watched)["status"] == "ok"
+    refused = kernel.run(SECOND, watched)
+    assert refused["ename"] == "RunStoppedError" and len(refused["traceback"]) == 1, refused
+    assert read_metrics(kernel.folder / "run")[-1]["step"] == last
+    assert kernel.run(SECOND, watched)["status"] == "ok"
+    assert read_metrics(kernel.folder / "run")[-1]["step"] == last + 5
+
+
+@pytest.mark.slow
+def test_after_a_stop_a_person_runs_any_cell(kernel: Kernel) -> None:
+    kernel.run(DASHBOARD + "import llmcore.dashboard\nllmcore.dashboard.BY_HAND = 0")  # whoever comes is a person
+    running = kernel.client.execute(FIRST)
+    kernel.wait_until_trained()
+    kernel.manager.interrupt_kernel()
+    assert [kernel.reply(running)["status"], *(kernel.run(cell)["status"] for cell in ("1", SECOND))] == ["ok"] * 3
+
+
+@pytest.mark.slow
+def test_a_callbacks_stop_lets_the_notebook_go_on(kernel: Kernel) -> None:
+    assert kernel.run(DASHBOARD)["status"] == "ok"
+    kernel.run("one.callbacks.append(lambda event: one.stop() if event['step'] == 5 else None)")
+    queued = [kernel.client.execute(cell) for cell in (FIRST, SECOND)]
+    assert [kernel.reply(sent)["status"] for sent in queued] == ["ok", "ok"]
+    assert read_metrics(kernel.folder / "run")[-1]["step"] == 10
+
+
+@pytest.mark.slow
+def test_a_message_during_training_is_answered_by_idle(kernel: Kernel) -> None:
+    """A page holds back what is typed until then."""
+    client = kernel.client
+    assert kernel.run(DASHBOARD)["status"] == "ok"
+    running = client.execute(FIRST)
+    opened: dict[str, str] = {}  # what each widget shows or says it is, and its comm
+    states: list[tuple[str, str]] = [("", "")]
+
+    def listen(until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not until():
+            assert time.monotonic() < deadline
+            message = client.get_iopub_msg(timeout=60)
+            content = message["content"]
+            if message["msg_type"] == "comm_open":
+                opened[content["data"]["state"].get("description", "")] = content["comm_id"]
+            elif message["msg_type"] == "status":
+                states.append((message["parent_header"].get("msg_id", ""), content["execution_state"]))
+
+    listen(lambda: {"prompt", "x axis", "stop and save"} <= set(opened))
+    kernel.wait_until_trained()
+
+    def send(widget: str, data: dict[str, Any]) -> str:
+        message = client.session.msg("comm_msg", {"comm_id": opened[widget], "data": data})
+        client.shell_channel.send(message)
+        return str(message["header"]["msg_id"])
+
+    changes: list[tuple[str, dict[str, Any]]] = [("prompt", {"value": text}) for text in ("曹", "曹操")]
+    changes += [("x axis", {"index": index}) for index in (1, 0)]
+    for widget, state in changes:
+        sent = send(widget, {"method": "update", "state": state, "buffer_paths": []})
+        listen(lambda sent=sent: (sent, "idle") in states)  # type: ignore[misc]
+    listen(lambda: states[-1] == (running, "busy"))  # the page must still see a kernel at work
+    assert (running, "idle") not in states
+    send("stop and save", {"method": "custom", "content": {"event": "click"}})
+    assert kernel.reply(running)["status"] == "ok"
+    assert kernel.run("assert board.prompt.value == '曹操' and board.log_x.value is False")["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_a_second_view_finds_the_run_that_is_going_on(kernel: Kernel) -> None:
+    """As JupyterLab's subshell console does it: in another thread, while the cell holds the kernel."""
+    client = kernel.client
+    assert kernel.run(DASHBOARD)["status"] == "ok"
+    running = client.execute(FIRST)
+    kernel.wait_until_trained()
+    client.control_channel.send(client.session.msg("create_subshell_request"))
+    subshell = client.get_control_msg(timeout=60)["content"]["subshell_id"]
+    code = "TrainingDashboard.attach()\nprint(board.panel.model_id)\nboard.stop.click()"
+    request = client.session.msg("execute_request", {"code": code, "silent": False})
+    request["header"]["subshell_id"] = subshell
+    client.shell_channel.send(request)
+    assert kernel.reply(request["header"]["msg_id"])["status"] == "ok"
+    assert kernel.reply(running)["status"] == "ok"
+    shown, said = "", ""
+    while not said:
+        message = client.get_iopub_msg(timeout=60)
+        if message["parent_header"].get("msg_id") == request["header"]["msg_id"]:
+            said = message["content"].get("text", "").strip()
+            view = message["content"].get("data", {}).get("application/vnd.jupyter.widget-view+json", {})
+            shown = view.get("model_id", shown) if isinstance(view, dict) else shown
+    assert shown == said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "slow_disk"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
@@ -157,6 +329,86 @@ def test_a_signal_in_another_cell_ends_that_cell(notebook: Path) -> None:
     assert "KeyboardInterrupt" in printed(folder)
     assert not (folder / "after").exists()
     assert not is_alive(int((folder / "kernel").read_text()))
+
+
+def touches(count: int) -> nbformat.NotebookNode:
+    """A notebook whose code cells each leave a file, with text between them."""
+    made = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    )
+    for number in range(count):
+        made.cells.append(nbformat.v4.new_code_cell(f"open('{number}', 'w').write('')"))
+        made.cells.append(nbformat.v4.new_markdown_cell("some words"))
+    return made
+
+
+MOMENTS = {  # what is about to be called when the signal comes, the call's number, the cells that run
+    "the kernel is not started": ("papermill.clientwrap.PapermillNotebookClient.start_new_kernel", 0, 0),
+    "the first cell is next": ("papermill.engines.NotebookExecutionManager.cell_start", 0, 0),
+    "text is next": ("papermill.engines.NotebookExecutionManager.cell_start", 1, 1),
+    "a cell is over": ("papermill.engines.NotebookExecutionManager.cell_complete", 2, 2),
+    "the last is over": ("papermill.engines.NotebookExecutionManager.cell_complete", 5, 3),
+    "the kernel goes": ("papermill.clientwrap.PapermillNotebookClient._cleanup_kernel", 0, 3),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_outside_a_running_cell_begins_no_other(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, number, ran = MOMENTS[moment]
+    owner, method = pkgutil.resolve_name(where.rsplit(".", 1)[0]), where.rsplit(".", 1)[1]
+    before, calls, kernels = getattr(owner, method), itertools.count(), []
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return before(*args, **kwargs)
+
+    def started(self: Any, **kwargs: Any) -> None:
+        start(self, **kwargs)
+        kernels.append(self.km.provisioner.pid)
+
+    monkeypatch.setattr(owner, method, signalled)
+    start = PapermillNotebookClient.start_new_kernel
+    monkeypatch.setattr(PapermillNotebookClient, "start_new_kernel", started)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    nbformat.write(touches(3), tmp_path / "in.ipynb")
+    with pytest.raises(SystemExit) as end:
+        papermill_in_process(
+            tmp_path / "in.ipynb", tmp_path / "out.ipynb", engine_name="llmcore", cwd=tmp_path, progress_bar=False
+        )
+    assert end.value.code == 128 + signal.SIGTERM
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == "") == [str(n) for n in range(ran)]
+    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).metadata.papermill["stopped_by"] == "SIGTERM"
+    assert not is_alive(kernels[0])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_ends_the_notebook(tmp_path: Path) -> None:
+    """Many short cells, so that many signals come between two of them, and as one begins or ends."""
+    tries, ended = 12, []
+    for attempt in range(tries):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        made = touches(60)
+        made.cells.insert(0, nbformat.v4.new_code_cell("import os\nopen('kernel', 'w').write(str(os.getpid()))"))
+        nbformat.write(made, folder / "in.ipynb")
+        with papermill(folder / "in.ipynb") as process:
+            wait_until((folder / "kernel").exists, process)
+            time.sleep(random.Random(attempt).uniform(0, 1.5))  # the moment under test
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        written = nbformat.read(folder / "out.ipynb", as_version=4)
+        last = max([int(p.name) for p in folder.iterdir() if p.name.isdecimal()], default=-1)
+        assert process.returncode == 128 + signal.SIGTERM or (process.returncode == 0 and last == 59)
+        ended.append(last)
+        assert process.returncode == 0 or written.metadata.papermill["stopped_by"] == "SIGTERM"
+        begun = sum(cell.execution_count is not None for cell in written.cells if cell.cell_type == "code")
+        assert last + 1 <= begun, "a cell ran that the notebook does not show"
+        assert not is_alive(int((folder / "kernel").read_text()))
+    assert sum(last < 59 for last in ended) > tries // 2, "the notebook is too short for this test"
 
 
 @pytest.mark.slow
@@ -202,3 +454,30 @@ def test_without_a_signal_it_is_papermill(notebook: Path) -> None:
         assert process.wait(120) == 0, process.stderr and process.stderr.read()
     assert "stopped early: False" in printed(notebook.parent)
     assert (notebook.parent / "after").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_steps", [3, 4])
+def test_notebook_4_refuses_a_resume_with_no_steps_left(
+    max_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_WORKBOOK_ROOT", str(tmp_path))
+    trainer(tmp_path / "outputs" / "runs" / "old", quick(max_steps=4)).fit()
+    before = sorted(tmp_path.rglob("*"))
+    notebook = jupytext.read(ROOT / "notebooks" / "04_scifi_train.py")
+    notebook_file = str(tmp_path / "in.ipynb")  # any file: it is not opened before the refusal
+    nbformat.write(notebook, notebook_file)
+    with pytest.raises(PapermillExecutionError, match=rf"max_steps={max_steps},.*old/step=000004.*at step 4"):
+        papermill_in_process(
+            tmp_path / "in.ipynb",
+            tmp_path / "out.ipynb",
+            {
+                "checkpoint_dir": "outputs/runs/old",
+                "max_steps": max_steps,
+                "data_dir": "outputs",
+                "tokenizer_model_file": notebook_file,
+            },
+            cwd=tmp_path,
+            progress_bar=False,
+        )
+    assert {*tmp_path.rglob("*")} == {*before, tmp_path / "in.ipynb", tmp_path / "out.ipynb"}
