@@ -132,7 +132,8 @@ def test_a_failed_llama2c_export_leaves_both_files_as_they_were(
 
 def test_a_run_of_any_name_can_be_exported(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ours = dataclasses.replace(made(tokenizer), path=Path(os.fsdecode(b"run-\xff\n"), "step=1"))
-    LlamaCpp(to_gguf(ours, tmp_path / "model.gguf"))
+    theirs = LlamaCpp(to_gguf(ours, tmp_path / "model.gguf"))
+    assert theirs.tokenize("曹操") == ours.tokenizer.encode("曹操")
 
 
 # Hugging Face
