@@ -25,13 +25,13 @@ AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 # Notebooks 1 to 5, one after the other, at their default parameters: about 7 minutes on two CPU cores. The sixth takes
 # longer, and trains what the others have shown.
 demo: $(READY)
-	$(PY) -m tests.demo
+	$(PY) -m tests.tools.demo
 
 # Everything: llmcore, the notebooks by nbval and papermill, the pairing.
 test: $(TEST_READY)
 	$(PY) -m pytest -m "not slow"
 	$(PY) -m pytest -m slow
-	$(PY) -m tests.run_nbval
+	$(PY) -m tests.tools.run_nbval
 
 # Only what takes seconds.
 test-fast: $(TEST_READY)
@@ -52,7 +52,7 @@ lab: $(READY)
 
 # Execute the notebooks and store their outputs, after an edit of their .py halves.
 notebooks: $(READY)
-	$(PY) -m tests.render
+	$(PY) -m tests.tools.render
 
 # Speed beside transformers and a plain GPT-2; quiet machines give better numbers.
 bench: $(READY)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import getpass
 import os
 import re
 import shlex
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,3 +106,45 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).split("Output:")[-1].splitlines() if line.strip()]
     said = next((line for line in lines if "error:" in line or "cannot" in line), lines[0] if lines else "")
     return f"{type(error).__name__}: {said}"[:300]
+
+
+@contextlib.contextmanager
+def always_the_same_sums(device: torch.device) -> Iterator[None]:
+    """On a CPU, let the threads of a compiled model add up in a fixed order, so that a seed gives one result.
+
+    Without this the gradient of the embeddings is summed in the order in which threads happen to arrive.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    debugging: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), debugging.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    debugging.fill_uninitialized_memory = False  # makes bugs visible, but takes time
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        debugging.fill_uninitialized_memory = before[1]
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, instead of asking the system for zeroed pages again.
+
+    An uncompiled step on a CPU gains a tenth. Tensors of 32 MiB and more are left out: among them gaps would cost
+    memory, and models with such tensors multiply for longer than pages take. Elsewhere (macOS, Windows, musl), and
+    where the environment says MALLOC_MMAP_THRESHOLD_ itself, this does nothing.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_threshold, 2**25)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how torch says so: CUDA has an exception for it, CPU and MPS have only their words."""
+    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

@@ -7,7 +7,6 @@ notebook can draw, pause or stop between two steps; `fit()` runs it to the end.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import itertools
 import math
@@ -36,10 +35,19 @@ from llmcore.checkpoint import (
 )
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED
-from llmcore.device import autocast, compiled, pick_device, pick_precision, reason
+from llmcore.device import (
+    always_the_same_sums,
+    autocast,
+    compiled,
+    is_out_of_memory,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    reason,
+)
 from llmcore.files import fsync, resolve, shown, to_json, write_atomic
 from llmcore.generate import stream
-from llmcore.memory import advice, check_memory
+from llmcore.measure.memory import advice, check_memory
 from llmcore.model import Transformer
 from llmcore.optim import back_off, build_optimizers, learning_rate_at
 from llmcore.runs import TrainingError, changes, check_writable, environment, metric_lines, nobody_at_work, only_run
@@ -737,48 +745,6 @@ def moved_in_data(before: dict[str, Any], after: dict[str, Any], step: int) -> s
             f"starts at window {here:,} of the data's order, not {there:,}, and so {what}"
         )
     return None
-
-
-@contextlib.contextmanager
-def always_the_same_sums(device: torch.device) -> Iterator[None]:
-    """On a CPU, let the threads of a compiled model add up in a fixed order, so that a seed gives one result.
-
-    Without this the gradient of the embeddings is summed in the order in which threads happen to arrive.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    debugging: Any = torch.utils.deterministic
-    before = torch.get_deterministic_debug_mode(), debugging.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("warn")
-    debugging.fill_uninitialized_memory = False  # makes bugs visible, but takes time
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before[0])
-        debugging.fill_uninitialized_memory = before[1]
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, instead of asking the system for zeroed pages again.
-
-    An uncompiled step on a CPU gains a tenth. Tensors of 32 MiB and more are left out: among them gaps would cost
-    memory, and models with such tensors multiply for longer than pages take. Elsewhere (macOS, Windows, musl), and
-    where the environment says MALLOC_MMAP_THRESHOLD_ itself, this does nothing.
-    """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(m_mmap_threshold, 2**25)
-        mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is how torch says so: CUDA has an exception for it, CPU and MPS have only their words."""
-    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _due(step: int, interval: int) -> bool:

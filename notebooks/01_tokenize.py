@@ -34,7 +34,7 @@ errors: str = "strict"  # at a file that is not UTF-8: strict stops, skip leaves
 seed: int = 0  # of the sampling of lines in very large corpora
 
 # %%
-from llmcore.parameters import check_parameters
+from llmcore.notebook.parameters import check_parameters
 
 check_parameters(globals(), "data_dir model_prefix vocab_size character_coverage errors seed")
 
@@ -43,8 +43,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from llmcore import corpus, plots, tokenizer, widgets
-from llmcore.files import one_line, readable_texts, sample_texts, shown
+from llmcore.corpus.sources import open_corpus
+from llmcore.corpus.texts import readable_texts, sample_texts
+from llmcore.corpus.train_tokenizer import compression_by_vocab_size, train_tokenizer
+from llmcore.files import one_line, shown
+from llmcore.notebook import plots, widgets
+from llmcore.tokenizer import Tokenizer
 
 # %% [markdown]
 # ## The text
@@ -52,7 +56,7 @@ from llmcore.files import one_line, readable_texts, sample_texts, shown
 # parts; the tokenizer learns from a sample of up to 100 megabytes of its lines.
 
 # %%
-folder = corpus.open_corpus(data_dir)
+folder = open_corpus(data_dir)
 files, refused = readable_texts(folder, errors)
 texts = sample_texts(files)
 print(*(f"left out: {one_line(f'{name}: {reason}')}\n" for name, reason in refused.items()), sep="", end="")
@@ -74,7 +78,7 @@ plots.length_histogram([len(t) for t in texts], "characters", f"{len(texts)} doc
 # unknown. If the vocabulary is too small for the characters, the error says what to change.
 
 # %%
-tok = tokenizer.train_tokenizer(files, model_prefix, vocab_size, character_coverage=character_coverage, seed=seed)
+tok = train_tokenizer(files, model_prefix, vocab_size, character_coverage=character_coverage, seed=seed)
 print(f"wrote {shown(model_prefix)}.model and .vocab")
 
 # %% tags=["nbval-check-output"]
@@ -114,8 +118,8 @@ print(f"unknown tokens: {ids.count(tok.unk_id)}")
 # %%
 sizes = [int(vocab_size * factor) for factor in (0.7, 1, 1.5, 2, 3, 4)]
 with tempfile.TemporaryDirectory() as scratch:
-    ratios = tokenizer.compression_by_vocab_size(files, sizes, Path(scratch), character_coverage=character_coverage)
-    largest = tokenizer.Tokenizer(Path(scratch, f"vocab-{max(ratios)}.model")) if ratios else tok
+    ratios = compression_by_vocab_size(files, sizes, Path(scratch), character_coverage=character_coverage)
+    largest = Tokenizer(Path(scratch, f"vocab-{max(ratios)}.model")) if ratios else tok
 
 # %%
 ratios = ratios or {tok.vocab_size: characters / len(ids)}  # a very small text supports no other size

@@ -32,23 +32,26 @@ preset: str = "scifi-mini"  # whose training plan to lay beside this corpus
 seed: int = 0  # of the order of the windows
 
 # %%
-from llmcore.parameters import check_parameters
+from llmcore.notebook.parameters import check_parameters
 
 check_parameters(globals(), "data_dir tokenizer_model_file dataset_dir val_fraction errors context_size preset seed")
 
 # %%
 import numpy as np
 
-from llmcore import config, corpus, plots, widgets
-from llmcore.dataset import TokenDataset, prepare_dataset
-from llmcore.files import find_texts, one_line, shown, text_blocks, text_name
-from llmcore.planner import TOKENS_PER_PARAMETER, plan
-from llmcore.prepare import held_out_share
+from llmcore import config
+from llmcore.corpus.prepare import held_out_share, prepare_dataset
+from llmcore.corpus.sources import open_corpus
+from llmcore.corpus.texts import find_texts, text_blocks, text_name
+from llmcore.dataset import TokenDataset
+from llmcore.files import one_line, shown
+from llmcore.measure.planner import TOKENS_PER_PARAMETER, plan
+from llmcore.notebook import plots, widgets
 from llmcore.tokenizer import Tokenizer
 
 # %%
 tok = Tokenizer(tokenizer_model_file)
-folder = corpus.open_corpus(data_dir)
+folder = open_corpus(data_dir)
 
 # %% [markdown]
 # ## Text to token files

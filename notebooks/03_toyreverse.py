@@ -32,21 +32,22 @@ device: str = "auto"  # auto, cpu, cuda, mps
 seed: int = 0  # of the initial weights and the training strings
 
 # %%
-from llmcore.parameters import check_parameters
+from llmcore.notebook.parameters import check_parameters
 
 check_parameters(globals(), "preset output_dir max_steps test_strings prompt device seed")
 
 # %%
 import torch
 
-from llmcore import config, plots, reverse, widgets
+from llmcore import config
 from llmcore.device import pick_device
 from llmcore.model import Transformer
+from llmcore.notebook import plots, toy_reverse, widgets
 from llmcore.runs import new_run_dir
 from llmcore.train import Trainer
 
 device = str(pick_device(device))
-_ = reverse.encode(prompt)  # refuses, by name, what the task cannot spell
+_ = toy_reverse.encode(prompt)  # refuses, by name, what the task cannot spell
 
 # %% [markdown]
 # ## The task as a language model sees it
@@ -54,21 +55,21 @@ _ = reverse.encode(prompt)  # refuses, by name, what the task cannot spell
 # to say each next token, but only from the separator on: the string itself is random, there is nothing to learn in it.
 
 # %%
-data = reverse.ReverseData()
+data = toy_reverse.ReverseData()
 x, y = data.batch(step=0, batch_size=64, seed=seed)
 row = int(((y >= 0).sum(1) - 10).abs().argmin())
-print("reads:", " ".join(reverse.show(x[row].tolist())[:30]))
-print("says: ", " ".join(reverse.show(y[row].tolist())[:30]))
+print("reads:", " ".join(toy_reverse.show(x[row].tolist())[:30]))
+print("says: ", " ".join(toy_reverse.show(y[row].tolist())[:30]))
 
 # %% tags=["nbval-check-output"]
-print("x", tuple(x.shape), "- y", tuple(y.shape), "- vocabulary", reverse.VOCAB_SIZE)
-print("encode, decode:", reverse.encode("aZ9"), reverse.decode(reverse.encode("aZ9")))
+print("x", tuple(x.shape), "- y", tuple(y.shape), "- vocabulary", toy_reverse.VOCAB_SIZE)
+print("encode, decode:", toy_reverse.encode("aZ9"), toy_reverse.decode(toy_reverse.encode("aZ9")))
 
 # %%
 model_config, train_config = config.preset(preset)
 train_config = train_config.replace(seed=seed, **({"max_steps": max_steps} if max_steps else {}))
 torch.manual_seed(seed)
-model = Transformer(model_config.replace(vocab_size=reverse.VOCAB_SIZE))
+model = Transformer(model_config.replace(vocab_size=toy_reverse.VOCAB_SIZE))
 
 # %% tags=["nbval-check-output"]
 parameters = sum(p.numel() for p in model.parameters())
@@ -85,14 +86,14 @@ print(f"{tokens:,} tokens of training, padding included, at most 3.5 million: {t
 trainer = Trainer(
     model,
     data,
-    reverse.ReverseData(),
+    toy_reverse.ReverseData(),
     train_config.replace(sample_prompt=prompt),
     new_run_dir(output_dir, "toy-reverse"),
     device=device,
-    sampler=lambda text: " → " + reverse.answers(model, [text])[0],
+    sampler=lambda text: " → " + toy_reverse.answers(model, [text])[0],
 )
-probe = reverse.random_strings(300, reverse.MAX_LENGTH, seed=seed + 1)
-trainer.callbacks.append(reverse.measure_exact_match(model, probe))
+probe = toy_reverse.random_strings(300, toy_reverse.MAX_LENGTH, seed=seed + 1)
+trainer.callbacks.append(toy_reverse.measure_exact_match(model, probe))
 
 # %%
 dashboard = widgets.TrainingDashboard(
@@ -107,21 +108,21 @@ await dashboard.run(trainer)
 
 # %%
 model.eval()
-texts = reverse.random_strings(test_strings, reverse.MAX_LENGTH, seed=12345)
-score = reverse.exact_match(model, texts)
+texts = toy_reverse.random_strings(test_strings, toy_reverse.MAX_LENGTH, seed=12345)
+score = toy_reverse.exact_match(model, texts)
 print(f"exact match on {test_strings:,} held-out strings of 32 characters: {score:.2%}")
 
 # %% tags=["nbval-check-output"]
 print(f"exact match ≥ 99.9%: {score >= 0.999}")
-print(f"{prompt!r} reversed: {reverse.answers(model, [prompt])[0]!r}")
-print(f"that is right: {reverse.answers(model, [prompt])[0] == prompt[::-1]}")
+print(f"{prompt!r} reversed: {toy_reverse.answers(model, [prompt])[0]!r}")
+print(f"that is right: {toy_reverse.answers(model, [prompt])[0] == prompt[::-1]}")
 
 # %%
 lengths = (1, 2, 4, 8, 16, 24, 32)
 print(f"{'prompt':34}{'truth':34}{'answer':34}")
 for length in lengths:
-    [text] = reverse.random_strings(1, length, seed=7)
-    [answer] = reverse.answers(model, [text])
+    [text] = toy_reverse.random_strings(1, length, seed=7)
+    [answer] = toy_reverse.answers(model, [text])
     print(f"{text:34}{text[::-1]:34}{answer:34}{'✓' if answer == text[::-1] else '✗'}")
 
 # %% [markdown]
@@ -134,7 +135,7 @@ for length in lengths:
 # %%
 short = prompt[:12]
 n = len(short)
-ids = [*reverse.question(short), *reverse.encode(short[::-1])]
+ids = [*toy_reverse.question(short), *toy_reverse.encode(short[::-1])]
 weights = model.attention_weights(torch.tensor([ids], device=device))[:, 0].cpu()
 labels = ["^", *short, "|", *short[::-1]]
 plots.attention_maps(weights, labels, "Writing the answer, layer 2 walks back through the string")
@@ -165,8 +166,8 @@ widgets.ReversalExplorer(model, prompt)
 # %% [markdown]
 # ## What to try next
 # - `max_steps = 200`: which characters of a long string go wrong first?
-# - Why are half of the training strings made of few letters? Set `FEW` in `llmcore/reverse.py` to 32 and see what
-#   becomes of strings in which a letter comes twice.
+# - Why are half of the training strings made of few letters? Set `FEW` in `llmcore/notebook/toy_reverse.py` to 32 and
+#   see what becomes of strings in which a letter comes twice.
 # - Strings longer than 32: why can the model not go on as before?
 # - Another seed: does the same head take on the copying?
 #

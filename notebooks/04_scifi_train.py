@@ -53,7 +53,7 @@ thorough: bool = True  # measure speed and memory first, evaluate all held-out t
 seed: int = 0  # of the initial weights and the order of the data
 
 # %%
-from llmcore.parameters import check_parameters
+from llmcore.notebook.parameters import check_parameters
 
 names = "preset data_dir tokenizer_model_file dataset_dir val_fraction errors output_dir project checkpoint_dir"
 names += " init_step context_size dim n_layers n_heads max_steps batch_size grad_accum_steps learning_rate weight_decay"
@@ -62,22 +62,26 @@ check_parameters(globals(), names + " activation_checkpointing prompt device pre
 # %%
 import torch
 
-from llmcore import config, corpus, plots, widgets
+from llmcore import config
 from llmcore.checkpoint import find_checkpoint, load_checkpoint, read_config
-from llmcore.dataset import TokenDataset, prepare_dataset
+from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus.sources import open_corpus
+from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
-from llmcore.evaluate import evaluate, paired_difference, xz_bits_per_byte
 from llmcore.files import shown
-from llmcore.memory import check_memory, predict_memory
+from llmcore.measure.compare_runs import find_runs
+from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
+from llmcore.measure.memory import check_memory, predict_memory
+from llmcore.measure.ngram import evaluate_ngram
+from llmcore.measure.planner import measure_memory, plan
 from llmcore.model import Transformer
-from llmcore.ngram import evaluate_ngram
-from llmcore.planner import measure_memory, plan
-from llmcore.runs import find_runs, new_run_dir, read_metrics
-from llmcore.summary import write_index
+from llmcore.notebook import plots, widgets
+from llmcore.notebook.run_page import write_index
+from llmcore.notebook.trackers import tracker_callback
+from llmcore.notebook.widgets import TrainingDashboard
+from llmcore.runs import new_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
-from llmcore.trackers import tracker_callback
 from llmcore.train import Trainer
-from llmcore.widgets import TrainingDashboard
 
 device = str(pick_device(device))
 start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
@@ -100,7 +104,7 @@ model_config, train_config = config.preset(preset)
 window = context_size or model_config.max_seq_len
 shape = {name: value for name in ("dim", "n_layers", "n_heads") if (value := globals()[name]) is not None}
 model_config = model_config.replace(vocab_size=tok.vocab_size, max_seq_len=window, **shape)
-manifest = prepare_dataset(corpus.open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
+manifest = prepare_dataset(open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
 

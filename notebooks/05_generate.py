@@ -35,7 +35,7 @@ device: str = "auto"  # auto, cpu, cuda, mps
 seed: int = 0  # the same seed writes the same text
 
 # %%
-from llmcore.parameters import check_parameters
+from llmcore.notebook.parameters import check_parameters
 
 names = "checkpoint_dir output_dir prompt max_new_tokens temperature top_k top_p min_p repetition_penalty device seed"
 check_parameters(globals(), names)
@@ -45,14 +45,16 @@ import time
 
 import torch
 
-from llmcore import plots, widgets
 from llmcore.checkpoint import checkpoints, load_checkpoint, loss_in_words
 from llmcore.device import pick_device
-from llmcore.export import from_hf, to_gguf, to_hf, to_llama2c
 from llmcore.files import resolve, shown
+from llmcore.formats.gguf import to_gguf
+from llmcore.formats.huggingface import from_hf, to_hf
+from llmcore.formats.llama2c import to_llama2c
 from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
+from llmcore.measure.compare_runs import find_runs
+from llmcore.notebook import plots, widgets
 from llmcore.quantize import int8_weights
-from llmcore.runs import find_runs
 
 device = str(pick_device(device))
 

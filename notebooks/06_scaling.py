@@ -45,7 +45,7 @@ device: str = "auto"  # auto, cpu, cuda, mps
 seed: int = 0  # of the runs and of the resampling
 
 # %%
-from llmcore.parameters import check_parameters
+from llmcore.notebook.parameters import check_parameters
 
 names = "preset data_dir tokenizer_model_file dataset_dir val_fraction errors output_dir dims budgets held_back_dim"
 names += " held_back_epochs context_size batch_size learning_rate min_steps"
@@ -54,13 +54,16 @@ check_parameters(globals(), names + " workers device seed")
 # %%
 import numpy as np
 
-from llmcore import config, corpus, plots, widgets
-from llmcore.dataset import TokenDataset, prepare_dataset
+from llmcore import config
+from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus.sources import open_corpus
+from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
 from llmcore.files import resolve
+from llmcore.measure.scaling import FEWEST, fit_scaling, valley
+from llmcore.measure.sweep import isoflop_grid, planned_run, result, run_sweep, sized
+from llmcore.notebook import plots, widgets
 from llmcore.runs import new_run_dir
-from llmcore.scaling import FEWEST, fit_scaling, valley
-from llmcore.sweep import isoflop_grid, planned_run, result, run_sweep, sized
 from llmcore.tokenizer import Tokenizer
 
 device = str(pick_device(device))
@@ -81,7 +84,7 @@ _ = new_run_dir(output_dir, "a-run")  # a folder that cannot be written is refus
 tok = Tokenizer(tokenizer_model_file)
 base, _ = config.preset(preset)
 base = base.replace(vocab_size=tok.vocab_size, max_seq_len=context_size or base.max_seq_len)
-prepare_dataset(corpus.open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
+prepare_dataset(open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
 epoch = len(TokenDataset(dataset_dir, "train", base.max_seq_len).tokens)
 
 # %%

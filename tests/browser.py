@@ -28,7 +28,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from llmcore.checkpoint import checkpoints
-from llmcore.corpus import fetch
+from llmcore.corpus.sources import fetch
 from llmcore.files import PROJECT_ROOT
 from llmcore.runs import read_metrics
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llmcore.corpus import fetch
-from llmcore.files import PROJECT_ROOT, find_texts
-from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.corpus.sources import fetch
+from llmcore.corpus.texts import find_texts
+from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.files import PROJECT_ROOT
+from llmcore.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ from llmcore.checkpoint import (
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .tiny import random_ids, tiny_model
+from .helpers import random_ids, tiny_model
 
 FILES = ["config.json", "model.safetensors", "trainer_state.json", "trainer_state.safetensors"]
 

@@ -18,12 +18,12 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from llmcore.checkpoint import find_checkpoint
-from llmcore.planner import measure_speed
+from llmcore.measure.planner import measure_speed
 from llmcore.runs import TrainingError
 from llmcore.train import Trainer
 
+from .helpers import Batches, quick, tiny_config, tiny_model
 from .test_train import ROOT, assert_same_tensors, numbers, state
-from .tiny import Batches, quick, tiny_config, tiny_model
 
 LONG = {"max_steps": 10**7, "schedule": "wsd"}  # worth compiling
 
@@ -108,7 +108,7 @@ RUN = """
 import sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
-from tests.tiny import Batches, quick, tiny_model
+from tests.helpers import Batches, quick, tiny_model
 from llmcore.train import Trainer
 
 config = quick(compile=sys.argv[2], max_steps=10**7)
@@ -136,7 +136,7 @@ def real_run(folder: Path, compile: str, **environment: str) -> str:
 
 
 OPTIMIZED = """
-from tests.tiny import tiny_model, random_ids, quick
+from tests.helpers import tiny_model, random_ids, quick
 from llmcore.optim import build_optimizers
 
 model = tiny_model()

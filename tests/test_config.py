@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmcore.config import PRESETS, ConfigError, ModelConfig, TrainConfig, preset
 from llmcore.model import Transformer
 
-from .tiny import tiny_config
+from .helpers import tiny_config
 
 SIZES = {"scifi-117M": (116.6e6, 0.05e6), "scifi-1.5B": (1.504e9, 0.5e6), "zhwiki-2.46B": (2.46e9, 5e6)}
 

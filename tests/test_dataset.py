@@ -16,9 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcore.dataset import IGNORED, DatasetError, TokenDataset, prepare_dataset, verify_dataset
-from llmcore.files import find_texts
-from llmcore.prepare import _held_out
+from llmcore.corpus.prepare import _held_out, prepare_dataset
+from llmcore.corpus.texts import find_texts
+from llmcore.dataset import IGNORED, DatasetError, TokenDataset, verify_dataset
 from llmcore.tokenizer import Tokenizer
 
 HASHED = {"sha256": "bin", "offsets_sha256": "offsets", "hashes_sha256": "hashes"}

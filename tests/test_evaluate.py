@@ -16,15 +16,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcore.dataset import DatasetError, TokenDataset, prepare_dataset
-from llmcore.evaluate import Evaluation, Score, bootstrap_interval, evaluate, paired_difference, xz_bits_per_byte
-from llmcore.files import find_texts, read_text
+from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus.texts import find_texts, read_text
+from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.dataset import DatasetError, TokenDataset
+from llmcore.measure.evaluate import (
+    Evaluation,
+    Score,
+    bootstrap_interval,
+    evaluate,
+    paired_difference,
+    xz_bits_per_byte,
+)
+from llmcore.measure.ngram import NGram, evaluate_ngram
 from llmcore.model import Transformer
-from llmcore.ngram import NGram, evaluate_ngram
-from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.tokenizer import Tokenizer
 
+from .helpers import quick, tiny_model
 from .test_train import trainer
-from .tiny import quick, tiny_model
 
 VOCABULARY = 330
 

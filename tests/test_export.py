@@ -34,11 +34,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
-from llmcore.export import FormatError, from_hf, from_meta, to_gguf, to_hf, to_llama2c
+from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.formats.gguf import to_gguf
+from llmcore.formats.huggingface import from_hf, to_hf
+from llmcore.formats.llama2c import to_llama2c
+from llmcore.formats.meta import from_meta
+from llmcore.formats.shared import FormatError
 from llmcore.generate import generate_ids
-from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.tokenizer import Tokenizer
 
-from .tiny import random_ids, tiny_model
+from .helpers import random_ids, tiny_model
 
 # tied or not, grouped queries or not, weights in float32 or bfloat16
 MATRIX = [
@@ -275,7 +280,7 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmcore.export.save_file", full)
+    monkeypatch.setattr("llmcore.formats.huggingface.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         to_hf(made(None, n_layers=1), tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == before

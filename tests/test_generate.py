@@ -19,7 +19,7 @@ from llmcore.generate import generate, generate_ids, next_token_probabilities, p
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .tiny import random_ids, tiny_model
+from .helpers import random_ids, tiny_model
 
 GREEDY = {"temperature": 0.0}
 

@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmcore.checkpoint import load_checkpoint
-from llmcore.export import to_hf
-from llmcore.hub import HubError, from_hub, push_to_hub, write_card
-from llmcore.hub_token import hub_failure, hub_token
+from llmcore.files import hub_failure, hub_token
+from llmcore.formats.hub import HubError, from_hub, push_to_hub, write_card
+from llmcore.formats.huggingface import to_hf
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
 
+from .helpers import Batches, quick, tiny_model
 from .test_corpus import Answer, Hub
-from .tiny import Batches, quick, tiny_model
 
 REPO, TOKEN = "someone/novels-mini", "hf_" + "x1y2z3" * 5
 
@@ -128,7 +128,7 @@ def elsewhere(program: str, endpoint: str, home: Path, **more: str) -> subproces
     """Run a program in a process of its own: the library reads its endpoint when it is imported."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "2", **more}
-    start = "from llmcore.hub import from_hub, push_to_hub\nfrom pathlib import Path\n"
+    start = "from llmcore.formats.hub import from_hub, push_to_hub\nfrom pathlib import Path\n"
     command = [sys.executable, "-c", start + program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -215,7 +215,9 @@ def test_after_a_stop_no_cell_trains_by_itself(watched: bool, kernel: Kernel) ->
 
 @pytest.mark.slow
 def test_after_a_stop_a_person_runs_any_cell(kernel: Kernel) -> None:
-    kernel.run(DASHBOARD + "import llmcore.dashboard\nllmcore.dashboard.BY_HAND = 0")  # whoever comes is a person
+    kernel.run(
+        DASHBOARD + "import llmcore.notebook.dashboard\nllmcore.dashboard.BY_HAND = 0"
+    )  # whoever comes is a person
     running = kernel.client.execute(FIRST)
     kernel.wait_until_trained()
     kernel.manager.interrupt_kernel()

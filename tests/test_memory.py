@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llmcore import memory
 from llmcore.config import PRESETS, ModelConfig, TrainConfig
 from llmcore.files import PROJECT_ROOT
-from llmcore.memory import available_memory, block_activations, predict_memory
+from llmcore.measure import memory
+from llmcore.measure.memory import available_memory, block_activations, predict_memory
+from llmcore.measure.planner import RandomTokens
 from llmcore.model import Block, rope_table
-from llmcore.planner import RandomTokens
 from llmcore.runs import TrainingError
 from llmcore.train import Trainer
 
-from .tiny import Batches, quick, tiny_config, tiny_model
+from .helpers import Batches, quick, tiny_config, tiny_model
 
 SHAPE = ModelConfig(vocab_size=500, dim=128, n_layers=3, n_heads=4, hidden_dim=384, max_seq_len=128)
 

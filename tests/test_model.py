@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llmcore.model
 from llmcore.model import KVCache, Transformer, apply_rope, rope_table
 
-from .tiny import random_ids, tiny_model
+from .helpers import random_ids, tiny_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "heads": {},

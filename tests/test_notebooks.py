@@ -18,7 +18,7 @@ import pytest
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from tests.render import NOTEBOOKS, source_hash
+from tests.tools.render import NOTEBOOKS, source_hash
 
 ALL = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcore import plots
-from llmcore.runs import find_runs, summarize, validations
-from llmcore.summary import write_index
-from llmcore.sweep import SweepError, finished
-from llmcore.widgets import run_table
+from llmcore.measure.compare_runs import find_runs, summarize, validations
+from llmcore.measure.sweep import SweepError, finished
+from llmcore.notebook import plots
+from llmcore.notebook.run_page import write_index
+from llmcore.notebook.widgets import run_table
 
+from .helpers import quick
 from .test_train import trainer
-from .tiny import quick
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmcore import export, files, widgets
+from llmcore import files
 from llmcore.checkpoint import load_checkpoint, save_checkpoint
 from llmcore.files import one_line, shown
+from llmcore.formats.gguf import to_gguf
+from llmcore.formats.huggingface import to_hf
+from llmcore.formats.llama2c import to_llama2c
 from llmcore.generate import generate, stream
-from llmcore.markup import SHOWN, ending, escaped, visible
-from llmcore.summary import write_index
+from llmcore.notebook import widgets
+from llmcore.notebook.run_page import write_index
+from llmcore.notebook.safe_html import SHOWN, ending, escaped, visible
+from llmcore.notebook.trackers import tracker_callback
 from llmcore.tokenizer import Tokenizer
-from llmcore.trackers import tracker_callback
 
+from .helpers import quick, tiny_model
 from .test_train import trainer
-from .tiny import quick, tiny_model
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 ACTS = {"Cc", "Cs", "Zl", "Zp"}  # controls, half surrogates, separators of lines and paragraphs
@@ -123,7 +127,7 @@ def test_an_export_that_cannot_be_written_is_left_out_with_a_word(
     save_checkpoint(tmp_path / "run", tiny_model(vocab_size=tokenizer.vocab_size), tokenizer, step=3, loss=2.0)
     space = {"checkpoint": load_checkpoint(tmp_path / "run"), "torch": torch, "widgets": widgets}
     space |= {name: getattr(files, name) for name in ("resolve", "shown")}
-    space |= {name: getattr(export, name) for name in ("to_hf", "to_llama2c", "to_gguf")}
+    space |= {"to_hf": to_hf, "to_llama2c": to_llama2c, "to_gguf": to_gguf}
     exec(cell("05_generate", "export_dir = "), space)
     assert space["hf_dir"] is None and "left out, since outputs/export/run" in capsys.readouterr().out
     exec(cell("05_generate", "logits agree within"), space)  # goes on without

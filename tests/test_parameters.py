@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcore.files import PROJECT_ROOT
-from llmcore.parameters import PARAMETERS, ParameterError, check_parameters
+from llmcore.notebook.parameters import PARAMETERS, ParameterError, check_parameters
 
 
 def checked(**values: Any) -> dict[str, Any]:

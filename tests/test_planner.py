@@ -11,12 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmcore.config import PRESETS, ModelConfig, TrainConfig
-from llmcore.memory import predict_memory
+from llmcore.measure.memory import predict_memory
+from llmcore.measure.planner import RandomTokens, largest_batch, measure_memory, measure_speed, plan
 from llmcore.model import Transformer
-from llmcore.planner import RandomTokens, largest_batch, measure_memory, measure_speed, plan
 from llmcore.train import Trainer
 
-from .tiny import Batches, quick, random_ids, tiny_config, tiny_model
+from .helpers import Batches, quick, random_ids, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("name", PRESETS)

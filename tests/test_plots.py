@@ -18,12 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image
 
-from llmcore import plots, style
-from llmcore.evaluate import Evaluation, Score
-from llmcore.runs import find_runs, read_metrics
+from llmcore.measure.compare_runs import find_runs
+from llmcore.measure.evaluate import Evaluation, Score
+from llmcore.notebook import plots
+from llmcore.notebook.plots import style
+from llmcore.runs import read_metrics
 
+from .helpers import quick, tiny_config
 from .test_train import trainer
-from .tiny import quick, tiny_config
 
 
 def events(steps: int) -> list[dict[str, float]]:

@@ -19,10 +19,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmcore import prepare
-from llmcore.dataset import DatasetError, TokenDataset, prepare_dataset, verify_dataset
-from llmcore.files import cut_text, find_texts, read_text, sample_texts, split_long, text_blocks
-from llmcore.tokenizer import Tokenizer, sentences, train_tokenizer
+from llmcore.corpus import prepare
+from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus.texts import cut_text, find_texts, read_text, sample_texts, split_long, text_blocks
+from llmcore.corpus.train_tokenizer import sentences, train_tokenizer
+from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
+from llmcore.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILL_ROUNDS", "8"))
@@ -241,7 +243,7 @@ PREPARE = """
 import os, signal, sys
 from pathlib import Path
 from typing import Any
-from llmcore import prepare
+from llmcore.corpus import prepare
 from llmcore.tokenizer import Tokenizer
 
 texts, model, folder, left = *map(Path, sys.argv[1:4]), int(sys.argv[4])

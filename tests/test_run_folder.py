@@ -23,7 +23,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcore import plots
 from llmcore.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -34,17 +33,20 @@ from llmcore.checkpoint import (
     read_manifest,
     save_checkpoint,
 )
-from llmcore.dashboard import TrainingDashboard, facts
-from llmcore.dataset import TokenDataset, prepare_dataset
-from llmcore.hub import model_card
-from llmcore.runs import TrainingError, find_runs, read_metrics, summarize
-from llmcore.summary import write_summary
-from llmcore.tokenizer import train_tokenizer
+from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.dataset import TokenDataset
+from llmcore.formats.hub import model_card
+from llmcore.measure.compare_runs import find_runs, summarize
+from llmcore.notebook import plots
+from llmcore.notebook.dashboard import TrainingDashboard, facts
+from llmcore.notebook.run_page import write_summary
+from llmcore.runs import TrainingError, read_metrics
 from llmcore.train import Event, Trainer
 
+from .helpers import Batches, quick, tiny_model
 from .test_sweep import example
 from .test_train import ROOT, assert_same_tensors, numbers, state, trainer, weights
-from .tiny import Batches, quick, tiny_model
 
 MANY = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # str.splitlines cuts at each

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcore.scaling import ScalingError, ScalingLaw, fit_scaling, valley
+from llmcore.measure.scaling import ScalingError, ScalingLaw, fit_scaling, valley
 
 TRUE = ScalingLaw(*map(np.float64, (1.8, 30.0, 300.0, 0.3, 0.4)))
 LARGER = 2.2e6, 1.8e6

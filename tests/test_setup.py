@@ -140,7 +140,9 @@ def test_every_make_target_runs_in_a_folder_of_any_name(checkout: Path, active: 
     calls = make(checkout, *TARGETS, active=active)
     assert {place for place, _, _ in calls} == {str(checkout)}
     modules = [words[words.index("-m") + 1] for _, _, words in calls]
-    assert {"pip", "tests.demo", "pytest", "mypy", "jupyterlab", "tests.render", "tests.benchmarks"} < set(modules)
+    assert {"pip", "tests.tools.demo", "pytest", "mypy", "jupyterlab", "tests.tools.render", "tests.benchmarks"} < set(
+        modules
+    )
     assert ("venv" in modules) is not active
     [(_, config, words)] = [call for call in calls if "jupyterlab" in call[2]]
     assert config == str(checkout / ".jupyter")

@@ -12,18 +12,20 @@ import nbformat
 import pytest
 
 from llmcore.config import preset
+from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
-from llmcore.runs import read_metrics, read_run
-from llmcore.sweep import SweepError, finished, isoflop_grid, result, run_sweep, sized
-from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.measure.compare_runs import read_run
+from llmcore.measure.sweep import SweepError, finished, isoflop_grid, result, run_sweep, sized
+from llmcore.runs import read_metrics
+from llmcore.tokenizer import Tokenizer
 
+from .helpers import quick, tiny_config
 from .test_train import trainer
-from .tiny import quick, tiny_config
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 TRAINS = """
 from tests.test_train import trainer
-from tests.tiny import quick
+from tests.helpers import quick
 trainer(f"{output_dir}/{project}", quick(max_steps=max_steps), resume=checkpoint_dir).fit()
 """
 

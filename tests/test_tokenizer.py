@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmcore.files import cut_text, find_texts, read_text, split_long
-from llmcore.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+from llmcore.corpus.texts import cut_text, find_texts, read_text, split_long
+from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.tokenizer import Tokenizer, TokenizerError
 
 STRANGE = [
     "",

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llmcore.notebook.trackers import tracker_callback
 from llmcore.runs import read_metrics
-from llmcore.trackers import tracker_callback
 from llmcore.train import Trainer
 
-from .tiny import Batches, quick, tiny_model
+from .helpers import Batches, quick, tiny_model
 
 
 def trained(run_dir: Path, callback: Any, **options: Any) -> Trainer:

@@ -32,7 +32,7 @@ from llmcore.runs import TrainingError, new_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Event, Trainer, TrainResult
 
-from .tiny import Batches, quick, tiny_model
+from .helpers import Batches, quick, tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -350,7 +350,7 @@ def test_stops_anywhere_change_nothing(
 SEEDED = """
 import hashlib, sys, torch
 from pathlib import Path
-from tests.tiny import Batches, quick, tiny_model
+from tests.helpers import Batches, quick, tiny_model
 from llmcore.train import Trainer
 
 torch.set_num_threads(4)

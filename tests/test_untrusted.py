@@ -25,15 +25,14 @@ from torch import Tensor
 import llmcore.dataset
 from llmcore.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from llmcore.config import ConfigError, ModelConfig
-from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
-from llmcore.export import to_hf
+from llmcore.corpus.token_files import finish_split, publish, write_manifest
+from llmcore.dataset import SPLITS, DatasetError, TokenDataset, verify_dataset
 from llmcore.files import check_json, read_json
-from llmcore.foreign import from_hf
-from llmcore.token_files import SPLITS, finish_split, publish, write_manifest
+from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import SAVED, Trainer
 
-from .tiny import Batches, quick, tiny_config, tiny_model
+from .helpers import Batches, quick, tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[1]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
@@ -447,7 +446,7 @@ SAVING = """
 import sys
 from pathlib import Path
 from llmcore.checkpoint import prune_checkpoints, save_checkpoint
-from tests.tiny import tiny_model
+from tests.helpers import tiny_model
 run, model, step = Path(sys.argv[1]), tiny_model(), 0
 while True:
     step += 1

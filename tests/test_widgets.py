@@ -18,24 +18,26 @@ import pytest
 import torch
 from IPython.display import HTML
 
-from llmcore import reverse
 from llmcore.checkpoint import checkpoints, save_checkpoint
 from llmcore.config import ModelConfig
-from llmcore.dashboard import TrainingDashboard, duration, facts
-from llmcore.dataset import TokenDataset, prepare_dataset
-from llmcore.explorers import DataExplorer, ReversalExplorer, TokenExplorer
+from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.dataset import TokenDataset
 from llmcore.generate import generate
-from llmcore.markup import boxes, escaped, show_piece, table, visible
 from llmcore.model import Transformer
-from llmcore.plots import png
+from llmcore.notebook import toy_reverse
+from llmcore.notebook.dashboard import TrainingDashboard, duration, facts
+from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
+from llmcore.notebook.plots import png
+from llmcore.notebook.safe_html import boxes, escaped, show_piece, table, visible
+from llmcore.notebook.widgets import run_table
+from llmcore.notebook.writing import WritingPanel, odds
 from llmcore.runs import read_metrics
-from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.tokenizer import Tokenizer
 from llmcore.train import Event, Trainer
-from llmcore.widgets import run_table
-from llmcore.writing import WritingPanel, odds
 
+from .helpers import quick, tiny_model
 from .test_train import trainer
-from .tiny import quick, tiny_model
 
 HOSTILE = "<script>window.owned = true</script> \x1b[31mred\x1b[0m <img src=x onerror=alert(1)> \u202eback & \x00 $x$"
 
@@ -64,7 +66,7 @@ class Screen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shown: list[Any] = []
-        monkeypatch.setattr("llmcore.dashboard.display", self.display)
+        monkeypatch.setattr("llmcore.notebook.dashboard.display", self.display)
 
     def display(self, thing: Any, **_: Any) -> Screen:
         self.shown.append(thing)
@@ -182,7 +184,7 @@ def test_drawing_takes_a_hundredth_of_the_time(
     tmp_path: Path, watched: None, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, drawn = 0.0, []
-    monkeypatch.setattr("llmcore.dashboard.time", types.SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("llmcore.notebook.dashboard.time", types.SimpleNamespace(perf_counter=lambda: now))
 
     def picture_changed(_: Any) -> None:
         nonlocal now
@@ -234,7 +236,7 @@ def test_a_paused_run_saves_and_samples_at_once(tmp_path: Path, watched: None, s
 def test_a_prompt_that_cannot_be_sampled_is_said_and_the_run_goes_on(
     tmp_path: Path, watched: None, screen: Screen
 ) -> None:
-    run = trainer(tmp_path / "run", quick(max_steps=100_000), sampler=lambda text: "".join(reverse.encode(text)))
+    run = trainer(tmp_path / "run", quick(max_steps=100_000), sampler=lambda text: "".join(toy_reverse.encode(text)))
     person = Person(run)
     board = person.dashboard
 
@@ -384,17 +386,24 @@ def test_the_jump_box_says_what_it_does_not_find_and_what_is_near(small_data: tu
 @pytest.fixture
 def toy() -> Transformer:
     torch.manual_seed(0)
-    shape = {"vocab_size": reverse.VOCAB_SIZE, "dim": 32, "n_layers": 2, "n_heads": 3, "head_dim": 8, "hidden_dim": 48}
+    shape = {
+        "vocab_size": toy_reverse.VOCAB_SIZE,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 3,
+        "head_dim": 8,
+        "hidden_dim": 48,
+    }
     return Transformer(ModelConfig(**shape, max_seq_len=80))
 
 
 def test_each_head_is_shown_where_it_looks_most(toy: Transformer) -> None:
     explorer = ReversalExplorer(toy, "ab")
     explorer.text.value = "Hello"
-    assert explorer.answer == reverse.answers(toy, ["Hello"])[0] and explorer.answer in words(explorer.result.value)
+    assert explorer.answer == toy_reverse.answers(toy, ["Hello"])[0] and explorer.answer in words(explorer.result.value)
     assert explorer.place.max == 6
     explorer.place.value = 3
-    ids = [*reverse.question("Hello"), *reverse.encode("olleH")]
+    ids = [*toy_reverse.question("Hello"), *toy_reverse.encode("olleH")]
     weights = toy.attention_weights(torch.tensor([ids]))[:, 0, :, 8, :9].detach()
     rows = re.findall(r"<tr><th scope=.row.>(.*?)</tr>", explorer.result.value)
     assert len(rows) == 6

@@ -9,8 +9,8 @@ import time
 
 from llmcore import config
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
+from llmcore.measure.planner import RandomTokens
 from llmcore.model import Transformer
-from llmcore.planner import RandomTokens
 from llmcore.train import Trainer
 
 

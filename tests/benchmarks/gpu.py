@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.dataset import TokenDataset
-from llmcore.device import pick_device
+from llmcore.device import is_out_of_memory, pick_device
 from llmcore.generate import generate_ids
 from llmcore.model import Transformer
-from llmcore.train import Trainer, is_out_of_memory
+from llmcore.train import Trainer
 from tests.benchmarks.peers import PEERS, peer_step, transformers_llama
 from tests.benchmarks.prepare import write_tokens
 

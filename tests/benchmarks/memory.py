@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.files import PROJECT_ROOT
-from llmcore.memory import predict_memory
-from llmcore.planner import NO_GAPS, measure_memory, resident_bytes
+from llmcore.measure.memory import predict_memory
+from llmcore.measure.planner import NO_GAPS, measure_memory, resident_bytes
 from tests.benchmarks.peers import FAST, PEERS, machine, peer_step
 
 PRESET = config.preset("scifi-117M")[0]

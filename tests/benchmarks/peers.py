@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmcore.config import ModelConfig
 from llmcore.device import pick_precision
-from llmcore.planner import RandomTokens
+from llmcore.measure.planner import RandomTokens
 
 PEERS = ("transformers Llama", "GPT-2 reference")
 FAST = pick_precision("auto", torch.device("cpu"))  # fp32 where bf16 would be emulated, hundreds of times slower

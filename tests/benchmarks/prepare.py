@@ -19,13 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from llmcore import config
-from llmcore.corpus import fetch
-from llmcore.dataset import TokenDataset
-from llmcore.files import PROJECT_ROOT, find_texts, read_text
+from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus.sources import fetch
+from llmcore.corpus.texts import find_texts, read_text
+from llmcore.corpus.token_files import finish_split, write_manifest
+from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.dataset import FORMAT_VERSION, SPLITS, TokenDataset
+from llmcore.files import PROJECT_ROOT
 from llmcore.model import Transformer
-from llmcore.prepare import prepare_dataset
-from llmcore.token_files import FORMAT_VERSION, SPLITS, finish_split, write_manifest
-from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
 from tests.benchmarks.peers import machine
 

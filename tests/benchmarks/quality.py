@@ -28,12 +28,14 @@ import torch
 from numpy.typing import NDArray
 
 from llmcore import config
-from llmcore.corpus import fetch
+from llmcore.corpus.sources import fetch
+from llmcore.corpus.texts import find_texts, read_text
+from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.dataset import TokenDataset
-from llmcore.files import PROJECT_ROOT, find_texts, read_text
+from llmcore.files import PROJECT_ROOT
+from llmcore.measure.planner import measure_speed
 from llmcore.model import Transformer
-from llmcore.planner import measure_speed
-from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
 from tests.benchmarks.peers import machine
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
+from llmcore.measure.planner import RandomTokens
 from llmcore.model import Transformer
-from llmcore.planner import RandomTokens
 from llmcore.train import Trainer
 from tests.benchmarks.peers import FAST, PEERS, machine, peer_step, ratio, take_turns
 

@@ -1,1 +1,1 @@
-"""Scripts behind the make targets."""
+"""Programs around the tests: the demo, rendering, nbval."""

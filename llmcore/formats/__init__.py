@@ -1,0 +1,1 @@
+"""Other programs' models: one module a format, both directions in it."""

@@ -1,0 +1,323 @@
+"""Hugging Face's Llama folder: written for transformers, vLLM and torchtitan, and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmcore.checkpoint import Checkpoint, CheckpointError, read_tensors
+from llmcore.config import ConfigError, ModelConfig
+from llmcore.files import replacing_folder, resolve, shown
+from llmcore.formats.hf_tokenizer import write_hf_tokenizer
+from llmcore.formats.shared import (
+    MAYBE_SIZE,
+    NUMBER,
+    AnyCheckpoint,
+    FormatError,
+    as_checkpoint,
+    check_dtype,
+    check_file,
+    check_shapes,
+    open_checkpoint,
+    read_config_file,
+    shortened,
+    to_halves,
+    to_pairs,
+    translate,
+    weights_of,
+)
+
+HF_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "README.md",  # these two are written for the Hub
+    "training.png",
+}
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+OUR_NAMES = {theirs: ours for ours, theirs in HF_NAMES.items()}
+_ROPE = {
+    "type": ["object", "null"],
+    "properties": {"rope_type": {"type": "string"}, "type": {"type": "string"}, "rope_theta": NUMBER},
+}
+HF_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "vocab_size": MAYBE_SIZE,
+        "hidden_size": MAYBE_SIZE,
+        "intermediate_size": MAYBE_SIZE,
+        "num_hidden_layers": MAYBE_SIZE,
+        "num_attention_heads": MAYBE_SIZE,
+        "num_key_value_heads": MAYBE_SIZE,
+        "head_dim": MAYBE_SIZE,
+        "max_position_embeddings": {"type": "integer", "minimum": 1, "maximum": 1 << 24},
+        "rms_norm_eps": {"type": "number"},
+        "rope_theta": NUMBER,
+        "tie_word_embeddings": {"type": "boolean"},
+        "rope_parameters": _ROPE,
+        "rope_scaling": _ROPE,
+    },
+}
+
+
+def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: int | None = None) -> Checkpoint:
+    """Open a Hugging Face folder with a Llama as our model.
+
+    Where config.json and the weights disagree about tied embeddings, the weights decide, as in transformers: an output
+    matrix of its own opens untied, with a warning.
+
+    Args:
+        folder: config.json and safetensors, in one file or sharded; tokenizer.model if it is to have a tokenizer.
+        device: "auto", "cpu", "cuda" or "mps".
+        max_seq_len: the longest window. None: the folder's `max_position_embeddings`.
+
+    Returns:
+        The model with weights in the dtype they are stored in, and its tokenizer, or None (with a warning) where
+        that is not SentencePiece. Step 0.
+
+    Raises:
+        FormatError: for files that cannot be read, and for what our model does not have, by name: other architectures,
+            biases, other rotary embeddings, quantised weights.
+        CheckpointError: for weights that are missing, too many, of another shape, or not finite.
+    """
+    folder = resolve(folder)
+    config = _config_from_hf(read_config_file(folder / "config.json", HF_SCHEMA), folder, max_seq_len)
+    files = _weight_files(folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        for name, shape in _shapes(file).items():
+            if name in shapes:
+                raise FormatError(f"{shown(file)} holds {name}, which another file of the folder holds too")
+            shapes[name] = shape
+    source = folder / "model.safetensors"
+    if not config.tie_embeddings and "lm_head.weight" not in shapes and "model.embed_tokens.weight" in shapes:
+        raise FormatError(
+            f"{shown(folder)} holds no lm_head.weight, and config.json does not say that the embedding is the output "
+            "matrix too. If it is, set tie_word_embeddings to true there; else the weights are not complete"
+        )
+    ours = {name: _our_name(name) for name in shapes if not name.endswith("rotary_emb.inv_freq")}
+    found = {ours[name]: shapes[name] for name in ours}
+    if config.tie_embeddings and "tok_embeddings.weight" not in found and "output.weight" in found:
+        ours["lm_head.weight"] = "tok_embeddings.weight"  # stored once, under the other name
+        found["tok_embeddings.weight"] = found.pop("output.weight")
+    check_shapes(config, found, source)
+
+    weights = {}
+    assert config.head_dim
+    for file in files:
+        for name, tensor in read_tensors(file).items():
+            if name not in ours:
+                _check_frequencies(name, tensor, config, file)
+                continue
+            check_dtype(tensor, file)
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weights[ours[name]] = to_pairs(tensor, config.head_dim)
+            else:
+                weights[ours[name]] = tensor
+    if config.tie_embeddings and "output.weight" in weights:
+        output, embedding = weights["output.weight"], weights["tok_embeddings.weight"]
+        if output.dtype == embedding.dtype and torch.equal(output, embedding):
+            del weights["output.weight"]
+        else:
+            config = dataclasses.replace(config, tie_embeddings=False)
+            warnings.warn(
+                f"{shown(folder / 'config.json')} says tie_word_embeddings=true, but lm_head.weight is not the "
+                "embedding: opened with both, untied",
+                stacklevel=2,
+            )
+    return as_checkpoint(config, weights, folder, source, device)
+
+
+def _config_from_hf(found: dict[str, Any], folder: Path, max_seq_len: int | None) -> ModelConfig:
+    """Our configuration from theirs; defaults are those of transformers' LlamaConfig.
+
+    Raises:
+        FormatError: naming every field that our model cannot follow.
+    """
+    file = shown(folder / "config.json")
+    rope = found.get("rope_parameters") or {}
+    scaling = found.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    fits = {
+        "model_type": (found.get("model_type"), "llama"),
+        "hidden_act": (found.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (found.get("attention_bias", False), False),
+        "mlp_bias": (found.get("mlp_bias", False), False),
+        "rope_type": (rope_type, "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1)) or 1, 1),
+        "quantization_config": (found.get("quantization_config"), None),
+    }
+    wrong = [
+        f"{name}={shortened(value)}, and only {only!r} is supported"
+        for name, (value, only) in fits.items()
+        if value != only
+    ]
+    if wrong:
+        raise FormatError(f"{file} describes a model that is not ours: " + "; ".join(wrong))
+    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    if missing := [name for name in sizes if name not in found]:
+        raise FormatError(f"{file} cannot be used: it has no {', '.join(missing)}")
+    thetas = {theta for theta in (rope.get("rope_theta"), found.get("rope_theta")) if theta is not None}
+    if len(thetas) > 1:
+        raise FormatError(f"{file} cannot be used: it gives rope_theta twice, {' and '.join(map(str, thetas))}")
+    try:
+        return ModelConfig(
+            vocab_size=found["vocab_size"],
+            dim=found["hidden_size"],
+            hidden_dim=found["intermediate_size"],
+            n_layers=found["num_hidden_layers"],
+            n_heads=found["num_attention_heads"],
+            n_kv_heads=found.get("num_key_value_heads"),
+            head_dim=found.get("head_dim"),
+            norm_eps=found.get("rms_norm_eps", 1e-6),
+            rope_theta=thetas.pop() if thetas else 10_000.0,
+            max_seq_len=found.get("max_position_embeddings", 2048) if max_seq_len is None else max_seq_len,
+            tie_embeddings=found.get("tie_word_embeddings", False),
+        )
+    except ConfigError as error:
+        raise FormatError(f"{file} cannot be used: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or the shards that an index names and describes."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not one.exists():
+            raise FormatError(
+                f"{shown(folder)} holds no model.safetensors; "
+                "save it with transformers' model.save_pretrained(folder), which writes that"
+            )
+        return [one]
+    places = read_config_file(index, {"type": "object"}).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(map(_is_name, places.values())):
+        raise FormatError(f"{shown(index)} cannot be read: weight_map must give each tensor the name of a file")
+    files = sorted({folder / file for file in places.values()})
+    if one.exists() and one not in files:
+        raise FormatError(f"{shown(folder)} holds model.safetensors and an index of other files; delete one of the two")
+    held = {file.name: _shapes(file) for file in files}
+    if lost := [name for name, file in places.items() if name not in held[file]]:
+        raise FormatError(f"{shown(folder / places[lost[0]])} does not hold {lost[0]}, which {index.name} says it does")
+    return files
+
+
+def _is_name(file: Any) -> bool:
+    """Whether this is the name of a weights file in the same folder, and no path."""
+    return isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file) is not None
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a safetensors file, from its header alone."""
+    check_file(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{shown(file)} cannot be read: {error}") from None
+
+
+# Weights
+
+
+def _our_name(name: str) -> str:
+    """A weight's name here, from Hugging Face's; one that is not known stays."""
+    number, stem = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    stem = stem.removesuffix(".weight")
+    if stem not in OUR_NAMES or not name.endswith(".weight"):
+        return name
+    return f"{f'layers.{number}.' if number else ''}{OUR_NAMES[stem]}.weight"
+
+
+def _check_frequencies(name: str, tensor: Tensor, config: ModelConfig, source: Path) -> None:
+    """Older files carry the rotary frequencies, one for each pair of a head: they are computed here, so must agree."""
+    assert config.head_dim
+    own = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    if tensor.shape != own.shape or not torch.allclose(tensor.float(), own, rtol=0.02, atol=1e-6):
+        raise FormatError(
+            f"{shown(source)} holds {name} for another model than config.json describes: "
+            f"head_dim={config.head_dim}, rope_theta={config.rope_theta:g}"
+        )
+
+
+def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
+    """Write a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load, without code of ours.
+
+    Args:
+        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        folder: replaced as a whole; it may hold nothing but an earlier export.
+        dtype: of the weights. None: their own.
+
+    Returns:
+        The folder: config.json, generation_config.json, model.safetensors; tokenizer.json, tokenizer_config.json
+        and tokenizer.model where the checkpoint has a tokenizer.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint.
+        FileExistsError: if the folder holds something else.
+    """
+    checkpoint, folder = open_checkpoint(checkpoint), resolve(folder)
+    config, tokenizer = checkpoint.model.config, checkpoint.tokenizer
+    assert config.head_dim
+    weights = {}
+    for name, tensor in weights_of(checkpoint).items():
+        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            tensor = to_halves(tensor, config.head_dim)
+        weights[translate(name, HF_NAMES, "model.layers.{}.")] = tensor.to(dtype or tensor.dtype).contiguous()
+    kind = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    ids = {} if tokenizer is None else {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
+    ids = {name: id for name, id in ids.items() if id >= 0}
+    description = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rope_theta,  # transformers before version 5, vLLM, llama.cpp's converter
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # from version 5 on
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": kind,
+        "torch_dtype": kind,  # before version 5
+        **ids,
+    }
+    with replacing_folder(folder, HF_FILES) as new:
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "config.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+        (new / "generation_config.json").write_text(json.dumps(ids, indent=2), encoding="utf-8")
+        if tokenizer is not None:
+            write_hf_tokenizer(tokenizer, new, config.vocab_size, config.max_seq_len)
+    return folder

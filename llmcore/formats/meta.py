@@ -1,0 +1,131 @@
+"""Meta's own Llama folder, read."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from llmcore.checkpoint import Checkpoint
+from llmcore.config import ConfigError, ModelConfig
+from llmcore.files import resolve, shown
+from llmcore.formats.shared import (
+    MAYBE_SIZE,
+    NUMBER,
+    SIZE,
+    FormatError,
+    as_checkpoint,
+    check_dtype,
+    check_file,
+    check_shapes,
+    read_config_file,
+    shortened,
+)
+
+META_SCHEMA = {
+    "type": "object",
+    "required": ["dim", "n_layers", "n_heads"],
+    "properties": {
+        "dim": SIZE,
+        "n_layers": SIZE,
+        "n_heads": SIZE,
+        "n_kv_heads": MAYBE_SIZE,
+        "vocab_size": {"type": "integer", "minimum": -1},
+        "multiple_of": SIZE,
+        "ffn_dim_multiplier": NUMBER,
+        "norm_eps": {"type": "number"},
+        "rope_theta": {"type": "number"},
+        "use_scaled_rope": {"type": "boolean"},
+        "max_batch_size": {"type": "integer"},
+        "max_seq_len": {"type": "integer"},
+        "model_parallel_size": {"type": "integer"},
+    },
+}
+
+
+# Meta
+
+
+def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: int = 2048) -> Checkpoint:
+    """Open a folder as Meta publishes Llama: params.json, consolidated.00.pth, tokenizer.model.
+
+    Args:
+        folder: of a model in one piece; those of 13B and more come in several.
+        device: "auto", "cpu", "cuda" or "mps".
+        max_seq_len: the longest window, which Meta's files do not say.
+
+    Returns:
+        As `from_hf` does.
+
+    Raises:
+        FormatError: if a file is missing or no such file, or the model has what ours has not, by name.
+        CheckpointError: for weights that are missing, too many, of another shape, or not finite.
+    """
+    folder = resolve(folder)
+    params, file = read_config_file(folder / "params.json", {"type": "object"}), folder / "consolidated.00.pth"
+    wrong = [f"{name}={shortened(value)}" for name, value in params.items() if name not in META_SCHEMA["properties"]]
+    wrong += ["use_scaled_rope=True"] if params.get("use_scaled_rope") else []
+    wrong += ["weights in several pieces"] if (folder / "consolidated.01.pth").exists() else []
+    if wrong:
+        raise FormatError(f"{shown(folder)} has what is not supported: " + "; ".join(wrong))
+    params = read_config_file(folder / "params.json", META_SCHEMA)
+    weights = _read_pth(file)
+    frequencies = weights.pop("rope.freqs", None)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    vocab_size = params.get("vocab_size", -1)
+    vocab_size = vocab_size if vocab_size > 0 else shapes.get("tok_embeddings.weight", (1,))[0]  # -1: not said
+    try:
+        config = ModelConfig(
+            vocab_size=vocab_size,
+            dim=params["dim"],
+            hidden_dim=shapes.get("layers.0.feed_forward.w1.weight", (1,))[0],  # params.json has only a recipe
+            n_layers=params["n_layers"],
+            n_heads=params["n_heads"],
+            n_kv_heads=params.get("n_kv_heads"),
+            norm_eps=params.get("norm_eps", 1e-5),
+            rope_theta=params.get("rope_theta", 10_000.0),
+            max_seq_len=max_seq_len,
+            tie_embeddings="output.weight" not in weights,
+        )
+    except ConfigError as error:
+        raise FormatError(f"{shown(folder / 'params.json')} cannot be used: {error}") from None
+    check_shapes(config, shapes, file)
+    if frequencies is not None and config.head_dim and len(frequencies) != config.head_dim // 2:
+        raise FormatError(
+            f"{shown(file)} holds rope.freqs for heads of {2 * len(frequencies)}, and params.json says dim / n_heads = "
+            f"{config.head_dim}"
+        )
+    return as_checkpoint(config, weights, folder, file, device)
+
+
+def _read_pth(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote: never code, and nothing larger than the file itself.
+
+    Raises:
+        FormatError: naming the file, if it holds anything but tensors by name.
+    """
+    check_file(file)
+    try:
+        with zipfile.ZipFile(file) as parts:
+            if any(part.file_size > part.compress_size for part in parts.infolist()):
+                raise ValueError("it holds compressed parts, which torch.save does not write")
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever its reader meets, and advises to read the file unsafely
+        first = "it holds more than tensors" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
+        raise FormatError(f"{shown(file)} or params.json cannot be read: {type(error).__name__}: {first}") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{shown(file)} cannot be read: it holds no weights by name, but a {type(content).__name__}")
+    for name, tensor in content.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or not plain or tensor.is_quantized or not tensor.dim():
+            raise FormatError(f"{shown(file)} cannot be used: {shortened(name)} is no name of a plain tensor")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise FormatError(
+                f"{shown(file)} cannot be used: {shortened(name)} claims to be larger than what is stored"
+            )
+        check_dtype(tensor, file)
+    return {name: tensor.detach() for name, tensor in content.items()}

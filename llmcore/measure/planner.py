@@ -1,0 +1,247 @@
+"""What a run will cost before it starts: memory, compute, time and disk, counted from the shapes or measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcore.config import ModelConfig, TrainConfig
+from llmcore.device import pick_device
+from llmcore.files import visible
+from llmcore.measure.memory import available_memory, predict_memory
+from llmcore.model import Transformer
+from llmcore.train import TrainData, Trainer
+
+NO_GAPS = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # for a process whose memory is measured: glibc keeps nothing larger
+TOKENS_PER_PARAMETER = 20  # compute-optimal, by Hoffmann et al., "Chinchilla", arXiv:2203.15556, table 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost.
+
+    Attributes:
+        parameters: exact.
+        tokens: seen in training.
+        flops: forward and backward, of the whole run, without recomputation.
+        memory: bytes at the fullest moment, by what they are for, and "total" (`memory.predict_memory`).
+        available: bytes free on the device.
+        largest_batch: windows per forward pass that would fit, 0 if not even one.
+        disk: bytes of the checkpoints that are kept.
+        optimal_parameters: compute-optimal for these FLOPs, C = 6 N D and D = 20 N.
+        tokens_per_second: measured, or assumed, or None.
+        speed_is: where it comes from, in words.
+    """
+
+    parameters: int
+    tokens: int
+    flops: float
+    memory: dict[str, int]
+    available: int
+    largest_batch: int
+    disk: int
+    optimal_parameters: float
+    tokens_per_second: float | None = None
+    speed_is: str = "not measured"
+
+    @property
+    def optimal_tokens(self) -> float:
+        """Tokens that `optimal_parameters` are best trained on."""
+        return TOKENS_PER_PARAMETER * self.optimal_parameters
+
+    @property
+    def compute_optimal_tokens(self) -> int:
+        """Tokens that this plan's own parameters are best trained on."""
+        return TOKENS_PER_PARAMETER * self.parameters
+
+    @property
+    def hours(self) -> float | None:
+        """Of training, without validation and samples."""
+        return self.tokens / self.tokens_per_second / 3600 if self.tokens_per_second else None
+
+    def epochs(self, tokens: int) -> float:
+        """How often the run reads a corpus of so many tokens."""
+        return self.tokens / tokens
+
+    def rows(self) -> dict[str, str]:
+        """The plan as a table: what, and how much of it."""
+        memory = {f"memory: {part}": f"{size / 1e6:,.0f} MB" for part, size in self.memory.items()}
+        speed = "–" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens per second"
+        hours = "–" if self.hours is None else f"{self.hours:,.2f} hours"
+        return {
+            "parameters": f"{self.parameters:,}",
+            "tokens": f"{self.tokens:,}",
+            "compute": f"{self.flops:.2e} FLOPs",
+            **memory,
+            "memory free": f"{self.available / 1e6:,.0f} MB",
+            "largest batch_size that fits": f"{self.largest_batch:,}",
+            "checkpoints on disk": f"{self.disk / 1e6:,.0f} MB",
+            f"speed ({self.speed_is})": speed,
+            "time": hours,
+            "compute-optimal for these FLOPs": f"{self.optimal_parameters:,.0f} parameters, "
+            f"{self.optimal_tokens:,.0f} tokens",
+        }
+
+
+def plan(
+    model: ModelConfig,
+    train: TrainConfig,
+    device: str = "auto",
+    *,
+    data: TrainData | None = None,
+    peak_flops: float | None = None,
+    mfu: float = 0.4,
+) -> Plan:
+    """Plan a run; nothing of the model is built unless the speed is to be measured.
+
+    Args:
+        model: the shape.
+        train: how to train.
+        device: "auto", "cpu", "cuda" or "mps".
+        data: to measure the speed on, by a few steps of a throw-away model.
+        peak_flops: instead, operations per second that the device's maker promises (an H100: 989e12 in bf16).
+        mfu: the share of them assumed to be used (PaLM, arXiv:2204.02311, reports 0.46).
+    """
+    device = pick_device(device).type
+    context = train.context_size or model.max_seq_len
+    parameters, per_token = model.n_params(), model.flops_per_token(context)
+    tokens = train.max_steps * train.grad_accum_steps * train.batch_size * context
+    optimal = math.sqrt(tokens * per_token / (6 * TOKENS_PER_PARAMETER))
+    memory, available = predict_memory(model, train, device), available_memory(device)
+    speed, speed_is = None, "not measured"
+    if data is not None:
+        speed, speed_is = measure_speed(model, train, data, device)["tokens_per_second"], "measured"
+    elif peak_flops is not None:
+        speed, speed_is = mfu * peak_flops / per_token, f"assumed: {mfu:.0%} of {peak_flops:.3g} FLOP/s"
+    return Plan(
+        parameters=parameters,
+        tokens=tokens,
+        flops=tokens * per_token,
+        memory=memory,
+        available=available,
+        largest_batch=largest_batch(model, train, available, device),
+        disk=(train.keep_checkpoints + 1) * (4 * parameters + memory["optimizer"]),  # the newest, and the best
+        optimal_parameters=optimal,
+        tokens_per_second=speed,
+        speed_is=speed_is,
+    )
+
+
+def largest_batch(model: ModelConfig, train: TrainConfig, memory: int, device: str = "cpu") -> int:
+    """The largest batch_size whose estimated need fits into so many bytes; 0 if not even one window does."""
+    low, high = 0, 1
+    while predict_memory(model, train.replace(batch_size=high), device)["total"] <= memory:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = predict_memory(model, train.replace(batch_size=middle), device)["total"] <= memory
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def measure_speed(
+    model: ModelConfig, train: TrainConfig, data: TrainData, device: str = "auto", steps: int = 5
+) -> dict[str, Any]:
+    """Train a throw-away model for a few steps, as the run itself would.
+
+    Returns:
+        tokens_per_second (median of the steps after the first) and start_seconds (the first step, which compiles).
+    """
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        probe = Trainer(Transformer(model), data, None, train, folder, device=device)
+        events = probe.measured_steps(1 + steps)
+    speed = statistics.median(event["tokens_per_second"] for event in events[1:])
+    return {"tokens_per_second": speed, "start_seconds": events[0]["seconds"]}
+
+
+class RandomTokens:
+    """Batches of random ids: what they say changes neither memory nor speed."""
+
+    def __init__(self, model: ModelConfig, context: int | None = None) -> None:
+        self.vocab_size, self.context = model.vocab_size, context or model.max_seq_len
+
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """x and y, int64 (batch, time)."""
+        generator = torch.Generator().manual_seed(seed + step)
+        ids = torch.randint(self.vocab_size, (batch_size, self.context + 1), generator=generator)
+        return ids[:, :-1], ids[:, 1:]
+
+
+def measure_memory(model: ModelConfig, train: TrainConfig, device: str = "auto") -> dict[str, float]:
+    """Take two training steps of a throw-away model in a fresh process.
+
+    The process first trains a tiny model, so that the code of torch and its libraries is loaded and not counted. On a
+    CPU, glibc is told to give what a tensor frees back to the system at once. A training run, for speed, does without
+    that; between its tensors there are gaps then, in a model of a few million parameters nearly as large as they are.
+
+    Returns:
+        peak_bytes (beyond what the process held before it built the model; on CUDA, what PyTorch allocated),
+        base_bytes (held before) and seconds (of the second step).
+
+    Raises:
+        RuntimeError: with the process's last words, if it failed.
+    """
+    request = json.dumps({"model": model.to_dict(), "train": train.to_dict(), "device": pick_device(device).type})
+    done = subprocess.run(
+        [sys.executable, "-c", "from llmcore.measure.planner import _measured; _measured()"],
+        input=request,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, **NO_GAPS},
+        check=False,
+    )
+    if done.returncode:
+        last = visible(done.stderr.strip()[-500:])
+        raise RuntimeError(f"measuring memory failed (a notebook with thorough=False does without): {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measured() -> None:
+    """In the fresh process: read what to measure, print what was found."""
+    request = json.loads(sys.stdin.read())
+    model, train = ModelConfig.from_dict(request["model"]), TrainConfig.from_dict(request["train"])
+    device = request["device"]
+    tiny = model.replace(dim=64, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=32, hidden_dim=64)
+    _two_steps(tiny, train.replace(batch_size=1), device)
+    base = resident_bytes()[0]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+    seconds = _two_steps(model, train, device)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()[1]
+    print(json.dumps({"peak_bytes": peak - base, "base_bytes": base, "seconds": seconds}))
+
+
+def _two_steps(model: ModelConfig, train: TrainConfig, device: str) -> float:
+    data = RandomTokens(model, train.context_size)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(Transformer(model), data, None, train, folder, device=device)
+        return trainer.measured_steps(2)[1]["seconds"]
+
+
+def resident_bytes() -> tuple[int, int]:
+    """This process's resident memory in bytes: now, and at most since it began.
+
+    Linux says both in /proc; `ru_maxrss`, which elsewhere has to serve for both, there counts the parent's memory too.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        import resource  # Windows has none
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+        return most, most
+    sizes = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", status.read_text()))
+    return 1024 * int(sizes["VmRSS"]), 1024 * int(sizes["VmHWM"])

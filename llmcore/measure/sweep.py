@@ -1,0 +1,166 @@
+"""Many runs of one notebook, each by papermill in a process of its own; what is finished is not run again.
+
+First which runs a scaling law needs, then how they are run, and what came of each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from llmcore.checkpoint import CheckpointError, find_checkpoint
+from llmcore.config import ModelConfig
+from llmcore.files import resolve, shown, visible
+from llmcore.measure.compare_runs import read_events, read_run, validations
+from llmcore.runs import only_run
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_scifi_train.ipynb"
+
+
+class SweepError(RuntimeError):
+    """A run of a sweep failed or cannot be continued. The message names it."""
+
+
+def sized(base: ModelConfig, dim: int) -> ModelConfig:
+    """A model of another width and the depth that goes with it: a block and a head for every 32 of width.
+
+    Raises:
+        ConfigError: if the width does not divide by that number of heads.
+    """
+    return base.replace(dim=dim, n_layers=max(2, dim // 32), n_heads=max(1, dim // 32))
+
+
+def planned_run(model: ModelConfig, tokens: float, batch_size: int) -> dict[str, Any]:
+    """Notebook 4's parameters for a run of about so many tokens."""
+    steps = max(1, round(tokens / batch_size / model.max_seq_len))
+    shape = {"dim": model.dim, "n_layers": model.n_layers, "n_heads": model.n_heads}
+    return {**shape, "max_steps": steps, "batch_size": batch_size}
+
+
+def isoflop_grid(
+    models: Iterable[ModelConfig], budgets: Iterable[float], batch_size: int, fewest_tokens: float, most_tokens: float
+) -> dict[str, dict[str, Any]]:
+    """Runs that spend the same compute on models of different sizes (Hoffmann, section 3.2).
+
+    Args:
+        models: of different sizes.
+        budgets: FLOPs of a run, forward and backward.
+        batch_size: windows of the model's context in a step.
+        fewest_tokens: a model that a budget would train on less is left out there,
+        most_tokens: and on more, too.
+
+    Returns:
+        Notebook 4's parameters by name of the run, `<parameters>_<tokens>`.
+    """
+    runs = {}
+    for budget in budgets:
+        for model in models:
+            if fewest_tokens <= (tokens := budget / model.flops_per_token()) <= most_tokens:
+                runs[f"{model.n_params() // 1000}k_{round(tokens / 1000)}k"] = planned_run(model, tokens, batch_size)
+    return runs
+
+
+def run_sweep(
+    runs: Mapping[str, Mapping[str, Any]],
+    output_dir: str | os.PathLike[str],
+    workers: int = 2,
+    notebook: str | os.PathLike[str] = NOTEBOOK,
+) -> Iterator[Path]:
+    """Train every run that is not finished, a few at a time, and yield the folder of each as it ends.
+
+    Processes share the cores evenly: two of one thread each do more work than two that compete for both. One that was
+    stopped goes on from its last checkpoint; one without a checkpoint starts afresh.
+
+    Args:
+        runs: the parameters of each run's notebook, by the name of its folder.
+        output_dir: the runs' folders go here, and beside each the notebook that made it, `<name>.ipynb`.
+        workers: processes at a time.
+        notebook: executed by papermill; it must train to `max_steps` into `<output_dir>/<project>`.
+
+    Raises:
+        SweepError: before anything is started, if a folder holds a run with other parameters; later, if one failed.
+            Others under way are finished first.
+        TrainingError: if another process is at work in one of the folders.
+    """
+    folder = resolve(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    left = {name: parameters for name, parameters in runs.items() if not finished(folder / name, parameters)}
+    yield from (folder / name for name in runs if name not in left)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            jobs = {
+                pool.submit(_run, Path(notebook), folder, name, parameters, threads): name
+                for name, parameters in left.items()
+            }
+            for job in as_completed(jobs):
+                job.result()
+                yield folder / jobs[job]
+        finally:  # after an interrupt, which the processes get too: they save and end
+            pool.shutdown(cancel_futures=True)
+
+
+def finished(run_dir: Path, parameters: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a run with these parameters that was trained and validated to its end.
+
+    Raises:
+        SweepError: if it holds a run with others, or one that cannot be read.
+    """
+    if not (run_dir / "config.json").exists():
+        return False
+    try:
+        config = read_run(run_dir)
+        events = read_events(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    except (OSError, ValueError) as error:
+        raise SweepError(f"{shown(run_dir)} is no run that can be read ({error}); choose another output_dir") from None
+    settings = {**config["model"], **config["train"], "context_size": config["model"]["max_seq_len"]}
+    differing = [
+        f"{name}: {settings[name]} there, {value} here"
+        for name, value in parameters.items()
+        if value is not None and settings.get(name, value) != value
+    ]
+    if differing:
+        raise SweepError(f"{shown(run_dir)} is of another sweep ({'; '.join(differing)}); choose another output_dir")
+    last = events[-1] if events else {}
+    return last.get("step") == config["train"]["max_steps"] and "val_loss" in last
+
+
+def result(run_dir: Path) -> dict[str, float]:
+    """How a finished run ended.
+
+    Returns:
+        parameters, and without_tables (the embedding and output matrices); tokens and flops; loss of the last
+        validation and train_loss, the mean of the last tenth of the steps, nats per token.
+    """
+    model, last = ModelConfig.from_dict(read_run(run_dir)["model"]), validations(run_dir)[-1]
+    sizes = {"parameters": model.n_params(), "without_tables": model.n_params(embeddings=False)}
+    events = read_events(run_dir)
+    train = statistics.fmean(event["loss"] for event in events[-max(1, len(events) // 10) :])
+    return {**sizes, "tokens": last["tokens"], "flops": last["flops"], "loss": last["val_loss"], "train_loss": train}
+
+
+def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any], threads: int) -> None:
+    given = {**parameters, "output_dir": str(folder), "project": name}
+    run_dir = folder / name
+    if run_dir.exists():
+        with only_run(run_dir):
+            try:
+                given["checkpoint_dir"] = str(find_checkpoint(run_dir))
+            except CheckpointError:  # it was killed before its first
+                shutil.rmtree(run_dir)
+    command = [sys.executable, "-m", "papermill", "--engine", "llmcore", "--no-progress-bar", "-y", json.dumps(given)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "LLM_WORKBOOK_WATCHED": "0"}
+    done = subprocess.run(
+        [*command, str(notebook), str(folder / f"{name}.ipynb")], env=environment, capture_output=True, text=True
+    )
+    if done.returncode or not finished(run_dir, parameters):
+        reason = visible((done.stderr.strip().splitlines() or ["it was stopped"])[-1])
+        raise SweepError(f"{name}: {reason}. Its notebook: {shown(folder / name)}.ipynb")

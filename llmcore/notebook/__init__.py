@@ -1,0 +1,1 @@
+"""What the notebooks need: parameters, live widgets, pictures, pages."""

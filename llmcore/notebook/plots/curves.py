@@ -1,0 +1,280 @@
+"""Figures of training: losses, costs, memory and laws. Each function takes data and returns a matplotlib Figure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
+
+from llmcore.files import one_line, resolve
+from llmcore.measure.compare_runs import validations
+from llmcore.notebook.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    LABEL,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    Picture,
+    cells,
+    head,
+    name_axes,
+    new_figure,
+    plain,
+    styled,
+)
+
+
+@styled
+def memory_against_batch(
+    predicted: Mapping[str, Mapping[int, float]], measured: Mapping[str, Mapping[int, float]], title: str
+) -> Figure:
+    """Bytes at the fullest moment of a step, by policy of activation checkpointing and batch size.
+
+    Args:
+        predicted: policy -> batch size -> bytes: a line each.
+        measured: the same, drawn as points of the line's colour.
+        title: the finding.
+    """
+    figure, [axes] = new_figure(7, 3.4)
+    for (policy, line), color, marker in zip(predicted.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
+        axes.plot(list(line), [size / 1e6 for size in line.values()], color=color, label=f"{policy}, predicted")
+        points = measured.get(policy, {})
+        if points:
+            axes.plot(
+                list(points),
+                [size / 1e6 for size in points.values()],
+                marker,
+                color=color,
+                markersize=7,
+                label=f"{policy}, measured",
+            )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    name_axes(axes, title, "batch size (windows per forward pass)", "memory (MB)")
+    return figure
+
+
+@styled
+def training_curves(
+    events: Sequence[Mapping[str, Any]],
+    title: str = "",
+    metric: str = "val_loss",
+    metric_label: str = "validation loss (nats per token)",
+    log_x: bool = False,
+) -> Figure:
+    """Loss, learning rate, gradient norm and speed of a run, from the trainer's events.
+
+    Args:
+        events: one a step, as in `metrics.jsonl`.
+        title: of the whole picture.
+        metric: what to draw beside the training loss: "val_loss", or "exact_match", which gets an axis of its own.
+        metric_label: its name and unit.
+        log_x: draw steps on a logarithmic axis, which gives the early ones room.
+    """
+    figure = Picture(figsize=(10, 4.6), dpi=100)
+    # margins by hand: a layout engine would take most of a live drawing's time
+    gap = 0.42 if metric == "val_loss" else 0.7  # the second axis needs room
+    figure.subplots_adjust(left=0.065, right=0.985, top=0.93, bottom=0.11, wspace=gap, hspace=0.25)
+    axes = figure.subplot_mosaic([["loss", "loss", "rate"], ["loss", "loss", "norm"], ["loss", "loss", "speed"]])
+    events = list(events)
+    thin = events[:: max(1, len(events) // 2000)]
+    steps = np.array([event["step"] for event in thin])
+
+    def series(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array([event[name] for event in thin], dtype=float)
+
+    loss = series("loss") if thin else np.array([])
+    axes["loss"].plot(steps, loss, color=SKY, linewidth=0.8, alpha=0.7, label="training, each step")
+    if len(loss) > 20:
+        axes["loss"].plot(steps, smoothed(loss, len(loss) / 50), color=BLUE, linewidth=2, label="training, smoothed")
+    marked = [(event["step"], event[metric]) for event in events if metric in event]
+    target = axes["loss"]
+    if metric != "val_loss":
+        target = axes["loss"].twinx()
+        target.set(ylabel=metric_label, ylim=(0, 1.03))
+        target.yaxis.set_major_formatter(PercentFormatter(1.0))
+        target.grid(False)
+        target.spines["right"].set_visible(True)
+    if marked:
+        label = f"{metric_label}: {marked[-1][1]:{'.4g' if metric == 'val_loss' else '.2%'}}"
+        label += f" at step {marked[-1][0]:,}" if marked[-1][0] != events[-1]["step"] else ""
+        target.plot(*zip(*marked, strict=True), color=RED, marker="o", markersize=4, label=label)
+    finite = loss[np.isfinite(loss)]
+    if len(finite):
+        axes["loss"].set_ylim(min(0.0, finite.min()) if finite.min() < 1 else finite.min() * 0.95, finite.max() * 1.02)
+    counts = [(event["step"], event.get("skipped", 0)) for event in events]
+    skipped = [step for (_, before), (step, now) in itertools.pairwise(counts) if now > before]
+    if skipped:
+        place = np.full(len(skipped), 0.985)
+        down = axes["loss"].get_xaxis_transform()  # x in steps, y in heights of the axes
+        axes["loss"].plot(skipped, place, "kx", transform=down, label=f"skipped: {len(skipped)}")
+    lines = [*axes["loss"].get_lines(), *(target.get_lines() if target is not axes["loss"] else [])]
+    frame: dict[str, Any] = {"frameon": True, "framealpha": 0.8, "edgecolor": "none"}  # readable over the curves
+    axes["loss"].legend(handles=lines, loc="upper right" if metric == "val_loss" else "center right", **frame)
+    name_axes(axes["loss"], title, "optimizer step", "loss (nats per token)")
+    for name, key, label, color in (
+        ("rate", "learning_rate", "learning rate", GREEN),
+        ("norm", "grad_norm", "gradient norm", PURPLE),
+        ("speed", "tokens_per_second", "tokens per second", GREY),
+    ):
+        axes[name].plot(steps, series(key) if thin else [], color=color, linewidth=1.2)
+        axes[name].set_ylabel(label, fontsize=8)
+        axes[name].tick_params(labelsize=8, labelbottom=name == "speed")
+    axes["speed"].yaxis.set_major_formatter(EngFormatter(sep=" "))
+    if thin:
+        norm = series("grad_norm")
+        axes["norm"].set_ylim(0, 1.2 * float(np.nanpercentile(norm[np.isfinite(norm)], 98)) if len(finite) else None)
+        axes["speed"].set_ylim(0, 1.2 * float(np.percentile(series("tokens_per_second"), 98)))
+    axes["speed"].set_xlabel("optimizer step", fontsize=8)
+    if log_x:
+        for each in figure.axes:
+            each.set_xscale("log")
+        axes["loss"].set_xlabel("optimizer step (log scale)")
+    return figure
+
+
+COSTS = {  # column of `runs.validations` -> what its axis says
+    "steps": "optimizer steps",
+    "tokens": "tokens read",
+    "seconds": "seconds spent in steps",
+    "flops": "compute (FLOPs)",
+}
+
+
+@styled
+def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") -> Figure:
+    """Validation loss of several runs against steps, tokens, time and compute, one panel each.
+
+    Bits per byte where every run has them, so that vocabularies compare; else nats per token. Runs differ in colour,
+    marker and dashes. Those without a validation, or unreadable, are left out, and named in the title.
+
+    Args:
+        run_dirs: folders of runs, as `runs.find_runs` finds them.
+        title: what to see; empty: which run ends lowest.
+    """
+    runs, unreadable = [], []
+    for folder in map(resolve, run_dirs):
+        try:
+            runs.append((one_line(folder.name), validations(folder)))
+        except (OSError, ValueError):
+            unreadable.append(one_line(folder.name))
+    silent = [name for name, found in runs if not found]
+    drawn = [(name, found) for name, found in runs if found]
+    in_bits = all("val_bits_per_byte" in point for _, found in drawn for point in found)
+    measure, unit = ("val_bits_per_byte", "bits per byte") if in_bits else ("val_loss", "nats per token")
+    figure, panels = new_figure(10, 6.2, 2, 2)
+    for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
+        for number, (name, found) in enumerate(drawn):
+            axes.plot(
+                [point[cost] for point in found],
+                [point[measure] for point in found],
+                marker="os^Dv*"[number % 6],
+                linestyle=("-", "--", "-.", ":")[number // 6 % 4],
+                markersize=4,
+                label=plain(name, LABEL),
+            )
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        name_axes(axes, "", label, f"validation ({unit})")
+    if drawn:
+        widest = max(cells(plain(name, LABEL)) for name, _ in drawn)
+        columns = max(1, min(4, 120 // (widest + 8)))  # of the 120 letters that fit side by side
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+        end, lowest = min((found[-1][measure], name) for name, found in drawn)
+        words = f"{lowest} ends lowest of {len(drawn)} runs," if len(drawn) > 1 else f"{lowest} ends"
+        title = title or f"{words} at {end:.3f} {unit}"
+    else:
+        title = title or "No run has been validated yet"
+    for why, names in (("not validated yet", silent), ("unreadable", unreadable)):
+        if names:
+            title += f" ({why}: {', '.join(names)})"
+    head(figure, title)
+    return figure
+
+
+@styled
+def isoflop_curves(
+    curves: Mapping[float, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    optima: Mapping[float, float] | None = None,
+) -> Figure:
+    """Loss against parameters, one curve for each compute budget, with the parabola in log N that lies nearest.
+
+    Args:
+        curves: by FLOPs of a run: parameters and losses (nats per token) of the runs that spent them.
+        title: what to see.
+        optima: parameters that a fitted law would choose, by FLOPs; marked on the axis.
+    """
+    figure, [axes] = new_figure(8, 4.2)
+    for number, (flops, (parameters, losses)) in enumerate(sorted(curves.items())):
+        [runs] = axes.plot(parameters, losses, "os^Dv*"[number % 6], label=f"{flops:.2g} FLOPs")
+        if len(parameters) >= 3:
+            parabola = np.polynomial.Polynomial.fit(np.log(parameters), losses, 2)
+            places = np.geomspace(min(parameters), max(parameters), 100)
+            axes.plot(places, parabola(np.log(places)), color=runs.get_color(), linewidth=1.2)
+        if optima and flops in optima:
+            axes.axvline(optima[flops], color=runs.get_color(), linestyle=":", label="the law's choice for it")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_minor_formatter("")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    name_axes(axes, title, "parameters (log scale)", "validation loss (nats per token)")
+    return figure
+
+
+@styled
+def scaling_fit(
+    measured: ArrayLike, fitted: ArrayLike, flops: ArrayLike, title: str, held_back: Mapping[str, float] | None = None
+) -> Figure:
+    """Loss against compute, and measured against fitted loss; a held-back run with its predicted band in both.
+
+    Args:
+        measured: losses of the runs that were fitted, nats per token, (runs,).
+        fitted: what the law says of them, (runs,).
+        flops: what each had cost, (runs,).
+        title: what to see.
+        held_back: flops, measured, predicted, low and high of a run that was not fitted.
+    """
+    figure, [left, right] = new_figure(10, 4.2, 1, 2)
+    left.plot(flops, measured, "o", color=BLUE, label="runs, measured")
+    left.plot(flops, fitted, "x", color=ORANGE, label="runs, by the law")
+    right.plot(fitted, measured, "o", color=BLUE)
+    ends = [*np.atleast_1d(measured), *np.atleast_1d(fitted)]
+    if held_back:
+        place, middle = held_back["flops"], held_back["predicted"]
+        reach = [[middle - held_back["low"]], [held_back["high"] - middle]]
+        for axes, x in ((left, place), (right, middle)):
+            axes.errorbar(
+                x, middle, reach, color=RED, capsize=4, marker="_", label="held back, predicted with its band"
+            )
+            axes.plot(x, held_back["measured"], "*", color=RED, markersize=11, label="held back, measured")
+        ends += [middle, held_back["measured"]]
+    right.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, linestyle="--", linewidth=1)
+    left.set_xscale("log")
+    left.legend()
+    name_axes(left, "", "compute (FLOPs, log scale)", "validation loss (nats per token)")
+    name_axes(right, "", "by the law (nats per token)", "measured (nats per token)")
+    head(figure, title)
+    return figure
+
+
+def smoothed(values: ArrayLike, span: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Exponential moving average over about `span` values, without the usual pull towards the first one."""
+    keep = 1 - 1 / max(1.0, span)
+    total = weight = 0.0
+    out = []
+    for value in np.asarray(values, dtype=float):
+        if math.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        out.append(total / weight if weight else math.nan)
+    return np.array(out)

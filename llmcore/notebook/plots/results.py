@@ -1,0 +1,134 @@
+"""Pictures of what a model predicts and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+from numpy.typing import ArrayLike
+
+from llmcore.measure.evaluate import Evaluation
+from llmcore.notebook.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    LABEL,
+    PURPLE,
+    RED,
+    head,
+    name_axes,
+    new_figure,
+    plain,
+    styled,
+)
+
+
+@styled
+def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | None = None) -> Figure:
+    """A few named values beside each other, as horizontal bars."""
+    figure, [axes] = new_figure(7, 0.8 + 0.42 * len(values))
+    places = range(len(values))
+    drawn = axes.barh(places, list(values.values()), color=[RED if name == highlight else BLUE for name in values])
+    axes.set_yticks(places, [plain(name, LABEL) for name in values])
+    axes.bar_label(
+        drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values.values()], padding=4
+    )
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    if max(values.values()) >= 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y", visible=False)
+    name_axes(axes, "", unit, "")
+    head(figure, title)
+    return figure
+
+
+@styled
+def document_scores(evaluations: Mapping[str, Evaluation], title: str) -> Figure:
+    """Bits per byte of each document, hardest on top, with every model's total as a line and its interval as a band.
+
+    Of more than 24 documents, the ten hardest and the ten easiest are shown.
+
+    Args:
+        evaluations: of the same documents, by model; the first gives the order.
+        title: what to see.
+
+    Raises:
+        ValueError: if they are not of the same documents.
+    """
+    first = next(iter(evaluations.values())).documents
+    names = [score.name for score in first]
+    ordered = sorted(range(len(names)), key=lambda number: -first[number].bits_per_byte)
+    shown = ordered if len(ordered) <= 24 else ordered[:10] + ordered[-10:]
+    gap = 0 if len(shown) == len(ordered) else 1  # a row left free for what is not shown
+    rows = np.array([place + gap * (place >= 10) for place in range(len(shown))])
+    labels = [name if len(name) <= 24 else f"…{name[-23:]}" for name in (names[number] for number in shown)]
+    figure, [axes] = new_figure(8, 1.2 + 0.2 * len(evaluations) + 0.26 * (len(shown) + gap))
+    for number, (name, each) in enumerate(evaluations.items()):
+        if [score.name for score in each.documents] != names:
+            raise ValueError(f"{name} was evaluated on other documents than {next(iter(evaluations))}")
+        color = (RED, BLUE, GREEN, PURPLE)[number % 4]
+        bits = [each.documents[document].bits_per_byte for document in shown]
+        total, label = each.total.bits_per_byte, f"{name}: {each.total.bits_per_byte:.3f} in all"
+        axes.axvline(total, color=color, linewidth=1.2)
+        if each.interval:
+            axes.axvspan(*each.interval, color=color, alpha=0.12, linewidth=0)
+            label += " (line), 95% interval {:.3f} to {:.3f} (band)".format(*each.interval)
+        axes.plot(bits, rows, color=color, marker="os^D"[number % 4], linestyle="none", label=plain(label))
+    axes.set_yticks(rows, [plain(label) for label in labels])
+    if gap:
+        said = f"⋮ {len(ordered) - len(shown):,} documents between"
+        axes.text(
+            0.01, 10, said, transform=axes.get_yaxis_transform(), va="center", color=GREY, backgroundcolor="white"
+        )
+    axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.5 / len(shown))
+    name_axes(axes, "", "bits per byte (less is better)", "")
+    figure.legend(loc="outside lower left")
+    head(figure, title)
+    return figure
+
+
+@styled
+def next_tokens(pieces: Sequence[str], probabilities: Sequence[float], title: str) -> Figure:
+    """The most likely next tokens and their probabilities."""
+    figure, [axes] = new_figure(7, 0.9 + 0.32 * len(pieces))
+    places = np.arange(len(pieces))
+    drawn = axes.barh(places, probabilities, color=BLUE)
+    axes.bar_label(drawn, [f"{p:.1%}" for p in probabilities], padding=4, fontsize=9)
+    axes.set_yticks(places, [plain(piece, LABEL) for piece in pieces], fontsize=12)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.margins(x=0.15)
+    axes.grid(axis="y", visible=False)
+    name_axes(axes, title, "probability", "next token")
+    return figure
+
+
+@styled
+def attention_maps(weights: ArrayLike, labels: Sequence[str], title: str) -> Figure:
+    """Every head's attention pattern, a row per layer: who (down) looks at whom (across).
+
+    Args:
+        weights: (layers, heads, time, time).
+        labels: the token at each position.
+        title: what to see.
+    """
+    patterns = np.asarray(weights)
+    layers, heads, time, _ = patterns.shape
+    figure, axes = new_figure(2.9 * heads, 3.1 * layers + 0.4, layers, heads)
+    for index, axis in enumerate(axes):
+        layer, head = divmod(index, heads)
+        axis.imshow(patterns[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+        axis.grid(False)
+        axis.set_xticks(range(time), list(map(plain, labels)), fontsize=6)
+        axis.set_yticks(range(time), list(map(plain, labels)), fontsize=6)
+        if head == 0:
+            axis.set_ylabel("token that looks", fontsize=8)
+        if layer == layers - 1:
+            axis.set_xlabel("token looked at", fontsize=8)
+    figure.suptitle(plain(title), fontweight="bold", fontsize=11)
+    return figure

@@ -1,0 +1,235 @@
+"""One look for all figures: colours, font, crisp pictures. Chinese glyphs render."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import importlib.resources
+import io
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from llmcore.notebook.safe_html import visible
+
+P = ParamSpec("P")
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+LABEL, TITLE = 32, 300  # characters of a label, of a title, that are worth a look
+PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#666666"
+# As matplotlib calls them. "Noto Sans SC" is not among them: a system has it as a variable font, which comes out thin.
+SYSTEM_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "Source Han Sans CN",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Noto Sans CJK JP",  # all glyphs too; an older matplotlib sees only this first one of the file's fonts
+    "SimHei",
+    "Heiti TC",
+    "Arial Unicode MS",
+)
+
+
+class Picture(Figure):
+    """A Figure that shows itself in a notebook: crisp on fine screens, with its titles for those who cannot see it."""
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        width, height = (round(inches * self.dpi) for inches in self.get_size_inches())
+        said = [self.get_suptitle(), *(axes.get_title(loc="left") for axes in self.axes)]
+        words = "; ".join(" ".join(part.split()) for part in said if part) or "picture"
+        return (
+            {"image/png": png(self), "text/plain": f"<picture: {words}>"},
+            {"image/png": {"width": width, "height": height, "alt": words}},
+        )
+
+
+def png(figure: Figure, live: bool = False) -> bytes:
+    """A figure as PNG: twice as fine as the screen and in 256 colours, or, for a live view, as fast as can be."""
+    buffer = io.BytesIO()
+    if live:
+        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+        return buffer.getvalue()
+    figure.savefig(buffer, format="png", dpi=2 * figure.dpi, facecolor="white")
+    few = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    few.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def draws_chinese(family: str) -> bool:
+    """Whether matplotlib finds a font of this name, its file is there, and it has glyphs for Chinese text."""
+    try:
+        path = font_manager.findfont(
+            font_manager.FontProperties(family=[family]), fallback_to_default=False, rebuild_if_missing=False
+        )
+        font = font_manager.get_font(path)
+    except (ValueError, OSError, RuntimeError):  # no such font, no such file, a broken file
+        return False
+    return all(font.get_char_index(ord(character)) for character in "汉語，")
+
+
+@functools.cache
+def chinese_font() -> str | None:
+    """Name of a font with Chinese glyphs: one of the system's, else the one installed as a package."""
+    manager = font_manager.fontManager
+    found = next(filter(draws_chinese, SYSTEM_FONTS), None)
+    if found is None:
+        try:
+            file = importlib.resources.files("pylopdf_fonts_zh_cn") / "NotoSansSC-Regular.otf"
+            manager.addfont(str(file))
+            found = manager.ttflist[-1].name
+        except (ModuleNotFoundError, FileNotFoundError):
+            warnings.warn(
+                "no font with Chinese glyphs, so figures show boxes: install one, such as Noto Sans CJK SC (Debian: "
+                f"fonts-noto-cjk), and remove {matplotlib.get_cachedir()}; or: pip install pylopdf-fonts-zh-cn",
+                stacklevel=2,
+            )
+            return None
+    # where only the regular weight is there, let it stand for the bold one too, lest each bold title warn
+    faces = [font for font in manager.ttflist if font.name == found]
+    if not any(font.weight in (700, "bold") for font in faces):
+        manager.ttflist.append(dataclasses.replace(faces[0], weight=700))
+    return found
+
+
+def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw with the workbook's style, break titles where the figure ends, and leave the caller's settings alone."""
+
+    @functools.wraps(function)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        chinese = chinese_font()
+        style: Any = {
+            "font.family": ["DejaVu Sans", *([chinese] if chinese else [])],
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "figure.facecolor": "white",
+            "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY]),
+        }
+        with matplotlib.rc_context(style):
+            figure = function(*args, **kwargs)
+            _break_titles(figure)
+            return figure
+
+    return draw
+
+
+def plain(text: str, most: int | None = None) -> str:
+    """Text from outside as a label: no formula begins at a dollar sign, and every character shows.
+
+    Args:
+        text: of anybody's.
+        most: cells to show; of more, the end is left out.
+    """
+    known = _glyphs()
+    signs = visible(text if most is None else text[: most + 1])
+    shows = [c if c.isspace() or not known or ord(c) in known else f"⟨{ord(c):X}⟩" for c in signs]
+    if most is not None and sum(map(cells, shows)) > most:
+        ends = itertools.accumulate(map(cells, shows))
+        shows = [sign for sign, end in zip(shows, ends, strict=True) if end < most] + ["…"]
+    return "".join(shows).replace("$", r"\$")
+
+
+def cells(text: str) -> int:
+    """How wide a text is: one cell a letter, two a Chinese character."""
+    return sum(1 + (ord(character) > 0x2E7F) for character in text)
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """The characters that the figures' fonts can draw, in regular and in bold; none if there is no Chinese font."""
+    chinese = chinese_font()
+    if chinese is None:
+        return frozenset()
+
+    def drawn(family: str, weight: str) -> set[int]:
+        file = font_manager.findfont(font_manager.FontProperties(family=[family], weight=weight))
+        return set(font_manager.get_font(file).get_charmap())
+
+    return frozenset((drawn("DejaVu Sans", "normal") & drawn("DejaVu Sans", "bold")) | drawn(chinese, "normal"))
+
+
+def _break_titles(figure: Figure) -> None:
+    """Break every title that is wider than its figure into lines; after three, the rest is left out."""
+    titles = [axes.title for axes in figure.axes] + [axes._left_title for axes in figure.axes]  # type: ignore[attr-defined]
+    titles = [title for title in [figure._suptitle, *titles] if title and title.get_text()]  # type: ignore[attr-defined]
+    width = 0.96 * figure.bbox.width  # a little room at its edge
+    renderer, finer = RendererAgg(1, 1, figure.dpi), RendererAgg(1, 1, 2 * figure.dpi)  # on a screen, in a file
+
+    def measure(title: Text, words: str) -> float:
+        font = title.get_fontproperties()
+        here, there = (each.get_text_width_height_descent(words, font, False)[0] for each in (renderer, finer))
+        return max(here, there / 2)
+
+    for title in titles:
+        whole = title.get_text()
+        words = " ".join(whole[:TITLE].split())
+        if whole == words and measure(title, words) < width / 2:
+            continue
+        left = 0.0
+        if title.get_horizontalalignment() == "left":
+            title.set_text("")  # a title too long would push the axes together
+            figure.draw_without_rendering()  # the layout engine finds out where they begin
+            left = title.get_window_extent(renderer).x0
+            title.set_text(whole)
+        if whole == words and left + measure(title, words) <= width:
+            continue
+        lines: list[str] = []
+        while words and len(lines) < 3:
+            fits = bisect.bisect_right(range(1, len(words) + 1), width - left, key=lambda n: measure(title, words[:n]))
+            space = words.rfind(" ", 0, fits + 1)
+            cut = len(words) if fits == len(words) else space if space > fits / 2 else max(1, fits)
+            lines, words = [*lines, words[:cut]], words[cut:].lstrip()
+        if words or len(whole) > TITLE:
+            lines[-1] = lines[-1][:-2] + "…"
+        title.set_parse_math(False)  # a line may end between a dollar sign and what keeps it from beginning a formula
+        title.set_text("\n".join(lines).replace("\\$", "$"))
+        more, before = (
+            (len(lines) - 1) * 1.25 * title.get_fontproperties().get_size_in_points() / 72,
+            figure.get_figheight(),
+        )
+        figure.set_figheight(before + more)
+        if figure.get_layout_engine() is None:  # margins set by hand
+            top = before * (1 - figure.subplotpars.top) + more
+            figure.subplots_adjust(top=1 - top / figure.get_figheight())
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure, in inches, and its axes, row by row."""
+    figure = Picture(figsize=(width, height), layout="constrained", dpi=100)
+    return figure, list(np.atleast_1d(figure.subplots(rows, columns)).ravel())
+
+
+def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title, and what the axes mean, with units."""
+    axes.set(title=plain(title), xlabel=plain(x), ylabel=plain(y))
+
+
+def head(figure: Figure, title: str) -> None:
+    """Title above the whole figure, at its left edge: also above names beside the axes, which may be long."""
+    figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)

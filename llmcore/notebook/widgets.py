@@ -1,0 +1,33 @@
+"""What a person watching can touch, in one place for the notebooks.
+
+`dashboard.py` watches training, `explorers.py` looks at tokens, data and attention, `writing.py` lets a model write.
+"""
+
+import os
+from collections.abc import Sequence
+
+from IPython.display import HTML
+
+from llmcore.measure.compare_runs import summarize
+from llmcore.notebook.dashboard import TrainingDashboard, is_watched
+from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
+from llmcore.notebook.safe_html import ending, show_piece, table, visible
+from llmcore.notebook.writing import WritingPanel
+
+__all__ = [
+    "DataExplorer",
+    "ReversalExplorer",
+    "TokenExplorer",
+    "TrainingDashboard",
+    "WritingPanel",
+    "ending",
+    "is_watched",
+    "run_table",
+    "show_piece",
+    "visible",
+]
+
+
+def run_table(run_dirs: Sequence[str | os.PathLike[str]]) -> HTML:
+    """Runs side by side, a row each: see `runs.summarize`."""
+    return HTML(table(summarize(run_dirs), "Runs, one a row"))
