@@ -156,6 +156,11 @@ class Notebook:
         self.wait_until_idle()
         self.command("notebook:run-all-cells")
 
+    def run_from(self, cell: int) -> None:
+        self.wait_until_idle()
+        self.page.evaluate(f"{CURRENT}.content.activeCellIndex = {cell}")
+        self.command("notebook:run-all-below")
+
     def cells(self) -> list[dict[str, Any]]:
         """The document as it stands."""
         return self.page.evaluate(f"{CURRENT}.content.model.toJSON().cells")
@@ -260,6 +265,9 @@ def test_a_reversed_string_and_where_the_heads_look(open_notebook: Callable[[str
     notebook.button("sample now").click()
     expect(notebook.page.locator(".widget-html", has_text="abc123 →").last).to_be_visible()
     notebook.button("stop and save").click()
+    expect(notebook.page.locator("text=stopped at step").last).to_be_visible()
+    [trained] = [n for n, cell in enumerate(notebook.cells()) if "await dashboard.run" in cell["source"]]
+    notebook.run_from(trained + 1)
     notebook.wait_until_done()
     assert checkpoints(run)
     string = notebook.box("string")
@@ -340,8 +348,7 @@ def test_training_is_watched_paused_resumed_and_stopped(
     [first, second] = [n for n, cell in enumerate(notebook.cells()) if "await dashboard.run" in cell["source"]]
     below = [cell for cell in notebook.cells()[first + 1 :] if cell["cell_type"] == "code"]
     assert not any(cell["execution_count"] for cell in below), "a cell below the stopped one was run"
-    notebook.page.evaluate(f"{CURRENT}.content.activeCellIndex = {second - 1}")
-    notebook.command("notebook:run-all-below")
+    notebook.run_from(second - 1)
     notebook.wait_for(lambda: read_metrics(run)[-1]["step"] > reached + 3, "the second half")
 
     # the page is left in the middle of it, and opened again
