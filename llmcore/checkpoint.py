@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from llmcore.config import ConfigError, ModelConfig
 from llmcore.device import pick_device
-from llmcore.files import fsync, pointer_hint, read_json, resolve, sha256_file, shown, to_json, write_atomic
+from llmcore.files import display_path, fsync, pointer_hint, read_json, resolve, sha256_file, to_json, write_atomic
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
@@ -215,7 +215,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in (*weights.values(), *(tensors or {}).values()))
         raise CheckpointError(
-            f"{shown(path)} cannot be written: {error}. It needs {size / 1e6:,.1f} MB; "
+            f"{display_path(path)} cannot be written: {error}. It needs {size / 1e6:,.1f} MB; "
             "make room on the disk and save again"
         ) from error
     finally:
@@ -247,16 +247,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / "manifest.json"
     if not file.is_file():
-        raise CheckpointError(f"{shown(path)} is not a checkpoint: it has no manifest.json")
+        raise CheckpointError(f"{display_path(path)} is not a checkpoint: it has no manifest.json")
     try:
         version = read_json(file, {"type": "object", "required": ["format_version"]})["format_version"]
         if type(version) is int and version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{shown(path)} has format version {version}; this code reads {FORMAT_VERSION}: update llmcore"
+                f"{display_path(path)} has format version {version}; this code reads {FORMAT_VERSION}: update llmcore"
             )
         return read_json(file, _MANIFEST)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown(path)} is not a checkpoint: {error}") from None
+        raise CheckpointError(f"{display_path(path)} is not a checkpoint: {error}") from None
 
 
 def _loss(path: Path) -> tuple[bool, float]:
@@ -294,17 +294,21 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     listed = manifest["sha256"]
     for name in READ:
         if name not in listed and (path / name).exists():
-            raise CheckpointError(f"{shown(path)} is damaged: it holds {name}, which its manifest.json does not list")
+            raise CheckpointError(
+                f"{display_path(path)} is damaged: it holds {name}, which its manifest.json does not list"
+            )
     for name in {"model.safetensors", "config.json", *listed}:
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{shown(file)} is missing")
+            raise CheckpointError(f"{display_path(file)} is missing")
         if sha256_file(file) != listed.get(name):
             reason = pointer_hint(file) or "its hash differs from the manifest's"
-            raise CheckpointError(f"{shown(file)} is damaged: {reason}")
+            raise CheckpointError(f"{display_path(file)} is damaged: {reason}")
     config = read_config(path)
     if any(repr(config.get(key)) != repr(manifest[key]) for key in ("step", "loss")):  # repr: NaN is not itself
-        raise CheckpointError(f"{shown(path / 'manifest.json')} is damaged: its step or loss is not config.json's")
+        raise CheckpointError(
+            f"{display_path(path / 'manifest.json')} is damaged: its step or loss is not config.json's"
+        )
     return manifest
 
 
@@ -322,7 +326,9 @@ def _read_json(file: Path, schema: Mapping[str, Any]) -> Any:
     try:
         return read_json(file, schema)
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(error) if isinstance(error, ValueError) else f"{shown(file)}: {error}") from None
+        raise CheckpointError(
+            str(error) if isinstance(error, ValueError) else f"{display_path(file)}: {error}"
+        ) from None
 
 
 def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
@@ -388,7 +394,7 @@ def _found(folder: str | os.PathLike[str], which: str, use: Callable[[Path, dict
                 return use(path, manifest)
         except (_GoneError, FileNotFoundError) as error:
             gone = error
-    raise CheckpointError(f"the checkpoints in {shown(folder)} change faster than they can be read") from gone
+    raise CheckpointError(f"the checkpoints in {display_path(folder)} change faster than they can be read") from gone
 
 
 class _GoneError(CheckpointError):
@@ -405,7 +411,7 @@ def _noticing_replacement(path: Path) -> Iterator[None]:
         after = read_manifest(path)
         if path.exists() and (before or {}).get("saved_at") == (after or {}).get("saved_at"):
             raise
-        raise _GoneError(f"{shown(path)} was deleted or replaced while it was read") from error
+        raise _GoneError(f"{display_path(path)} was deleted or replaced while it was read") from error
 
 
 def _look(folder: Path, which: str) -> tuple[Path, dict[str, Any]]:
@@ -427,7 +433,7 @@ def _look(folder: Path, which: str) -> tuple[Path, dict[str, Any]]:
             except CheckpointError as error:
                 warnings.warn(f"passed over: {error}", stacklevel=4)
     raise CheckpointError(
-        f"no checkpoint in {shown(folder)} (looked for step=*/manifest.json in it and two levels "
+        f"no checkpoint in {display_path(folder)} (looked for step=*/manifest.json in it and two levels "
         "below); train one with notebook 04_scifi_train, or name another folder"
     )
 
@@ -455,21 +461,21 @@ def _load(path: Path, manifest: dict[str, Any], device: str) -> Checkpoint:
     try:
         model_config = ModelConfig.from_dict(config["model"])
     except ConfigError as error:
-        raise CheckpointError(f"{shown(file)} cannot be used: {error}") from None
+        raise CheckpointError(f"{display_path(file)} cannot be used: {error}") from None
     model = model_with(model_config, read_tensors(path / "model.safetensors"), path / "model.safetensors")
     tokenizer = None
     if "tokenizer.model" in manifest["sha256"]:
         try:
             tokenizer = Tokenizer(path / "tokenizer.model")
         except TokenizerError as error:
-            raise CheckpointError(f"{shown(path / 'tokenizer.model')} cannot be used: {error}") from None
+            raise CheckpointError(f"{display_path(path / 'tokenizer.model')} cannot be used: {error}") from None
         if tokenizer.vocab_size > model_config.vocab_size:
             raise CheckpointError(
-                f"{shown(path / 'tokenizer.model')} has {tokenizer.vocab_size} ids, "
+                f"{display_path(path / 'tokenizer.model')} has {tokenizer.vocab_size} ids, "
                 f"the model in config.json only vocab_size={model_config.vocab_size}"
             )
     if config.get("tokenizer") is not None and (tokenizer is None or tokenizer.fingerprint != config["tokenizer"]):
-        raise CheckpointError(f"{shown(file)} names another tokenizer than the checkpoint's tokenizer.model")
+        raise CheckpointError(f"{display_path(file)} names another tokenizer than the checkpoint's tokenizer.model")
     return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, config["step"], path)
 
 
@@ -481,7 +487,7 @@ def model_with(config: ModelConfig, weights: dict[str, Tensor], source: Path) ->
     """
     if config.n_layers > len(weights):
         raise CheckpointError(
-            f"{shown(source)} does not fit the model: it holds {len(weights)} tensors, too few for "
+            f"{display_path(source)} does not fit the model: it holds {len(weights)} tensors, too few for "
             f"n_layers={config.n_layers}"
         )
     model = empty_model(config)
@@ -544,7 +550,7 @@ def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> 
         wrong = [f"{name} holds what is not finite" for name, tensor in used if not _finite(tensor)]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise CheckpointError(f"{shown(source)} does not fit the model: " + "; ".join(wrong[:8]) + more)
+        raise CheckpointError(f"{display_path(source)} does not fit the model: " + "; ".join(wrong[:8]) + more)
     model.load_state_dict(weights, assign=to_come)
     if model.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
@@ -570,7 +576,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             raise SafetensorError(hint)
         return load_file(file)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch, where the file has just gone
-        raise CheckpointError(f"{shown(file)} cannot be read: {error}") from None
+        raise CheckpointError(f"{display_path(file)} cannot be read: {error}") from None
 
 
 def read_trainer_state(
@@ -600,9 +606,9 @@ def read_trainer_state(
     state = _read_json(file, _TRAINER_STATE)
     for key in ("step", "tokens"):
         if state[key] != config.get(key, state[key]):
-            raise CheckpointError(f"{shown(file)} cannot be used: {key}: {state[key]} is not config.json's")
+            raise CheckpointError(f"{display_path(file)} cannot be used: {key}: {state[key]} is not config.json's")
     if not state["skipped_in_a_row"] <= state["skipped"] <= state["step"]:
-        raise CheckpointError(f"{shown(file)} cannot be used: skipped: more than there were steps")
+        raise CheckpointError(f"{display_path(file)} cannot be used: skipped: more than there were steps")
 
     file = path / "trainer_state.safetensors"
     tensors = read_tensors(file)
@@ -635,7 +641,7 @@ def read_trainer_state(
                 wrong.append(f"{name}: {error}")
     wrong += [f"unexpected {name}" for name in sorted(left)]
     if wrong:
-        raise CheckpointError(f"{shown(file)} cannot be used: " + "; ".join(wrong[:8]))
+        raise CheckpointError(f"{display_path(file)} cannot be used: " + "; ".join(wrong[:8]))
     return state, tensors
 
 

@@ -24,7 +24,7 @@ FORMAT_VERSION = 2
 HASHED_BYTES = 1 << 16  # of a token file per hash: a window of a batch needs little more than itself checked
 SPLITS = ("train", "val")
 FILES = {"bin": "sha256", "offsets": "offsets_sha256", "hashes": "hashes_sha256"}  # ending -> key of its hash
-AGAIN = "run 02_dataset again"
+PREPARE_AGAIN = "run 02_dataset again"
 
 
 _COUNT = {"type": "integer", "minimum": 0, "maximum": 2**50}
@@ -93,14 +93,14 @@ def verify_dataset(
         for ending, key in FILES.items():
             part = file.with_name(f"{split}.{ending}")
             if not part.is_file():
-                raise DatasetError(f"{part} is missing; {AGAIN}")
+                raise DatasetError(f"{part} is missing; {PREPARE_AGAIN}")
             if hint := pointer_hint(part):
                 raise DatasetError(f"{part} cannot be read: {hint}")
             size, wanted = part.stat().st_size, counts["tokens"] * np.dtype(manifest["dtype"]).itemsize
             if ending == "bin" and size != wanted:
-                raise DatasetError(f"{part} is damaged: it has {size:,} bytes, not {wanted:,}; {AGAIN}")
+                raise DatasetError(f"{part} is damaged: it has {size:,} bytes, not {wanted:,}; {PREPARE_AGAIN}")
             if (tokens or ending != "bin") and sha256_file(part) != counts[key]:
-                raise DatasetError(f"{part} is damaged: its {size:,} bytes have another hash; {AGAIN}")
+                raise DatasetError(f"{part} is damaged: its {size:,} bytes have another hash; {PREPARE_AGAIN}")
         _check_documents(file, manifest, split)
     return manifest
 
@@ -113,20 +113,24 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         manifest = read_json(file, {"type": "object", "required": ["format_version"]})
         version = manifest["format_version"]
         if version != FORMAT_VERSION:
-            raise DatasetError(f"{file.parent} has format version {version}; this code reads {FORMAT_VERSION}; {AGAIN}")
+            raise DatasetError(
+                f"{file.parent} has format version {version}; this code reads {FORMAT_VERSION}; {PREPARE_AGAIN}"
+            )
         if manifest.get("sha256") != manifest_hash(manifest):
-            raise DatasetError(f"{file} is damaged: its own hash differs; {AGAIN}")
+            raise DatasetError(f"{file} is damaged: its own hash differs; {PREPARE_AGAIN}")
         check_json(manifest, _MANIFEST, str(file))
     except DatasetError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{file} cannot be used ({error}); {AGAIN}") from None
+        raise DatasetError(f"{file} cannot be used ({error}); {PREPARE_AGAIN}") from None
     if manifest["dtype"] == "<u2" and manifest["vocab_size"] > 1 << 16:
-        raise DatasetError(f"{file} cannot be used: dtype <u2 is too small for its vocab_size; {AGAIN}")
+        raise DatasetError(f"{file} cannot be used: dtype <u2 is too small for its vocab_size; {PREPARE_AGAIN}")
     for number, source in enumerate(manifest.get("sources", [])):
         fits = isinstance(source, dict) and all(type(source.get(key)) is kind for key, kind in _SOURCE.items())
         if not (fits and 0 <= source["tokens"] <= 2**50):
-            raise DatasetError(f"{file} cannot be used: sources.{number} needs path, sha256, split, tokens; {AGAIN}")
+            raise DatasetError(
+                f"{file} cannot be used: sources.{number} needs path, sha256, split, tokens; {PREPARE_AGAIN}"
+            )
     return manifest
 
 
@@ -139,20 +143,22 @@ def _check_documents(file: Path, manifest: dict[str, Any], split: str) -> None:
     counts, dtype = manifest["splits"][split], np.dtype(manifest["dtype"])
     blocks = -(-counts["tokens"] * dtype.itemsize // HASHED_BYTES)
     if file.with_name(f"{split}.hashes").stat().st_size != 32 * blocks:
-        raise DatasetError(f"{file.with_name(f'{split}.hashes')} does not hold {blocks} hashes; {AGAIN}")
+        raise DatasetError(f"{file.with_name(f'{split}.hashes')} does not hold {blocks} hashes; {PREPARE_AGAIN}")
     part = file.with_name(f"{split}.offsets")
     offsets = np.frombuffer(part.read_bytes(), dtype=np.uint8)
     if len(offsets) != 8 * (counts["documents"] + 1):
-        raise DatasetError(f"{part} does not hold the offsets of {counts['documents']} documents; {AGAIN}")
+        raise DatasetError(f"{part} does not hold the offsets of {counts['documents']} documents; {PREPARE_AGAIN}")
     offsets = offsets.view("<u8")
     if offsets[0] != 0 or offsets[-1] != counts["tokens"] or (offsets[1:] < offsets[:-1]).any():
-        raise DatasetError(f"{part} is damaged: offsets must rise from 0 to {counts['tokens']}; {AGAIN}")
+        raise DatasetError(f"{part} is damaged: offsets must rise from 0 to {counts['tokens']}; {PREPARE_AGAIN}")
     own = [source for source in manifest.get("sources", []) if source["split"] in (split, "both")]
     if "sources" in manifest and (
         len(own) != counts["documents"]
         or any(s["split"] == split and s["tokens"] != n for s, n in zip(own, np.diff(offsets).tolist(), strict=True))
     ):
-        raise DatasetError(f"{file} cannot be used: sources: they are not the documents of {part.name}; {AGAIN}")
+        raise DatasetError(
+            f"{file} cannot be used: sources: they are not the documents of {part.name}; {PREPARE_AGAIN}"
+        )
 
 
 IGNORED = -100  # a target that is left out of the loss
@@ -216,14 +222,16 @@ class TokenDataset:
             try:
                 self._open_once()
             except (OSError, ValueError) as error:
-                found = error if isinstance(error, DatasetError) else DatasetError(f"{self.path}: {error}; {AGAIN}")
+                found = (
+                    error if isinstance(error, DatasetError) else DatasetError(f"{self.path}: {error}; {PREPARE_AGAIN}")
+                )
             unfinished = before is None and (folder / ".unfinished" / "meta.json").exists()  # its turn comes last
             if before == _stamp(folder / "meta.json") and not unfinished:
                 if found:
                     raise found
                 return
             time.sleep(0.01)
-        raise DatasetError(f"{folder} is being replaced, or a preparation broke off; let it end, or {AGAIN}")
+        raise DatasetError(f"{folder} is being replaced, or a preparation broke off; let it end, or {PREPARE_AGAIN}")
 
     def _open_once(self) -> None:
         self.manifest = verify_dataset(self.path.parent, [self.split], tokens=False)
@@ -246,7 +254,7 @@ class TokenDataset:
             DatasetError: if the manifest does not say them.
         """
         if "sources" not in self.manifest:
-            raise DatasetError(f"{self.path.with_name('meta.json')} does not name its sources; {AGAIN}")
+            raise DatasetError(f"{self.path.with_name('meta.json')} does not name its sources; {PREPARE_AGAIN}")
         return [source["path"] for source in self.manifest["sources"] if source["split"] in (self.split, "both")]
 
     def texts(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> dict[str, str]:
@@ -281,10 +289,10 @@ class TokenDataset:
                 continue
             block = self.tokens[number * size : (number + 1) * size]
             if hashlib.sha256(block.data).digest() != self._hashes[number * 32 : (number + 1) * 32]:
-                raise DatasetError(f"{self.path} is damaged at byte {number * HASHED_BYTES} or after; {AGAIN}")
+                raise DatasetError(f"{self.path} is damaged at byte {number * HASHED_BYTES} or after; {PREPARE_AGAIN}")
             if int(block.max()) >= self.vocab_size:
                 raise DatasetError(
-                    f"{self.path} holds the id {block.max()}, but the vocabulary has {self.vocab_size}; {AGAIN}"
+                    f"{self.path} holds the id {block.max()}, but the vocabulary has {self.vocab_size}; {PREPARE_AGAIN}"
                 )
             self._checked.add(number)
         return self.tokens[start:end].astype(np.int64)

@@ -57,7 +57,7 @@ def one_line(text: object) -> str:
     return visible(str(text)).replace("\n", "⟨0A⟩").replace("\t", "⟨09⟩")
 
 
-def shown(path: str | os.PathLike[str]) -> str:
+def display_path(path: str | os.PathLike[str]) -> str:
     """A path as a notebook should print it: relative to the project where it lies inside, on one line, visible."""
     path = Path(path)
     return one_line(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
@@ -84,11 +84,11 @@ def read_json(file: Path, schema: Mapping[str, Any] | None = None) -> Any:
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{shown(file)} is not JSON: {pointer_hint(file) or error}") from None
-        check_json(content, schema or {}, shown(file))
+            raise ValueError(f"{display_path(file)} is not JSON: {pointer_hint(file) or error}") from None
+        check_json(content, schema or {}, display_path(file))
         return content
     except RecursionError:  # also what a message about such content would raise
-        raise ValueError(f"{shown(file)} cannot be used: it is nested too deeply") from None
+        raise ValueError(f"{display_path(file)} cannot be used: it is nested too deeply") from None
 
 
 def pointer_hint(file: Path) -> str:
@@ -208,7 +208,7 @@ def replacing(path: Path) -> Iterator[Path]:
         IsADirectoryError: before anything is written, if the path is a folder.
     """
     if path.is_dir():
-        raise IsADirectoryError(f"{shown(path)} is a folder; give the name of a file")
+        raise IsADirectoryError(f"{display_path(path)} is a folder; give the name of a file")
     with temporary_folder(path.parent) as folder:
         yield folder / "new"
         fsync(folder / "new")
@@ -251,10 +251,12 @@ def replacing_folder(folder: Path, known: Container[str]) -> Iterator[Path]:
 
 def _refuse_strangers(folder: Path, known: Container[str]) -> None:
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{shown(folder)} is a file; choose another name for the folder")
+        raise FileExistsError(f"{display_path(folder)} is a file; choose another name for the folder")
     strangers = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.exists() else []
     if strangers:
-        raise FileExistsError(f"{shown(folder)} holds {strangers[0]!r}, which is not of this export; choose another")
+        raise FileExistsError(
+            f"{display_path(folder)} holds {strangers[0]!r}, which is not of this export; choose another"
+        )
 
 
 def _rename_over(new: Path, folder: Path) -> None:

@@ -91,7 +91,7 @@ def _recomputed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != -100).sum()  # as cross_entropy leaves it out by default
 
 
-SHORT = 256  # tokens up to which the formula itself, compiled, is the faster attention in bf16 on a CPU
+SHORT_CONTEXT = 256  # tokens up to which the formula itself, compiled, is the faster attention in bf16 on a CPU
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -101,7 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     of the kernels' time (forward and backward).
     """
     grouped = q.shape[1] != k.shape[1]
-    if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT and not grouped:
+    if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT_CONTEXT and not grouped:
         scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         return scores.masked_fill(future, -torch.inf).softmax(-1).to(q.dtype) @ v
@@ -110,7 +110,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 # What selective checkpointing keeps of a block: the results that take long to compute again, and are not the largest
 _aten = torch.ops.aten
-KEPT = [
+SAVED_OPERATIONS = [
     _aten.mm.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -304,7 +304,7 @@ class Transformer(nn.Module):
             if self.activation_checkpointing == "none" or not torch.is_grad_enabled() or cache is not None:
                 x = block(x, cos, sin, mask, cache)
             elif self.activation_checkpointing == "selective":
-                keep = functools.partial(create_selective_checkpoint_contexts, KEPT)
+                keep = functools.partial(create_selective_checkpoint_contexts, SAVED_OPERATIONS)
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False, context_fn=keep)
             else:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from llmcore.files import resolve, shown
+from llmcore.files import display_path, resolve
 
 try:
     import fcntl
@@ -32,7 +32,7 @@ class TrainingError(RuntimeError):
     """Training cannot start or go on. The message says why and what to change."""
 
 
-def new_run_dir(output_dir: str | os.PathLike[str], name: str) -> Path:
+def free_run_dir(output_dir: str | os.PathLike[str], name: str) -> Path:
     """A folder for a new run: `<output_dir>/<name>`, or `<name>-2`, … where a run is there already.
 
     Raises:
@@ -57,10 +57,10 @@ def check_writable(output_dir: Path) -> None:
         writable = there.is_dir() and os.access(there, os.W_OK)
     except OSError as error:  # a name that is too long, say
         raise TrainingError(
-            f"output_dir={shown(output_dir)!r} cannot be written: {error.strerror}; choose another"
+            f"output_dir={display_path(output_dir)!r} cannot be written: {error.strerror}; choose another"
         ) from None
     if not writable:
-        raise TrainingError(f"output_dir={shown(output_dir)!r} cannot be written; choose another")
+        raise TrainingError(f"output_dir={display_path(output_dir)!r} cannot be written; choose another")
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def only_run(run_dir: Path) -> Iterator[None]:
         file = open(run_dir / ".lock", "a+", encoding="utf-8")
     except OSError as error:
         raise TrainingError(
-            f"output_dir={shown(run_dir)!r} cannot be written: {error.strerror}; choose another"
+            f"output_dir={display_path(run_dir)!r} cannot be written: {error.strerror}; choose another"
         ) from None
     with file:
         _lock(file, run_dir)
@@ -104,7 +104,7 @@ def _lock(file: IO[str], run_dir: Path) -> None:
         file.seek(0)
         owner = file.read()
         raise TrainingError(
-            f"output_dir={shown(run_dir)!r} is in use by a run of process {owner}"
+            f"output_dir={display_path(run_dir)!r} is in use by a run of process {owner}"
             f"{' (this one)' if owner == str(os.getpid()) else ''}; let it end or choose another"
         ) from None
 
@@ -117,7 +117,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines = metric_lines(run_dir)
     events = [event for _, event in lines if event is not None]
     if len(events) < len(lines):
-        where = shown(resolve(run_dir) / "metrics.jsonl")
+        where = display_path(resolve(run_dir) / "metrics.jsonl")
         warnings.warn(f"{where}: left out {len(lines) - len(events)} lines that are no whole events", stacklevel=2)
     return events
 

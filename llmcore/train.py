@@ -45,7 +45,7 @@ from llmcore.device import (
     pick_precision,
     reason,
 )
-from llmcore.files import fsync, resolve, shown, to_json, write_atomic
+from llmcore.files import display_path, fsync, resolve, to_json, write_atomic
 from llmcore.generate import stream
 from llmcore.measure.memory import advice, check_memory
 from llmcore.model import Transformer
@@ -113,7 +113,7 @@ class Trainer:
 
     Attributes:
         step: optimizer steps taken.
-        stop_requested: set by `stop()`: the current step is finished, then the run saves and ends.
+        stop_requested: set by `request_stop()`: the current step is finished, then the run saves and ends.
         interrupted: whether a signal asked for that.
 
     Raises:
@@ -148,7 +148,8 @@ class Trainer:
         nobody_at_work(self.run_dir)
         if resume is None and ((self.run_dir / "metrics.jsonl").exists() or any(self.run_dir.glob("step=*"))):
             raise TrainingError(
-                f"{shown(self.run_dir)} holds a run already; resume it (resume='latest') or choose another output_dir"
+                f"{display_path(self.run_dir)} holds a run already; resume it (resume='latest') "
+                "or choose another output_dir"
             )
         if resume is None:
             self._check_start(0, init_step, config)
@@ -209,19 +210,19 @@ class Trainer:
         """How the run stands."""
         return TrainResult(self.step, self.val_loss, self.step < self.config.max_steps, self.last_checkpoint)
 
-    def stop(self) -> None:
+    def request_stop(self) -> None:
         """Finish the current step, save and end."""
         self.stop_requested = True
 
-    def save(self) -> None:
+    def request_save(self) -> None:
         """Write a checkpoint after the current step."""
         self._save_requested = True
 
-    def sample(self, prompt: str | None = None) -> None:
+    def request_sample(self, prompt: str | None = None) -> None:
         """Write a sample after the current step, of the configured prompt or another."""
         self._sample_requested, self._sample_prompt = True, prompt
 
-    def catch_up(self) -> Event:
+    def serve_requests(self) -> Event:
         """Do at once what `save` and `sample` asked for: for a run that is paused between two steps."""
         event = self._sample() if self._sample_requested else {}
         if self._save_requested and self._sound():
@@ -235,7 +236,7 @@ class Trainer:
         seconds (of this step) and tokens_per_second; after a validation also val_loss, val_perplexity and
         val_bits_per_byte; after a sample, sample and sample_prompt; after a save, checkpoint.
 
-        SIGINT and SIGTERM end the run after the current step as `stop()` does; a second one raises at once.
+        SIGINT and SIGTERM end the run after the current step as `request_stop()` does; a second one raises at once.
 
         Raises:
             TrainingError: before anything is written, if another run is at work in the same folder or has trained there
@@ -309,7 +310,7 @@ class Trainer:
         return self.step > self._start and all(bool(p.isfinite().all()) for p in self.model.parameters())
 
     def _last_good(self) -> str:
-        return f"Last good checkpoint: {shown(self.last_checkpoint) if self.last_checkpoint else 'none'}"
+        return f"Last good checkpoint: {display_path(self.last_checkpoint) if self.last_checkpoint else 'none'}"
 
     @contextlib.contextmanager
     def _signals_stop(self) -> Iterator[None]:
@@ -580,8 +581,8 @@ class Trainer:
         """Refuse to go on where another trainer has trained since this one was built or stepped last."""
         if hashlib.sha256(_content(self.run_dir / "metrics.jsonl")).digest() != self._metrics.digest():
             raise TrainingError(
-                f"the run in {shown(self.run_dir)} has gone on since this Trainer, at step {self.step}, was built or "
-                "stopped. Build the Trainer again with resume='latest', or choose another output_dir"
+                f"the run in {display_path(self.run_dir)} has gone on since this Trainer, at step {self.step}, was "
+                "built or stopped. Build the Trainer again with resume='latest', or choose another output_dir"
             )
 
     def _begin(self) -> None:
@@ -604,8 +605,8 @@ class Trainer:
                 write_atomic(self.run_dir / f"{name}.metrics.jsonl", b"\n".join(cut) + b"\n")
             self._history[-1:] = [{**entry, "set_aside": name} for entry in self._history[-1:]]
             warnings.warn(
-                f"{shown(self.run_dir)}: what does not belong to the first {self._start} steps is kept as {name}.* "
-                f"(lines of metrics.jsonl: {len(cut)}, checkpoints: {len(later)}); delete it if you do not need it",
+                f"{display_path(self.run_dir)}: what does not belong to the first {self._start} steps is kept "
+                f"as {name}.* (lines of metrics.jsonl: {len(cut)}, checkpoints: {len(later)}); delete it if you do not need it",
                 stacklevel=2,
             )
         content = b"".join(line + b"\n" for line in kept)
@@ -644,7 +645,8 @@ class Trainer:
                 fsync(metrics)
         except OSError as error:
             raise TrainingError(
-                f"{shown(metrics)} cannot be written: {error}. Make room on the disk and train on; nothing is lost yet"
+                f"{display_path(metrics)} cannot be written: {error}. Make room on the disk and train on; "
+                "nothing is lost yet"
             ) from error
 
     def _resume(self, resume: str | os.PathLike[str], init_step: int | None) -> None:
@@ -653,7 +655,8 @@ class Trainer:
         ours = path.parent == self.run_dir and path.name.startswith("step=")
         if not ours and (self.run_dir / "metrics.jsonl").exists():
             raise TrainingError(
-                f"{shown(self.run_dir)} holds a run already, and {shown(path)} is of another; choose another output_dir"
+                f"{display_path(self.run_dir)} holds a run already, and {display_path(path)} is of another; "
+                "choose another output_dir"
             )
         config = read_config(path)
         now = self._description()
@@ -672,7 +675,7 @@ class Trainer:
                 f"optimizer: {config.get('train', {}).get('optimizer')} there, {self.config.optimizer} here"
             )
         if differing:
-            raise CheckpointError(f"{shown(path)} is of another run: " + "; ".join(differing))
+            raise CheckpointError(f"{display_path(path)} is of another run: " + "; ".join(differing))
         self._check_start(config["step"], init_step, self.config)
         state, tensors = read_trainer_state(path, self.optimizers, self._names, self.device)
         state.setdefault("val_step", None)  # older checkpoints do not say it

@@ -46,7 +46,7 @@ from pathlib import Path
 from llmcore.corpus.sources import open_corpus
 from llmcore.corpus.texts import readable_texts, sample_texts
 from llmcore.corpus.train_tokenizer import compression_by_vocab_size, train_tokenizer
-from llmcore.files import one_line, shown
+from llmcore.files import display_path, one_line
 from llmcore.notebook import plots, widgets
 from llmcore.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ plots.length_histogram([len(t) for t in texts], "characters", f"{len(texts)} doc
 
 # %%
 tok = train_tokenizer(files, model_prefix, vocab_size, character_coverage=character_coverage, seed=seed)
-print(f"wrote {shown(model_prefix)}.model and .vocab")
+print(f"wrote {display_path(model_prefix)}.model and .vocab")
 
 # %% tags=["nbval-check-output"]
 print("pieces:", tok.vocab_size)
@@ -92,7 +92,7 @@ print("id of the newline:", tok.encode("\n"))
 # titles, and the turns of phrase that every chapter repeats.
 
 # %%
-pieces = [widgets.show_piece(tok, id) for id in range(tok.vocab_size) if not tok.is_byte(id) and id > 3]
+pieces = [widgets.piece_text(tok, id) for id in range(tok.vocab_size) if not tok.is_byte(id) and id > 3]
 plots.piece_lengths(Counter(map(len, pieces)), f"{len(pieces):,} pieces that are no single bytes, by length")
 
 # %%
@@ -146,7 +146,7 @@ print("strange strings too:", all(tok.decode(tok.encode(text)) == text for text 
 # %%
 lines = next(lines for text in texts if (lines := [line for line in text.split("\n") if line]))
 sentence = lines[6 % len(lines)][:120]
-shown_pieces = [widgets.show_piece(tok, id) for id in tok.encode(sentence)]
+shown_pieces = [widgets.piece_text(tok, id) for id in tok.encode(sentence)]
 plots.text_pieces(shown_pieces, f"{len(sentence)} characters become {len(shown_pieces)} tokens")
 
 # %% [markdown]

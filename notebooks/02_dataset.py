@@ -44,7 +44,7 @@ from llmcore.corpus.prepare import held_out_share, prepare_dataset
 from llmcore.corpus.sources import open_corpus
 from llmcore.corpus.texts import find_texts, text_blocks, text_name
 from llmcore.dataset import TokenDataset
-from llmcore.files import one_line, shown
+from llmcore.files import display_path, one_line
 from llmcore.measure.planner import TOKENS_PER_PARAMETER, plan
 from llmcore.notebook import plots, widgets
 from llmcore.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ folder = open_corpus(data_dir)
 
 # %%
 manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction, errors=errors)
-print(f"token files are in {shown(dataset_dir)}; files left out: {len(manifest['refused'])}")
+print(f"token files are in {display_path(dataset_dir)}; files left out: {len(manifest['refused'])}")
 
 # %% tags=["nbval-check-output"]
 for name, split in manifest["splits"].items():
@@ -139,7 +139,7 @@ cost = plan(model_config.replace(vocab_size=tok.vocab_size), train_config)
 rows = {
     "tokens in the training split": len(train.tokens),
     f"tokens {preset} reads": cost.tokens,
-    f"compute-optimal for {preset}": cost.compute_optimal_tokens,
+    f"compute-optimal for {preset}": cost.best_tokens_for_size,
 }
 plots.bars(rows, f"{preset} reads the corpus {cost.epochs(len(train.tokens)):.1f} times", "tokens")
 

@@ -43,7 +43,7 @@ from llmcore import config
 from llmcore.device import pick_device
 from llmcore.model import Transformer
 from llmcore.notebook import plots, toy_reverse, widgets
-from llmcore.runs import new_run_dir
+from llmcore.runs import free_run_dir
 from llmcore.train import Trainer
 
 device = str(pick_device(device))
@@ -88,7 +88,7 @@ trainer = Trainer(
     data,
     toy_reverse.ReverseData(),
     train_config.replace(sample_prompt=prompt),
-    new_run_dir(output_dir, "toy-reverse"),
+    free_run_dir(output_dir, "toy-reverse"),
     device=device,
     sampler=lambda text: " → " + toy_reverse.answers(model, [text])[0],
 )

@@ -68,7 +68,7 @@ from llmcore.corpus.prepare import prepare_dataset
 from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
-from llmcore.files import shown
+from llmcore.files import display_path
 from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
 from llmcore.measure.memory import check_memory, predict_memory
@@ -79,7 +79,7 @@ from llmcore.notebook import plots, widgets
 from llmcore.notebook.run_page import write_index
 from llmcore.notebook.trackers import tracker_callback
 from llmcore.notebook.widgets import TrainingDashboard
-from llmcore.runs import new_run_dir, read_metrics
+from llmcore.runs import free_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
 
@@ -88,10 +88,10 @@ start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
 last_step = max_steps or config.preset(preset)[1].max_steps
 if start and (reached := read_config(start)["step"]) >= last_step:
     raise ValueError(
-        f"max_steps={last_step}, but checkpoint_dir={shown(start)!r} is at step {reached} already: nothing is left "
-        "to train; raise max_steps, or open the checkpoint in notebook 5"
+        f"max_steps={last_step}, but checkpoint_dir={display_path(start)!r} is at step {reached} already: nothing is "
+        "left to train; raise max_steps, or open the checkpoint in notebook 5"
     )
-_ = new_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe,
+_ = free_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe,
 _ = tracker_callback(tracker, project, output_dir)  # as is a tracker that is not installed
 
 # %% [markdown]
@@ -147,8 +147,8 @@ print(f"compute: {cost.flops:.2e} FLOPs")
 
 # %% tags=["nbval-check-output"]
 print(f"this run: {cost.parameters / 1e6:.1f}M parameters, {cost.tokens / cost.parameters:.1f} tokens for each")
-print(f"the same compute, spent best: {cost.optimal_parameters / 1e6:.1f}M parameters,", end=" ")
-print(f"{cost.optimal_tokens / 1e6:.1f}M tokens")
+print(f"the same compute, spent best: {cost.best_size_for_compute / 1e6:.1f}M parameters,", end=" ")
+print(f"{cost.best_tokens_for_compute / 1e6:.1f}M tokens")
 
 # %% [markdown]
 # Most of the memory goes to activations: what the forward pass keeps for the backward pass. **Activation
@@ -187,7 +187,7 @@ for p, points in measured.items():
 
 # %%
 torch.manual_seed(seed)
-run_dir = start.parent if start else new_run_dir(output_dir, project)
+run_dir = start.parent if start else free_run_dir(output_dir, project)
 track = tracker_callback(tracker, project, run_dir, model_config.to_dict() | train_config.to_dict())
 trainer = Trainer(
     Transformer(model_config),
@@ -202,7 +202,7 @@ trainer = Trainer(
     init_step=init_step,
 )
 half = (trainer.step + train_config.max_steps) // 2
-trainer.callbacks.append(lambda event: trainer.stop() if event["step"] == half else None)
+trainer.callbacks.append(lambda event: trainer.request_stop() if event["step"] == half else None)
 
 # %%
 dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters, first half")
@@ -322,7 +322,7 @@ print(f"at most 1.95 bits per byte on held-out chapters: {last['val_bits_per_byt
 
 # %%
 checkpoint = load_checkpoint(run_dir, device=device)
-print("checkpoint:", shown(checkpoint.path))
+print("checkpoint:", display_path(checkpoint.path))
 again = Trainer(
     checkpoint.model, train_data, val_data, train_config, run_dir, tokenizer=tok, device=device, resume="latest"
 )
@@ -339,7 +339,7 @@ print("its tokenizer is ours:", checkpoint.tokenizer.fingerprint == tok.fingerpr
 
 # %%
 runs = find_runs(output_dir)
-print("list of runs:", shown(write_index(output_dir)))
+print("list of runs:", display_path(write_index(output_dir)))
 widgets.run_table(runs)
 
 # %%

@@ -47,7 +47,7 @@ import torch
 
 from llmcore.checkpoint import checkpoints, load_checkpoint, loss_in_words
 from llmcore.device import pick_device
-from llmcore.files import resolve, shown
+from llmcore.files import display_path, resolve
 from llmcore.formats.gguf import to_gguf
 from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.formats.llama2c import to_llama2c
@@ -61,7 +61,7 @@ device = str(pick_device(device))
 # %%
 checkpoint = load_checkpoint(output_dir, which=checkpoint_dir or "latest", device=device)
 model, tok = checkpoint.model, checkpoint.tokenizer
-print(f"{shown(checkpoint.path)}: step {checkpoint.step:,}, {loss_in_words(checkpoint.config)}")
+print(f"{display_path(checkpoint.path)}: step {checkpoint.step:,}, {loss_in_words(checkpoint.config)}")
 
 # %% tags=["nbval-check-output"]
 print(f"{model.config.n_params():,} parameters, context of {model.config.max_seq_len} tokens")
@@ -103,7 +103,7 @@ with torch.inference_mode():
     logits = model(torch.tensor([ids], device=device))[:, -1]
 probabilities = next_token_probabilities(logits)[0]
 top = probabilities.topk(12)
-likely = [widgets.show_piece(tok, id) for id in top.indices.tolist()]
+likely = [widgets.piece_text(tok, id) for id in top.indices.tolist()]
 plots.next_tokens(likely, top.values.tolist(), f"After “{widgets.ending(prompt, 40)}”, “{likely[0]}” is the likeliest")
 
 # %% tags=["nbval-check-output"]
@@ -126,7 +126,7 @@ paragraph = (
 )
 ids = [tok.encode("\n")[-1], *tok.encode(paragraph)]
 nats = surprise(model, ids)
-shown_pieces = [widgets.show_piece(tok, id) for id in ids[1:]]
+shown_pieces = [widgets.piece_text(tok, id) for id in ids[1:]]
 mean = sum(nats) / len(nats)
 plots.text_pieces(
     shown_pieces, f"A visitor mistaken for Zhuge Liang: {mean:.2f} nats per token on average", nats, "nats"
@@ -173,9 +173,9 @@ try:
     to_llama2c(checkpoint, export_dir / "llama2c" / "model.bin", adapt=True)
     to_gguf(checkpoint, export_dir / "gguf" / "model.gguf", torch.float16)
 except OSError as error:  # a read-only or full disk: the notebook goes on without
-    print(f"left out, since {shown(export_dir)} cannot be written: {widgets.visible(str(error))}")
+    print(f"left out, since {display_path(export_dir)} cannot be written: {widgets.visible(str(error))}")
 for file in sorted(path for path in export_dir.rglob("*") if path.is_file()):
-    print(f"{file.stat().st_size / 1e3:10,.1f} kB  {shown(file)}")
+    print(f"{file.stat().st_size / 1e3:10,.1f} kB  {display_path(file)}")
 
 # %%
 import transformers

@@ -60,14 +60,14 @@ from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
 from llmcore.files import resolve
-from llmcore.measure.scaling import FEWEST, fit_scaling, valley
-from llmcore.measure.sweep import isoflop_grid, planned_run, result, run_sweep, sized
+from llmcore.measure.scaling import MIN_RUNS, fit_scaling
+from llmcore.measure.sweep import isoflop_grid, planned_run, run_outcome, run_sweep, scaled_to_width
 from llmcore.notebook import plots, widgets
-from llmcore.runs import new_run_dir
+from llmcore.runs import free_run_dir
 from llmcore.tokenizer import Tokenizer
 
 device = str(pick_device(device))
-_ = new_run_dir(output_dir, "a-run")  # a folder that cannot be written is refused now
+_ = free_run_dir(output_dir, "a-run")  # a folder that cannot be written is refused now
 
 # %% [markdown]
 # ## What to train
@@ -88,19 +88,19 @@ prepare_dataset(open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=er
 epoch = len(TokenDataset(dataset_dir, "train", base.max_seq_len).tokens)
 
 # %%
-models = [sized(base, dim) for dim in dims]
+models = [scaled_to_width(base, dim) for dim in dims]
 fewest_tokens = min_steps * batch_size * base.max_seq_len
 grid = isoflop_grid(models, budgets, batch_size, fewest_tokens, held_back_epochs * epoch)
-large = sized(base, held_back_dim)
+large = scaled_to_width(base, held_back_dim)
 held_back = planned_run(large, held_back_epochs * epoch, batch_size)
-if len(grid) < FEWEST or large.n_params() <= max(model.n_params() for model in models):
+if len(grid) < MIN_RUNS or large.n_params() <= max(model.n_params() for model in models):
     raise ValueError(
-        f"{len(grid)} runs of dims={dims} fit budgets={budgets}; give {FEWEST} or more below held_back_dim"
+        f"{len(grid)} runs of dims={dims} fit budgets={budgets}; give {MIN_RUNS} or more below held_back_dim"
     )
 
 # %% tags=["nbval-check-output"]
 print(f"one epoch: {epoch:,} tokens")
-print("enough runs for a law:", len(grid) >= FEWEST)
+print("enough runs for a law:", len(grid) >= MIN_RUNS)
 print("the held-back model is larger than all others:", all(large.n_params() > m.n_params() for m in models))
 
 # %% [markdown]
@@ -127,7 +127,7 @@ common |= {"tokenizer_model_file": str(tokenizer_model_file), "thorough": False}
 runs = {name: {**common, **run} for name, run in {"held-back": held_back, **grid}.items()}
 done = {}
 for run_dir in run_sweep(runs, output_dir, workers):
-    done[run_dir.name] = result(run_dir)
+    done[run_dir.name] = run_outcome(run_dir)
     print(f"{len(done):2} of {len(runs)}: {run_dir.name}")
 
 # %%
@@ -148,7 +148,7 @@ print("the held-back one has more parameters and more tokens than any other:", b
 
 # %%
 curves = {b: (N[near], L[near]) for b in budgets if (near := abs(C / b - 1) < 0.02).any()}
-best = {b: n for b, (parameters, losses) in curves.items() if (n := valley(parameters, losses))}
+best = {b: n for b, (parameters, losses) in curves.items() if (n := isoflop_minimum(parameters, losses))}
 words = ", ".join(f"{n / 1e3:,.0f}k" for n in best.values())
 grows = len(best) > 1 and list(best.values()) == sorted(best.values())
 title = f"{'With more compute the best size grows' if grows else 'Best size'}: {words} parameters"

@@ -59,7 +59,7 @@ def _nothing_compiled_before() -> None:
 def stopped_at_three(run: Path, resume: str | None = None, **changes: Any) -> None:
     config = quick(**LONG, optimizer="muon", grad_accum_steps=2, **changes)
     one = Trainer(tiny_model(), Batches(), None, config, run, device="cpu", resume=resume)
-    one.callbacks.append(lambda event: one.stop() if event["step"] % 3 == 0 else None)
+    one.callbacks.append(lambda event: one.request_stop() if event["step"] % 3 == 0 else None)
     one.fit()
 
 
@@ -113,7 +113,7 @@ from llmcore.train import Trainer
 
 config = quick(compile=sys.argv[2], max_steps=10**7)
 one = Trainer(tiny_model(n_layers=1), Batches(), None, config, Path(sys.argv[1]), device="cpu")
-one.callbacks.append(lambda event: one.stop() if event["step"] == 2 else None)
+one.callbacks.append(lambda event: one.request_stop() if event["step"] == 2 else None)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     one.fit()

@@ -183,7 +183,7 @@ STOPS: dict[str, Callable[[Kernel], None]] = {
 def test_a_stop_stops_run_all_and_a_person_goes_on(stop: str, kernel: Kernel) -> None:
     assert kernel.run(DASHBOARD)["status"] == "ok"
     if stop == "button":
-        kernel.run("one.callbacks.append(lambda event: board.stop.click() if event['step'] == 5 else None)")
+        kernel.run("one.callbacks.append(lambda event: board.stop_button.click() if event['step'] == 5 else None)")
     cells = [FIRST, "Path('after').touch()", SECOND]
     queued = [kernel.client.execute(cell) for cell in cells]  # as JupyterLab's Run All does: all at once
     kernel.wait_until_trained()
@@ -227,7 +227,7 @@ def test_after_a_stop_a_person_runs_any_cell(kernel: Kernel) -> None:
 @pytest.mark.slow
 def test_a_callbacks_stop_lets_the_notebook_go_on(kernel: Kernel) -> None:
     assert kernel.run(DASHBOARD)["status"] == "ok"
-    kernel.run("one.callbacks.append(lambda event: one.stop() if event['step'] == 5 else None)")
+    kernel.run("one.callbacks.append(lambda event: one.request_stop() if event['step'] == 5 else None)")
     queued = [kernel.client.execute(cell) for cell in (FIRST, SECOND)]
     assert [kernel.reply(sent)["status"] for sent in queued] == ["ok", "ok"]
     assert read_metrics(kernel.folder / "run")[-1]["step"] == 10

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmcore import files
 from llmcore.checkpoint import load_checkpoint, save_checkpoint
-from llmcore.files import one_line, shown
+from llmcore.files import display_path, one_line
 from llmcore.formats.gguf import to_gguf
 from llmcore.formats.huggingface import to_hf
 from llmcore.formats.llama2c import to_llama2c
@@ -42,7 +42,7 @@ def acts(text: str) -> set[str]:
 
 @given(ANY)
 def test_no_character_acts_in_a_shown_text_name_or_path(text: str) -> None:
-    for form in (visible(text), escaped(text), one_line(text), shown(f"runs/{text}"), visible(ending(text))):
+    for form in (visible(text), escaped(text), one_line(text), display_path(f"runs/{text}"), visible(ending(text))):
         assert not acts(form)
         form.encode()
     assert len(one_line(text).splitlines()) <= 1 and "\t" not in one_line(text)

@@ -29,7 +29,7 @@ def test_cost_counts_the_presets_parameters_tokens_and_state(name: str) -> None:
     assert cost.memory["weights"] + cost.memory["optimizer"] == 12 * parameters
     assert cost.disk == (train.keep_checkpoints + 1) * 12 * parameters
     assert cost.tokens == train.max_steps * train.grad_accum_steps * train.batch_size * config.max_seq_len
-    assert cost.compute_optimal_tokens == 20 * parameters
+    assert cost.best_tokens_for_size == 20 * parameters
 
 
 def test_tokens_follow_a_context_of_the_runs_own() -> None:
@@ -55,8 +55,8 @@ def test_flops_are_those_of_the_matrix_products(shape: dict[str, Any]) -> None:
 def test_the_compute_optimal_model_costs_what_the_run_does() -> None:
     """C = 6 N D with D = 20 N, and a model of that size would plan itself."""
     cost = plan(*PRESETS["scifi-117M"], "cpu")
-    assert 6 * cost.optimal_parameters * cost.optimal_tokens == pytest.approx(cost.flops)
-    assert cost.optimal_tokens == pytest.approx(20 * cost.optimal_parameters)
+    assert 6 * cost.best_size_for_compute * cost.best_tokens_for_compute == pytest.approx(cost.flops)
+    assert cost.best_tokens_for_compute == pytest.approx(20 * cost.best_size_for_compute)
     assert cost.epochs(cost.tokens // 4) == pytest.approx(4)
 
 

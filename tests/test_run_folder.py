@@ -39,7 +39,7 @@ from llmcore.dataset import TokenDataset
 from llmcore.formats.hub import model_card
 from llmcore.measure.compare_runs import find_runs, summarize
 from llmcore.notebook import plots
-from llmcore.notebook.dashboard import TrainingDashboard, facts
+from llmcore.notebook.dashboard import TrainingDashboard, run_status
 from llmcore.notebook.run_page import write_summary
 from llmcore.runs import TrainingError, read_metrics
 from llmcore.train import Event, Trainer
@@ -121,7 +121,7 @@ def test_building_trainers_writes_nothing(tmp_path: Path) -> None:
     for resume in ("latest", "best", at_step(run, 4)):
         one = build(run, resume=resume)
         one.steps()  # not begun
-        one.catch_up()
+        one.serve_requests()
     assert snapshot(run) == before
 
 
@@ -269,7 +269,7 @@ def test_any_text_in_an_event_is_read_back_and_resumed(text: str, tmp_path_facto
     for resume in (None, "latest"):
         config = quick(max_steps=4, sample_prompt=text)
         one = trainer(run, config, val=False, sampler=lambda prompt: prompt + text, resume=resume)
-        one.sample("甲" + SEPARATORS + text)
+        one.request_sample("甲" + SEPARATORS + text)
         steps = one.steps()
         next(steps), next(steps)
         steps.close()
@@ -500,7 +500,7 @@ def test_of_two_trainers_built_on_one_folder_only_one_trains(resumed: bool, how_
 
 
 def test_a_finished_first_half_pressed_again_changes_nothing(tmp_path: Path) -> None:
-    half = trainer(tmp_path, quick(), callbacks=[lambda e: half.stop() if e["step"] == 3 else None])
+    half = trainer(tmp_path, quick(), callbacks=[lambda e: half.request_stop() if e["step"] == 3 else None])
     asyncio.run(TrainingDashboard().run(half))
     assert half.result().stopped_early
     asyncio.run(TrainingDashboard().run(trainer(tmp_path, quick(), resume="latest")))
@@ -512,7 +512,7 @@ def test_a_finished_first_half_pressed_again_changes_nothing(tmp_path: Path) -> 
 
 def test_a_trainer_that_was_stopped_goes_on_as_often_as_asked(tmp_path: Path) -> None:
     one = trainer(tmp_path, quick(max_steps=9))
-    one.callbacks.append(lambda event: one.stop() if event["step"] in (2, 3, 7) else None)
+    one.callbacks.append(lambda event: one.request_stop() if event["step"] in (2, 3, 7) else None)
     rebuilt = trainer(tmp_path, quick(max_steps=9))  # the cell was run twice: the object before does not matter
     assert rebuilt.step == 0
     assert [one.fit().step for _ in range(4)] == [2, 3, 7, 9]
@@ -523,7 +523,7 @@ def test_one_trainer_in_two_threads_trains_once(tmp_path: Path) -> None:
     one = trainer(tmp_path, quick(max_steps=8))
     steps = one.steps()
     next(steps)
-    one.stop()
+    one.request_stop()
     refused: list[str] = []
 
     def second() -> None:
@@ -550,7 +550,7 @@ def test_a_checkpoints_name_is_the_loss_of_its_own_step(
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     one = trainer(run, quick(max_steps=9, eval_interval=eval_interval), val=bool(eval_interval))
-    one.callbacks.append(lambda event: one.stop() if event["step"] == stop else None)
+    one.callbacks.append(lambda event: one.request_stop() if event["step"] == stop else None)
     one.fit()
     events = read_metrics(run)
     validated = [event for event in events if "val_loss" in event]
@@ -582,11 +582,13 @@ def test_a_checkpoints_name_is_the_loss_of_its_own_step(
 
 def test_the_dashboard_says_of_which_step_a_validation_is(tmp_path: Path) -> None:
     one, board = trainer(tmp_path, quick(eval_interval=4)), TrainingDashboard()
-    one.callbacks.append(lambda event: one.stop() if event["step"] == 5 else None)
+    one.callbacks.append(lambda event: one.request_stop() if event["step"] == 5 else None)
     asyncio.run(board.run(one))
-    said = facts(board._validated | board.events[-1], one, 0.0)
+    said = run_status(board._validated | board.events[-1], one, 0.0)
     assert said["validation"] == f"{board.events[3]['val_loss']:.3f} at step 4"
-    assert facts(board._validated | board.events[3], one, 0.0)["validation"] == f"{board.events[3]['val_loss']:.3f}"
+    assert (
+        run_status(board._validated | board.events[3], one, 0.0)["validation"] == f"{board.events[3]['val_loss']:.3f}"
+    )
 
 
 def test_best_compares_validations_where_there_are_any(tmp_path: Path) -> None:
@@ -644,8 +646,8 @@ def test_a_first_step_that_fails_saves_nothing(where: str, tmp_path: Path) -> No
 
     data, model = Failing(), tiny_model()
     one = Trainer(model, data, None, quick(), tmp_path / "run", device="cpu")
-    one.save()
-    one.catch_up()  # asked for before there is anything to keep
+    one.request_save()
+    one.serve_requests()  # asked for before there is anything to keep
     if where == "backward":
         model.norm.weight.register_hook(lambda gradient: [].pop() if data.broken else gradient)
     with pytest.raises((TrainingError, IndexError)):

@@ -80,7 +80,7 @@ def test_every_run_on_the_dashboard_leaves_a_page_with_its_curves(tmp_path: Path
     import asyncio
 
     training = trainer(tmp_path / "run", quick(max_steps=6))
-    training.callbacks.append(lambda event: training.stop() if event["step"] == stop_at else None)
+    training.callbacks.append(lambda event: training.request_stop() if event["step"] == stop_at else None)
     asyncio.run(TrainingDashboard().run(training))
     text = (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
     assert "![Training curves](curves.png)" in text and (tmp_path / "run" / "curves.png").exists()

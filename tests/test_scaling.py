@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcore.measure.scaling import ScalingError, ScalingLaw, fit_scaling, valley
+from llmcore.measure.scaling import ScalingError, ScalingLaw, fit_scaling
 
 TRUE = ScalingLaw(*map(np.float64, (1.8, 30.0, 300.0, 0.3, 0.4)))
 LARGER = 2.2e6, 1.8e6
@@ -75,10 +75,10 @@ def test_the_optimum_of_a_budget_is_the_best_way_to_spend_it() -> None:
 
 def test_a_valley_is_found_where_it_is_and_only_there() -> None:
     sizes = np.geomspace(1e5, 1e6, 5)
-    assert valley(sizes, 5 + np.log(sizes / 3e5) ** 2) == pytest.approx(3e5)
-    assert valley(sizes, 5 + np.log(sizes / 3e6) ** 2) is None  # beyond the largest
-    assert valley(sizes, 5 - np.log(sizes / 3e5) ** 2) is None  # a hill
-    assert valley(sizes[:2], [5, 4]) is None
+    assert isoflop_minimum(sizes, 5 + np.log(sizes / 3e5) ** 2) == pytest.approx(3e5)
+    assert isoflop_minimum(sizes, 5 + np.log(sizes / 3e6) ** 2) is None  # beyond the largest
+    assert isoflop_minimum(sizes, 5 - np.log(sizes / 3e5) ** 2) is None  # a hill
+    assert isoflop_minimum(sizes[:2], [5, 4]) is None
 
 
 def test_runs_that_cannot_determine_a_law_are_refused_by_name() -> None:

@@ -15,7 +15,7 @@ from llmcore.config import preset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
 from llmcore.measure.compare_runs import read_run
-from llmcore.measure.sweep import SweepError, finished, isoflop_grid, result, run_sweep, sized
+from llmcore.measure.sweep import SweepError, finished, isoflop_grid, run_sweep, scaled_to_width
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ def test_the_sweep_runs_every_point_of_its_grid_and_sorts_them(english: Path, tm
 
 def test_a_grid_spends_each_budget_on_every_size_that_it_suits() -> None:
     base = preset("scifi-mini")[0]
-    models = {model.n_params(): model for model in (sized(base, dim) for dim in (16, 32, 64, 128))}
+    models = {model.n_params(): model for model in (scaled_to_width(base, dim) for dim in (16, 32, 64, 128))}
     budgets = 2e11, 4e11
     grid = isoflop_grid(models.values(), budgets, 4, 1e5, 5e5)
     spent = []
@@ -92,7 +92,7 @@ def test_a_grid_spends_each_budget_on_every_size_that_it_suits() -> None:
 def test_a_finished_run_is_told_from_a_stopped_one_and_from_another(tmp_path: Path) -> None:
     assert not finished(tmp_path / "run", {"max_steps": 6})
     run = trainer(tmp_path / "run", quick(max_steps=6))
-    run.callbacks.append(lambda event: run.stop() if event["step"] == 3 else None)
+    run.callbacks.append(lambda event: run.request_stop() if event["step"] == 3 else None)
     run.fit()
     assert not finished(tmp_path / "run", {"max_steps": 6, "seed": 0, "device": "cpu"})
     trainer(tmp_path / "run", quick(max_steps=6), resume="latest").fit()
@@ -119,7 +119,7 @@ def test_a_sweep_leaves_finished_runs_alone_resumes_stopped_ones_and_names_a_fai
     trainer(runs / "finished", quick(max_steps=4)).fit()
     before = (runs / "finished" / "metrics.jsonl").read_bytes()
     stopped = trainer(runs / "stopped", quick(max_steps=5))
-    stopped.callbacks.append(lambda event: stopped.stop() if event["step"] == 2 else None)
+    stopped.callbacks.append(lambda event: stopped.request_stop() if event["step"] == 2 else None)
     stopped.fit()
     (runs / "killed").mkdir()  # before its first checkpoint
     (runs / "killed" / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")

@@ -43,7 +43,7 @@ def test_tensorboard_reads_every_number_of_the_run_back(tmp_path: Path) -> None:
 def test_after_a_resume_each_step_is_drawn_once(tmp_path: Path) -> None:
     track = tracker_callback("tensorboard", "p", tmp_path)
     first = Trainer(tiny_model(), Batches(), None, quick(checkpoint_interval=2), tmp_path, callbacks=[track])
-    first.callbacks.append(lambda event: first.stop() if event["step"] == 4 else None)
+    first.callbacks.append(lambda event: first.request_stop() if event["step"] == 4 else None)
     first.fit()
     # go back to step 2, as after a kill
     older = next(tmp_path.glob("step=000002*"))

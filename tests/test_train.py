@@ -28,7 +28,7 @@ from llmcore.config import TrainConfig
 from llmcore.device import has_bf16
 from llmcore.model import Transformer
 from llmcore.optim import Muon, build_optimizers, learning_rate_at, orthogonalised
-from llmcore.runs import TrainingError, new_run_dir, read_metrics
+from llmcore.runs import TrainingError, free_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Event, Trainer, TrainResult
 
@@ -298,7 +298,7 @@ def test_resume_is_bit_exact(variant: str, at: int, tmp_path: Path) -> None:
     def run(folder: str, seed: int, stop_at: int = 0, **options: Any) -> TrainResult:
         def stop(event: Event) -> None:
             if event["step"] == stop_at:
-                one.stop()
+                one.request_stop()
 
         torch.manual_seed(seed)  # a resumed run must not lean on how the process began
         model = tiny_model(seed, tie_embeddings=True)
@@ -338,7 +338,7 @@ def test_stops_anywhere_change_nothing(
     straight = trainer(folder / "straight", config).fit()
     for number, stop in enumerate([*sorted(stops), 12]):
         one = trainer(folder / "stopped", config, tiny_model(number), resume="latest" if number else None)
-        one.callbacks.append(lambda event, one=one, stop=stop: one.stop() if event["step"] == stop else None)
+        one.callbacks.append(lambda event, one=one, stop=stop: one.request_stop() if event["step"] == stop else None)
         result = one.fit()
     assert straight.checkpoint and result.checkpoint
     assert_same_tensors(state(straight.checkpoint), state(result.checkpoint))
@@ -358,7 +358,7 @@ run, stop = Path(sys.argv[1]), int(sys.argv[2])
 config = quick(max_steps=12, batch_size=64, compile="on", precision="bf16", optimizer="muon")
 resume = {"resume": "latest"} if run.exists() else {}
 one = Trainer(tiny_model(dim=64, max_seq_len=64), Batches(time=64), None, config, run, device="cpu", **resume)
-one.callbacks.append(lambda event: one.stop() if event["step"] == stop else None)
+one.callbacks.append(lambda event: one.request_stop() if event["step"] == stop else None)
 one.fit()
 print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in one.model.parameters())).hexdigest())
 """
@@ -525,7 +525,7 @@ def test_the_fp16_scaler_backs_off_grows_and_is_resumed(tmp_path: Path, monkeypa
     assert scales == [2, 2, 1, 1, 1, 2, 2, 2]  # halved when a gradient overflows, doubled after three good steps
     assert [event["skipped"] for event in read_metrics(tmp_path / "a")] == [0, 0, 1, 1, 1, 1, 1, 1]
     first = fp16("b")
-    first.callbacks.append(lambda event: first.stop() if event["step"] == 4 else None)
+    first.callbacks.append(lambda event: first.request_stop() if event["step"] == 4 else None)
     first.fit()
     second = fp16("b", seed=3, resume="latest")
     assert second.fit().checkpoint and straight.last_checkpoint
@@ -645,7 +645,9 @@ def test_broken_weights_end_the_run_and_are_never_saved(tmp_path: Path, tokenize
 
 def test_a_stop_in_a_row_of_skipped_steps_still_saves(tmp_path: Path) -> None:
     model = tiny_model()
-    one = trainer(tmp_path, quick(), model, val=False, callbacks=[lambda e: one.stop() if e["step"] == 4 else None])
+    one = trainer(
+        tmp_path, quick(), model, val=False, callbacks=[lambda e: one.request_stop() if e["step"] == 4 else None]
+    )
     poison(model, lambda: one, range(4, 5), math.nan)
     result = one.fit()
     assert result.stopped_early and result.checkpoint
@@ -657,7 +659,7 @@ def test_a_stop_in_a_row_of_skipped_steps_still_saves(tmp_path: Path) -> None:
 
 def test_stop_from_a_callback_ends_after_the_step_with_a_checkpoint(tmp_path: Path) -> None:
     model = tiny_model()
-    one = trainer(tmp_path, quick(), model, callbacks=[lambda e: one.stop() if e["step"] == 2 else None])
+    one = trainer(tmp_path, quick(), model, callbacks=[lambda e: one.request_stop() if e["step"] == 2 else None])
     result = one.fit()
     assert (result.step, result.stopped_early, len(read_metrics(tmp_path))) == (2, True, 2)
     assert result.checkpoint == find_checkpoint(tmp_path)
@@ -851,7 +853,7 @@ def test_an_output_dir_that_cannot_hold_a_run_is_refused(tmp_path: Path) -> None
         with pytest.raises(TrainingError, match=r"output_dir='.*file.*' cannot be written"):
             trainer(path, quick())
         with pytest.raises(TrainingError, match=r"output_dir='.*file.*' cannot be written"):
-            new_run_dir(path, "run")
+            free_run_dir(path, "run")
     assert file.read_text() == "mine"
 
 
@@ -861,8 +863,8 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds a run already; resume it"):
         trainer(tmp_path / "run", quick())
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    assert new_run_dir(tmp_path, "run") == tmp_path / "run-2"
-    assert new_run_dir(tmp_path, "new") == tmp_path / "new"
+    assert free_run_dir(tmp_path, "run") == tmp_path / "run-2"
+    assert free_run_dir(tmp_path, "new") == tmp_path / "new"
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -927,7 +929,7 @@ def test_checkpoints_are_written_when_due_or_asked_for_and_old_ones_go(tmp_path:
         if "checkpoint" in event:
             saved.append(event["step"])
         if event["step"] == 4:
-            one.save()
+            one.request_save()
     assert saved == [2, 4, 5, 6, 7]
     kept = {int(path.name[5:11]) for path in checkpoints(tmp_path)}
     assert {6, 7} <= kept and len(kept) <= 3

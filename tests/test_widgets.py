@@ -26,10 +26,10 @@ from llmcore.dataset import TokenDataset
 from llmcore.generate import generate
 from llmcore.model import Transformer
 from llmcore.notebook import toy_reverse
-from llmcore.notebook.dashboard import TrainingDashboard, duration, facts
+from llmcore.notebook.dashboard import TrainingDashboard, duration, run_status
 from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
 from llmcore.notebook.plots import png
-from llmcore.notebook.safe_html import boxes, escaped, show_piece, table, visible
+from llmcore.notebook.safe_html import boxes, escaped, piece_text, table, visible
 from llmcore.notebook.widgets import run_table
 from llmcore.notebook.writing import WritingPanel, odds
 from llmcore.runs import read_metrics
@@ -139,21 +139,21 @@ def test_pause_resume_and_stop(tmp_path: Path, watched: None, screen: Screen) ->
     board, at = person.dashboard, []
 
     def paused() -> None:
-        at.append((run.step, len(read_metrics(run.run_dir)), board.pause.disabled, board.resume.disabled))
-        board.resume.click()
+        at.append((run.step, len(read_metrics(run.run_dir)), board.pause_button.disabled, board.resume_button.disabled))
+        board.resume_button.click()
 
     asyncio.run(
         person.act(
-            (lambda: run.step >= 3, lambda: board.pause.click()),
+            (lambda: run.step >= 3, lambda: board.pause_button.click()),
             (person.says("paused at step"), paused),
-            (lambda: run.step >= at[0][0] + 3, lambda: board.stop.click()),
+            (lambda: run.step >= at[0][0] + 3, lambda: board.stop_button.click()),
         )
     )
     [(step, lines, cannot_pause, cannot_resume)] = at
     assert step == lines and cannot_pause and not cannot_resume
     assert run.result().stopped_early and run.last_checkpoint
     assert read_metrics(run.run_dir)[-1]["step"] == run.step == checkpoint_step(run)
-    assert "stopped at step" in words(board.status.value) and board.stop.disabled
+    assert "stopped at step" in words(board.status.value) and board.stop_button.disabled
     assert f"{run.step:,}/100,000" in words(board.numbers.value)
     assert not isinstance(screen.shown[-1], dict), "the panel was not replaced by a picture"
 
@@ -215,16 +215,16 @@ def test_a_paused_run_saves_and_samples_at_once(tmp_path: Path, watched: None, s
 
     def ask() -> None:
         board.prompt.value = "<b>曹操"
-        board.sample.click()
-        board.save.click()
+        board.sample_button.click()
+        board.save_button.click()
 
     asyncio.run(
         person.act(
-            (lambda: run.step >= 2, lambda: board.pause.click()),
+            (lambda: run.step >= 2, lambda: board.pause_button.click()),
             (person.says("paused at step"), ask),
             (
                 lambda: "操曹" in board.newest.value and bool(checkpoints(run.run_dir)),
-                lambda: board.stop.click(),
+                lambda: board.stop_button.click(),
             ),
         )
     )
@@ -242,13 +242,13 @@ def test_a_prompt_that_cannot_be_sampled_is_said_and_the_run_goes_on(
 
     def ask() -> None:
         board.prompt.value = "曹"
-        board.sample.click()
+        board.sample_button.click()
 
     told = "'曹' is neither an ASCII letter nor a digit"
     asyncio.run(
         person.act(
             (lambda: run.step >= 2, ask),
-            (lambda: told in words(board.newest.value), lambda: board.stop.click()),
+            (lambda: told in words(board.newest.value), lambda: board.stop_button.click()),
         )
     )
     assert [event for event in read_metrics(run.run_dir) if told in event.get("sample", "")]
@@ -256,7 +256,7 @@ def test_a_prompt_that_cannot_be_sampled_is_said_and_the_run_goes_on(
 
 def test_run_again_goes_on_with_the_whole_curve(tmp_path: Path, watched: None, screen: Screen) -> None:
     run = trainer(tmp_path / "run", quick(max_steps=12))
-    run.callbacks.append(lambda event: run.stop() if event["step"] == 5 else None)
+    run.callbacks.append(lambda event: run.request_stop() if event["step"] == 5 else None)
     for steps in (5, 12, 12):  # the third time there is nothing left to do
         board = TrainingDashboard("again")
         asyncio.run(board.run(run))
@@ -294,7 +294,7 @@ def test_the_axis_of_steps_is_linear_or_logarithmic(tmp_path: Path, watched: Non
 def test_numbers_have_words_and_units(tmp_path: Path) -> None:
     run = trainer(tmp_path / "run", quick(max_steps=2000))
     event = {"step": 1500, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": 0.25, "skipped": 3}
-    said = facts({**event, "tokens_per_second": 1e4, "val_loss": 3.0}, run, seconds_left=200)
+    said = run_status({**event, "tokens_per_second": 1e4, "val_loss": 3.0}, run, seconds_left=200)
     assert said["step"] == "1,500/2,000" and said["skipped"] == "3" and said["left"] == "3 min 20 s"
     assert said["validation"] == "3.000" and said["tokens/s"] == "10,000" and said["memory"].endswith(" GB")
     assert [duration(s) for s in (0.2, 59.6, 3600)] == ["0 s", "1 min 0 s", "1 h 0 min"]
@@ -325,7 +325,7 @@ def test_typed_text_is_shown_in_the_pieces_of_both_tokenizers(
         ids = each.encode(explorer.text.value)
         assert f"{len(ids)} tokens" in shown
         for id in ids:
-            assert re.search(rf"{re.escape(show_piece(each, id))}\s+{id} · {len(each.id_to_bytes(id))} B", shown)
+            assert re.search(rf"{re.escape(piece_text(each, id))}\s+{id} · {len(each.id_to_bytes(id))} B", shown)
     assert re.search(r" the\s+\d+ · \d B · 2×", shown.replace("␣", " "))
     assert "<novel>" in shown and not tags(explorer.result.value) & {"script", "img", "novel"}
     assert "\x1b" not in explorer.result.value
@@ -427,8 +427,8 @@ def wide_model(tokenizer: Tokenizer, seed: int = 0) -> Transformer:
 
 def press_write(panel: WritingPanel) -> None:
     async def press() -> None:
-        panel.write.click()
-        while panel.write.disabled:
+        panel.write_button.click()
+        while panel.write_button.disabled:
             await asyncio.sleep(0)
 
     asyncio.run(asyncio.wait_for(press(), 60))
@@ -454,11 +454,11 @@ def test_stop_ends_the_writing(tokenizer: Tokenizer) -> None:
     panel = WritingPanel(wide_model(tokenizer), tokenizer, "却说", 1000)
 
     async def stop_soon() -> None:
-        panel.write.click()
+        panel.write_button.click()
         while "so far" not in panel.state.value:
             await asyncio.sleep(0)
-        panel.stop.click()
-        while panel.write.disabled:
+        panel.stop_button.click()
+        while panel.write_button.disabled:
             await asyncio.sleep(0)
 
     asyncio.run(asyncio.wait_for(stop_soon(), 60))
@@ -510,7 +510,7 @@ def test_a_wrong_seed_or_a_missing_checkpoint_is_said_in_words(tokenizer: Tokeni
         assert "whole number" in panel.state.value
     panel.seed.value, panel.other.value = "", tmp_path / "step=1_gone"
     press_write(panel)
-    assert "gone" in panel.state.value and not panel.write.disabled
+    assert "gone" in panel.state.value and not panel.write_button.disabled
 
 
 def test_odds_are_the_models_own_in_the_window_before_the_token(tokenizer: Tokenizer) -> None:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from llmcore.corpus.texts import TextFile, cut_text, survey_texts, text_blocks
 from llmcore.corpus.token_files import finish_split, publish, write_manifest
-from llmcore.dataset import AGAIN, FORMAT_VERSION, SPLITS, DatasetError, verify_dataset
+from llmcore.dataset import FORMAT_VERSION, PREPARE_AGAIN, SPLITS, DatasetError, verify_dataset
 from llmcore.files import write_atomic
 from llmcore.tokenizer import Tokenizer
 
@@ -116,7 +116,7 @@ def prepare_dataset(
         wanted["space"] = tokenizer.encode(" ")
     dataset_dir.mkdir(parents=True, exist_ok=True)
     unfinished = dataset_dir / ".unfinished"
-    with _alone(dataset_dir):
+    with _only_preparation(dataset_dir):
         publish(unfinished, dataset_dir)  # where a kill came between
         existing: dict[str, Any] = {}
         with contextlib.suppress(DatasetError):
@@ -141,7 +141,7 @@ def prepare_dataset(
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _only_preparation(folder: Path) -> Iterator[None]:
     """Wait until no other process prepares this folder, and keep others waiting."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -163,7 +163,7 @@ class _Part:
 
 
 @dataclass
-class _Done:
+class _Progress:
     """What has been written of a part: a line of the journal."""
 
     sha256: str
@@ -294,13 +294,13 @@ def _between(blocks: Iterable[str], start: int, end: int) -> Iterator[str]:
 class _Job:
     """Some ids to write: `ids` makes them, on any thread."""
 
-    done: _Done
+    done: _Progress
     ids: Callable[[], NDArray[Any]]
     characters: int
     bytes: int
 
 
-def _copy(part: _Part, done: _Done, old: tuple[Path, int, int], dtype: np.dtype[Any]) -> Iterator[_Job]:
+def _copy(part: _Part, done: _Progress, old: tuple[Path, int, int], dtype: np.dtype[Any]) -> Iterator[_Job]:
     """Jobs that copy a document out of a token file. The last one counts for the text."""
     path, first, tokens = old
     for place in range(0, tokens, SAVED_EVERY):
@@ -310,7 +310,7 @@ def _copy(part: _Part, done: _Done, old: tuple[Path, int, int], dtype: np.dtype[
         yield _Job(done, read, last * part.text.characters, last * part.text.text_bytes)
 
 
-def _encode(part: _Part, done: _Done, tokenizer: Tokenizer, inner_pairs: set[str]) -> Iterator[_Job]:
+def _encode(part: _Part, done: _Progress, tokenizer: Tokenizer, inner_pairs: set[str]) -> Iterator[_Job]:
     """Jobs that encode what is still to be done of a part."""
     digest = hashlib.sha256()
     blocks = _between(text_blocks(part.text.path, digest), part.start + done.characters, part.end)
@@ -328,7 +328,7 @@ def _encode(part: _Part, done: _Done, tokenizer: Tokenizer, inner_pairs: set[str
         left -= len(text)
         yield _Job(done, functools.partial(encode, text, not left), len(text), len(text.encode()))
     if digest.hexdigest() != part.text.sha256 or left:
-        raise DatasetError(f"{part.text.path} changed while it was read; {AGAIN}")
+        raise DatasetError(f"{part.text.path} changed while it was read; {PREPARE_AGAIN}")
 
 
 def _in_order(jobs: Iterable[_Job]) -> Iterator[tuple[_Job, NDArray[Any]]]:
@@ -359,7 +359,7 @@ def _write(
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     done = _resume(folder, plan, tokenizer.fingerprint, dtype)
     finished = sum(one.is_whole() for one in done)
-    done += [_Done(part.text.sha256, part.split, part.start, part.end) for part in plan[len(done) :]]
+    done += [_Progress(part.text.sha256, part.split, part.start, part.end) for part in plan[len(done) :]]
     inner_pairs = tokenizer.inner_pairs()
 
     def jobs() -> Iterator[_Job]:
@@ -374,7 +374,7 @@ def _write(
     bar = tqdm(
         total=total, initial=already, unit="B", unit_scale=True, desc="tokenize", disable=not progress, leave=False
     )
-    unsaved: list[_Done] = []
+    unsaved: list[_Progress] = []
     characters = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(bar)
@@ -423,17 +423,17 @@ def _write(
 
 def _line(content: object) -> str:
     """A line of the journal."""
-    return json.dumps(asdict(content) if isinstance(content, _Done) else content) + "\n"
+    return json.dumps(asdict(content) if isinstance(content, _Progress) else content) + "\n"
 
 
-def _resume(folder: Path, plan: list[_Part], tokenizer: str, dtype: np.dtype[Any]) -> list[_Done]:
+def _resume(folder: Path, plan: list[_Part], tokenizer: str, dtype: np.dtype[Any]) -> list[_Progress]:
     """What a killed preparation has done of the plan, in order, the last part perhaps in half. What is more goes."""
-    head, done = _line([FORMAT_VERSION, BLOCK, tokenizer]), list[_Done]()
+    head, done = _line([FORMAT_VERSION, BLOCK, tokenizer]), list[_Progress]()
     journal = (folder / JOURNAL).read_bytes() if (folder / JOURNAL).exists() else b""
     if journal.startswith(head.encode()):
         for line in journal.split(b"\n")[1:]:  # the last is empty, or was cut short by a kill
             try:
-                one = _Done(**json.loads(line))
+                one = _Progress(**json.loads(line))
             except (ValueError, TypeError, RecursionError):
                 break
             if not all(type(n) is int and n >= 0 for n in (one.tokens, one.characters, one.bytes)):

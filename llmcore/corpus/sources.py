@@ -62,7 +62,7 @@ def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     downloads = folder.parent / f".{name}-download"
-    with _alone(downloads) if name in HUB_DATASETS else contextlib.nullcontext():
+    with _only_download(downloads) if name in HUB_DATASETS else contextlib.nullcontext():
         try:
             with replacing_folder(folder, ()) as new:
                 if name == "sanguo":
@@ -77,7 +77,7 @@ def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
 
 
 @contextlib.contextmanager
-def _alone(downloads: Path) -> Iterator[None]:
+def _only_download(downloads: Path) -> Iterator[None]:
     """Wait until no other process downloads into this folder, and keep others waiting."""
     downloads.mkdir(exist_ok=True)
     lock = lock_folder(downloads, wait=False)

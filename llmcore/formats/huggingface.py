@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmcore.checkpoint import Checkpoint, CheckpointError, read_tensors
 from llmcore.config import ConfigError, ModelConfig
-from llmcore.files import replacing_folder, resolve, shown
+from llmcore.files import display_path, replacing_folder, resolve
 from llmcore.formats.hf_tokenizer import write_hf_tokenizer
 from llmcore.formats.shared import (
     MAYBE_SIZE,
@@ -114,13 +114,13 @@ def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: i
     for file in files:
         for name, shape in _shapes(file).items():
             if name in shapes:
-                raise FormatError(f"{shown(file)} holds {name}, which another file of the folder holds too")
+                raise FormatError(f"{display_path(file)} holds {name}, which another file of the folder holds too")
             shapes[name] = shape
     source = folder / "model.safetensors"
     if not config.tie_embeddings and "lm_head.weight" not in shapes and "model.embed_tokens.weight" in shapes:
         raise FormatError(
-            f"{shown(folder)} holds no lm_head.weight, and config.json does not say that the embedding is the output "
-            "matrix too. If it is, set tie_word_embeddings to true there; else the weights are not complete"
+            f"{display_path(folder)} holds no lm_head.weight, and config.json does not say that the embedding is "
+            "the output matrix too. If it is, set tie_word_embeddings to true there; else the weights are not complete"
         )
     ours = {name: _our_name(name) for name in shapes if not name.endswith("rotary_emb.inv_freq")}
     found = {ours[name]: shapes[name] for name in ours}
@@ -148,7 +148,7 @@ def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: i
         else:
             config = dataclasses.replace(config, tie_embeddings=False)
             warnings.warn(
-                f"{shown(folder / 'config.json')} says tie_word_embeddings=true, but lm_head.weight is not the "
+                f"{display_path(folder / 'config.json')} says tie_word_embeddings=true, but lm_head.weight is not the "
                 "embedding: opened with both, untied",
                 stacklevel=2,
             )
@@ -161,7 +161,7 @@ def _config_from_hf(found: dict[str, Any], folder: Path, max_seq_len: int | None
     Raises:
         FormatError: naming every field that our model cannot follow.
     """
-    file = shown(folder / "config.json")
+    file = display_path(folder / "config.json")
     rope = found.get("rope_parameters") or {}
     scaling = found.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
@@ -211,19 +211,23 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         if not one.exists():
             raise FormatError(
-                f"{shown(folder)} holds no model.safetensors; "
+                f"{display_path(folder)} holds no model.safetensors; "
                 "save it with transformers' model.save_pretrained(folder), which writes that"
             )
         return [one]
     places = read_config_file(index, {"type": "object"}).get("weight_map")
     if not isinstance(places, dict) or not places or not all(map(_is_name, places.values())):
-        raise FormatError(f"{shown(index)} cannot be read: weight_map must give each tensor the name of a file")
+        raise FormatError(f"{display_path(index)} cannot be read: weight_map must give each tensor the name of a file")
     files = sorted({folder / file for file in places.values()})
     if one.exists() and one not in files:
-        raise FormatError(f"{shown(folder)} holds model.safetensors and an index of other files; delete one of the two")
+        raise FormatError(
+            f"{display_path(folder)} holds model.safetensors and an index of other files; delete one of the two"
+        )
     held = {file.name: _shapes(file) for file in files}
     if lost := [name for name, file in places.items() if name not in held[file]]:
-        raise FormatError(f"{shown(folder / places[lost[0]])} does not hold {lost[0]}, which {index.name} says it does")
+        raise FormatError(
+            f"{display_path(folder / places[lost[0]])} does not hold {lost[0]}, which {index.name} says it does"
+        )
     return files
 
 
@@ -239,7 +243,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{shown(file)} cannot be read: {error}") from None
+        raise CheckpointError(f"{display_path(file)} cannot be read: {error}") from None
 
 
 # Weights
@@ -260,7 +264,7 @@ def _check_frequencies(name: str, tensor: Tensor, config: ModelConfig, source: P
     own = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     if tensor.shape != own.shape or not torch.allclose(tensor.float(), own, rtol=0.02, atol=1e-6):
         raise FormatError(
-            f"{shown(source)} holds {name} for another model than config.json describes: "
+            f"{display_path(source)} holds {name} for another model than config.json describes: "
             f"head_dim={config.head_dim}, rope_theta={config.rope_theta:g}"
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcore.checkpoint import Checkpoint
 from llmcore.config import ConfigError, ModelConfig
-from llmcore.files import resolve, shown
+from llmcore.files import display_path, resolve
 from llmcore.formats.shared import (
     MAYBE_SIZE,
     NUMBER,
@@ -71,7 +71,7 @@ def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len:
     wrong += ["use_scaled_rope=True"] if params.get("use_scaled_rope") else []
     wrong += ["weights in several pieces"] if (folder / "consolidated.01.pth").exists() else []
     if wrong:
-        raise FormatError(f"{shown(folder)} has what is not supported: " + "; ".join(wrong))
+        raise FormatError(f"{display_path(folder)} has what is not supported: " + "; ".join(wrong))
     params = read_config_file(folder / "params.json", META_SCHEMA)
     weights = _read_pth(file)
     frequencies = weights.pop("rope.freqs", None)
@@ -92,12 +92,12 @@ def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len:
             tie_embeddings="output.weight" not in weights,
         )
     except ConfigError as error:
-        raise FormatError(f"{shown(folder / 'params.json')} cannot be used: {error}") from None
+        raise FormatError(f"{display_path(folder / 'params.json')} cannot be used: {error}") from None
     check_shapes(config, shapes, file)
     if frequencies is not None and config.head_dim and len(frequencies) != config.head_dim // 2:
         raise FormatError(
-            f"{shown(file)} holds rope.freqs for heads of {2 * len(frequencies)}, and params.json says dim / n_heads = "
-            f"{config.head_dim}"
+            f"{display_path(file)} holds rope.freqs for heads of {2 * len(frequencies)}, and params.json says "
+            f"dim / n_heads = {config.head_dim}"
         )
     return as_checkpoint(config, weights, folder, file, device)
 
@@ -116,16 +116,20 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever its reader meets, and advises to read the file unsafely
         first = "it holds more than tensors" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
-        raise FormatError(f"{shown(file)} or params.json cannot be read: {type(error).__name__}: {first}") from None
+        raise FormatError(
+            f"{display_path(file)} or params.json cannot be read: {type(error).__name__}: {first}"
+        ) from None
     if not isinstance(content, dict):
-        raise FormatError(f"{shown(file)} cannot be read: it holds no weights by name, but a {type(content).__name__}")
+        raise FormatError(
+            f"{display_path(file)} cannot be read: it holds no weights by name, but a {type(content).__name__}"
+        )
     for name, tensor in content.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not isinstance(name, str) or not plain or tensor.is_quantized or not tensor.dim():
-            raise FormatError(f"{shown(file)} cannot be used: {shortened(name)} is no name of a plain tensor")
+            raise FormatError(f"{display_path(file)} cannot be used: {shortened(name)} is no name of a plain tensor")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise FormatError(
-                f"{shown(file)} cannot be used: {shortened(name)} claims to be larger than what is stored"
+                f"{display_path(file)} cannot be used: {shortened(name)} claims to be larger than what is stored"
             )
         check_dtype(tensor, file)
     return {name: tensor.detach() for name, tensor in content.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from llmcore.checkpoint import Checkpoint, CheckpointError, load_checkpoint, model_with
 from llmcore.config import ModelConfig
 from llmcore.device import pick_device
-from llmcore.files import pointer_hint, read_json, shown
+from llmcore.files import display_path, pointer_hint, read_json
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -44,18 +44,18 @@ def read_config_file(file: Path, schema: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return read_json(file, schema)
     except (OSError, ValueError) as error:
-        raise FormatError(f"{shown(file)} cannot be read: {error}") from None
+        raise FormatError(f"{display_path(file)} cannot be read: {error}") from None
 
 
 def check_file(file: Path) -> None:
     """Refuse what is no file, and Git LFS's placeholder for one."""
     try:
         if not file.is_file():
-            raise FormatError(f"{shown(file)} cannot be read: there is no such file")
+            raise FormatError(f"{display_path(file)} cannot be read: there is no such file")
         if hint := pointer_hint(file):
-            raise FormatError(f"{shown(file)} cannot be read: {hint}")
+            raise FormatError(f"{display_path(file)} cannot be read: {hint}")
     except OSError as error:
-        raise FormatError(f"{shown(file)} cannot be read: {error.strerror}") from None
+        raise FormatError(f"{display_path(file)} cannot be read: {error.strerror}") from None
 
 
 def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -96,13 +96,15 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], sour
                 yield f"{name} is {shape}, the model's {expected[name]}"
 
     if some := list(itertools.islice(wrong(), 8)):
-        raise CheckpointError(f"{shown(source)} does not fit the model: " + "; ".join(some))
+        raise CheckpointError(f"{display_path(source)} does not fit the model: " + "; ".join(some))
 
 
 def check_dtype(tensor: Tensor, source: Path) -> None:
     """Refuse weights that are not floating-point numbers, such as quantised ones."""
     if tensor.dtype not in FLOATS:
-        raise FormatError(f"{shown(source)} holds weights of {tensor.dtype}; quantised weights are not supported")
+        raise FormatError(
+            f"{display_path(source)} holds weights of {tensor.dtype}; quantised weights are not supported"
+        )
 
 
 def as_checkpoint(
@@ -124,7 +126,7 @@ def as_checkpoint(
         tokenizer = None
     if tokenizer is None:
         warnings.warn(
-            f"{shown(folder)} {without}, so .tokenizer is None: turn text into ids with "
+            f"{display_path(folder)} {without}, so .tokenizer is None: turn text into ids with "
             f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}), and call the model with ids",
             stacklevel=3,
         )

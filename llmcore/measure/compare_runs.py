@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcore.config import PRESETS, ModelConfig
-from llmcore.files import read_json, resolve, shown
+from llmcore.files import display_path, read_json, resolve
 from llmcore.runs import read_metrics
 
 try:
@@ -65,7 +65,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = resolve(run_dir) / "config.json"
     if not file.is_file() or file.stat().st_size > LARGEST_CONFIG:  # a pipe would wait for ever
-        raise ValueError(f"{shown(file)} cannot be used: it is no file of at most {LARGEST_CONFIG // 10**6} MB")
+        raise ValueError(f"{display_path(file)} cannot be used: it is no file of at most {LARGEST_CONFIG // 10**6} MB")
     config = read_json(file, CONFIG_SCHEMA)
     ModelConfig.from_dict(config["model"])
     return config
@@ -80,10 +80,10 @@ def read_events(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     file = resolve(run_dir) / "metrics.jsonl"
     if not file.is_file():
-        raise ValueError(f"{shown(file)} cannot be used: it is no file")
+        raise ValueError(f"{display_path(file)} cannot be used: it is no file")
     events = [event for event in read_metrics(run_dir) if isinstance(event, dict) and _usable(event)]
     if not events and file.stat().st_size:
-        raise ValueError(f"{shown(file)} cannot be used: it holds no whole event of a run")
+        raise ValueError(f"{display_path(file)} cannot be used: it holds no whole event of a run")
     return events
 
 

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from llmcore.corpus.texts import read_text
 from llmcore.dataset import IGNORED
 from llmcore.device import autocast, pick_precision
-from llmcore.files import shown
+from llmcore.files import display_path
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-FEWEST = 5  # documents for an interval: fewer cannot show how much documents differ
+MIN_DOCUMENTS = 5  # documents for an interval: fewer cannot show how much documents differ
 RESAMPLES = 10_000  # of the bootstrap
 Documents = Mapping[str, str] | Sequence[str | os.PathLike[str]]
 
@@ -89,7 +89,7 @@ class Evaluation:
         )
         bits = [score.nats / math.log(2) for score in documents]
         sizes = [score.bytes for score in documents]
-        interval = bootstrap_interval(bits, sizes, seed) if len(documents) >= FEWEST else None
+        interval = bootstrap_interval(bits, sizes, seed) if len(documents) >= MIN_DOCUMENTS else None
         return cls(tuple(documents), total, interval)
 
     def __str__(self) -> str:
@@ -198,7 +198,7 @@ def named_texts(documents: Documents) -> dict[str, str]:
         texts = dict(documents)
     else:
         texts = {
-            f"text {number}" if isinstance(document, str) else shown(document): document
+            f"text {number}" if isinstance(document, str) else display_path(document): document
             if isinstance(document, str)
             else read_text(Path(document))
             for number, document in enumerate(documents, 1)
@@ -231,8 +231,8 @@ def bootstrap_interval(amounts: ArrayLike, sizes: ArrayLike, seed: int = 0, leve
     """
     amounts, sizes = np.asarray(amounts, float), np.asarray(sizes, float)
     n = len(amounts)
-    if n < FEWEST:
-        raise ValueError(f"an interval needs {FEWEST} documents or more, not {n}")
+    if n < MIN_DOCUMENTS:
+        raise ValueError(f"an interval needs {MIN_DOCUMENTS} documents or more, not {n}")
     normal = statistics.NormalDist()
     z, freedom = normal.inv_cdf((1 + level) / 2), n - 1
     # Student's t by the normal's z: Abramowitz and Stegun, 26.7.5

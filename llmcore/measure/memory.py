@@ -14,7 +14,7 @@ import torch
 
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.device import has_bf16, pick_precision
-from llmcore.model import CHUNK_ABOVE, LOSS_CHUNK, SHORT, has_chunked_operator
+from llmcore.model import CHUNK_ABOVE, LOSS_CHUNK, SHORT_CONTEXT, has_chunked_operator
 from llmcore.runs import TrainingError
 
 LIBRARIES = 12_000_000  # bytes beside the tensors that a CPU's libraries take for themselves, whatever the model
@@ -36,7 +36,9 @@ def block_activations(model: ModelConfig, policy: str, context: int, size: int, 
     if policy == "full":
         return 4 * dim  # the block's input
     attention = size * queries + 4 * model.n_heads  # the result, and the logarithm of each softmax's sum
-    short = size == 2 and context <= SHORT and not fused and model.n_heads == model.n_kv_heads  # as in model.attend
+    short = (
+        size == 2 and context <= SHORT_CONTEXT and not fused and model.n_heads == model.n_kv_heads
+    )  # as in model.attend
     if policy == "selective":  # the input, what seven matrices give, and attention if it is one kernel
         return 4 * dim + size * (queries + 2 * keys + 2 * dim + 2 * hidden) + (0 if short else attention)
     if short:

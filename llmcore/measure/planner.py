@@ -24,7 +24,9 @@ from llmcore.measure.memory import available_memory, predict_memory
 from llmcore.model import Transformer
 from llmcore.train import TrainData, Trainer
 
-NO_GAPS = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # for a process whose memory is measured: glibc keeps nothing larger
+RETURN_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "65536"
+}  # for a process whose memory is measured: glibc keeps nothing larger
 TOKENS_PER_PARAMETER = 20  # compute-optimal, by Hoffmann et al., "Chinchilla", arXiv:2203.15556, table 3
 
 
@@ -40,7 +42,7 @@ class Plan:
         available: bytes free on the device.
         largest_batch: windows per forward pass that would fit, 0 if not even one.
         disk: bytes of the checkpoints that are kept.
-        optimal_parameters: compute-optimal for these FLOPs, C = 6 N D and D = 20 N.
+        best_size_for_compute: compute-optimal for these FLOPs, C = 6 N D and D = 20 N.
         tokens_per_second: measured, or assumed, or None.
         speed_is: where it comes from, in words.
     """
@@ -52,17 +54,17 @@ class Plan:
     available: int
     largest_batch: int
     disk: int
-    optimal_parameters: float
+    best_size_for_compute: float
     tokens_per_second: float | None = None
     speed_is: str = "not measured"
 
     @property
-    def optimal_tokens(self) -> float:
-        """Tokens that `optimal_parameters` are best trained on."""
-        return TOKENS_PER_PARAMETER * self.optimal_parameters
+    def best_tokens_for_compute(self) -> float:
+        """Tokens that `best_size_for_compute` are best trained on."""
+        return TOKENS_PER_PARAMETER * self.best_size_for_compute
 
     @property
-    def compute_optimal_tokens(self) -> int:
+    def best_tokens_for_size(self) -> int:
         """Tokens that this plan's own parameters are best trained on."""
         return TOKENS_PER_PARAMETER * self.parameters
 
@@ -90,8 +92,8 @@ class Plan:
             "checkpoints on disk": f"{self.disk / 1e6:,.0f} MB",
             f"speed ({self.speed_is})": speed,
             "time": hours,
-            "compute-optimal for these FLOPs": f"{self.optimal_parameters:,.0f} parameters, "
-            f"{self.optimal_tokens:,.0f} tokens",
+            "compute-optimal for these FLOPs": f"{self.best_size_for_compute:,.0f} parameters, "
+            f"{self.best_tokens_for_compute:,.0f} tokens",
         }
 
 
@@ -133,7 +135,7 @@ def plan(
         available=available,
         largest_batch=largest_batch(model, train, available, device),
         disk=(train.keep_checkpoints + 1) * (4 * parameters + memory["optimizer"]),  # the newest, and the best
-        optimal_parameters=optimal,
+        best_size_for_compute=optimal,
         tokens_per_second=speed,
         speed_is=speed_is,
     )
@@ -200,7 +202,7 @@ def measure_memory(model: ModelConfig, train: TrainConfig, device: str = "auto")
         capture_output=True,
         text=True,
         cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, **NO_GAPS},
+        env={**os.environ, **RETURN_FREED_MEMORY},
         check=False,
     )
     if done.returncode:

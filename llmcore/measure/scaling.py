@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-FEWEST = 6  # runs: one more than there are numbers to fit
+MIN_RUNS = 6  # runs: one more than there are numbers to fit
 HUBER = 1e-2  # in log loss: runs further off than 1% pull with constant force (Hoffmann: 1e-3, with 400 runs)
 STEPS = 150  # of the descent
 START = np.array([0.2, 0.5, 1.0])  # exponents to start from
@@ -27,7 +27,7 @@ class ScalingError(ValueError):
     """These runs do not determine a law. The message says what is missing."""
 
 
-def valley(parameters: ArrayLike, losses: ArrayLike) -> float | None:
+def isoflop_minimum(parameters: ArrayLike, losses: ArrayLike) -> float | None:
     """The size at the bottom of the parabola in log N through runs of equal compute.
 
     None if there are fewer than three, or the bottom does not lie between the sizes tried.
@@ -127,7 +127,11 @@ def fit_scaling(
     for name, values in (("parameters", n), ("tokens", d), ("losses", loss)):
         if values.shape != (n.size,) or not (np.isfinite(values) & (values > 0)).all():
             raise ScalingError(f"{name} must be {n.size} finite numbers above 0, one a run")
-    for name, values, fewest in (("runs", np.arange(n.size), FEWEST), ("sizes of model", n, 3), ("token counts", d, 3)):
+    for name, values, fewest in (
+        ("runs", np.arange(n.size), MIN_RUNS),
+        ("sizes of model", n, 3),
+        ("token counts", d, 3),
+    ):
         if len(np.unique(values)) < fewest:
             raise ScalingError(f"{len(np.unique(values))} {name} do not determine the law: {fewest} or more do")
     counts = _resample(n, d, resamples, np.random.default_rng(seed))
@@ -151,7 +155,7 @@ def _resample(n: Floats, d: Floats, resamples: int, rng: np.random.Generator) ->
     drawn: list[Floats] = []
     while len(drawn) < resamples:
         chosen = rng.integers(n.size, size=n.size)
-        if len(np.unique(chosen)) >= FEWEST and min(len(np.unique(v[chosen])) for v in (n, d)) >= 3:
+        if len(np.unique(chosen)) >= MIN_RUNS and min(len(np.unique(v[chosen])) for v in (n, d)) >= 3:
             drawn.append(np.bincount(chosen, minlength=n.size).astype(float))
     return np.array(drawn)
 

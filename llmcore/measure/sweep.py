@@ -18,7 +18,7 @@ from typing import Any
 
 from llmcore.checkpoint import CheckpointError, find_checkpoint
 from llmcore.config import ModelConfig
-from llmcore.files import resolve, shown, visible
+from llmcore.files import display_path, resolve, visible
 from llmcore.measure.compare_runs import read_events, read_run, validations
 from llmcore.runs import only_run
 
@@ -29,7 +29,7 @@ class SweepError(RuntimeError):
     """A run of a sweep failed or cannot be continued. The message names it."""
 
 
-def sized(base: ModelConfig, dim: int) -> ModelConfig:
+def scaled_to_width(base: ModelConfig, dim: int) -> ModelConfig:
     """A model of another width and the depth that goes with it: a block and a head for every 32 of width.
 
     Raises:
@@ -120,7 +120,9 @@ def finished(run_dir: Path, parameters: Mapping[str, Any]) -> bool:
         config = read_run(run_dir)
         events = read_events(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     except (OSError, ValueError) as error:
-        raise SweepError(f"{shown(run_dir)} is no run that can be read ({error}); choose another output_dir") from None
+        raise SweepError(
+            f"{display_path(run_dir)} is no run that can be read ({error}); choose another output_dir"
+        ) from None
     settings = {**config["model"], **config["train"], "context_size": config["model"]["max_seq_len"]}
     differing = [
         f"{name}: {settings[name]} there, {value} here"
@@ -128,12 +130,14 @@ def finished(run_dir: Path, parameters: Mapping[str, Any]) -> bool:
         if value is not None and settings.get(name, value) != value
     ]
     if differing:
-        raise SweepError(f"{shown(run_dir)} is of another sweep ({'; '.join(differing)}); choose another output_dir")
+        raise SweepError(
+            f"{display_path(run_dir)} is of another sweep ({'; '.join(differing)}); choose another output_dir"
+        )
     last = events[-1] if events else {}
     return last.get("step") == config["train"]["max_steps"] and "val_loss" in last
 
 
-def result(run_dir: Path) -> dict[str, float]:
+def run_outcome(run_dir: Path) -> dict[str, float]:
     """How a finished run ended.
 
     Returns:
@@ -163,4 +167,4 @@ def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any],
     )
     if done.returncode or not finished(run_dir, parameters):
         reason = visible((done.stderr.strip().splitlines() or ["it was stopped"])[-1])
-        raise SweepError(f"{name}: {reason}. Its notebook: {shown(folder / name)}.ipynb")
+        raise SweepError(f"{name}: {reason}. Its notebook: {display_path(folder / name)}.ipynb")

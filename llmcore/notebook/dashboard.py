@@ -1,8 +1,8 @@
 """Watching a run and steering it: the training dashboard.
 
 The trainer is a plain generator of events. The dashboard takes them one by one and hands each to the same two
-functions, `facts` and `plots.training_curves`, whoever is there: a person gets a panel with buttons, a log gets a line
-at each validation and one picture.
+functions, `run_status` and `plots.training_curves`, whoever is there: a person gets a panel with buttons, a log gets a
+line at each validation and one picture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from llmcore.files import shown, write_atomic
+from llmcore.files import display_path, write_atomic
 from llmcore.notebook import plots
 from llmcore.notebook.run_page import write_summary
 from llmcore.notebook.safe_html import escaped
@@ -33,7 +33,7 @@ from llmcore.train import Event, Trainer
 
 DRAWING_BUDGET = 0.01  # share of the time that live drawing may take
 REFRESH = 0.5  # seconds between two updates of the numbers
-ROUNDS = 10  # of the event loop between two steps
+LOOP_ROUNDS = 10  # of the event loop between two steps
 BY_HAND = 1.0  # seconds between two cells that only a person takes: a program sends the next cell sooner
 VALIDATED = ("val_loss", "val_bits_per_byte", "exact_match")  # measured now and then, shown until the next time
 
@@ -58,7 +58,7 @@ def output(panel: ipywidgets.Widget, stand_in: str) -> dict[str, Any]:
     return {"text/html": stand_in, "text/plain": "", **(panel._repr_mimebundle_() if is_watched() else {})}
 
 
-def facts(event: Event, trainer: Trainer, seconds_left: float) -> dict[str, str]:
+def run_status(event: Event, trainer: Trainer, seconds_left: float) -> dict[str, str]:
     """How a run stands after a step, as words by name: what it cost, how good it is, how long it will take still."""
     found = {"step": f"{event['step']:,}/{trainer.config.max_steps:,}", "loss": f"{event['loss']:.3f}"}
     since = event.get("validated_at", event["step"])
@@ -120,7 +120,7 @@ class TrainingDashboard:
         events: all the run's events, those of earlier sittings too.
         overhead: the share of the last `run` that did not go into training, pauses left out.
         panel: everything below; None until somebody watches.
-        pause, resume, stop, save, sample: buttons.
+        pause_button, resume_button, stop_button, save_button, sample_button: to press.
         prompt: what "sample now" continues.
         log_x: whether steps are drawn on a logarithmic axis.
         status, numbers, newest, picture: what it shows: state, facts, the newest sample, the curves.
@@ -181,7 +181,9 @@ class TrainingDashboard:
         handle = None
         if watched:
             self.panel = self._build(trainer)
-            stand_in = f"<p>Training was going on when this was saved; its run is in {shown(trainer.run_dir)}.</p>"
+            stand_in = (
+                f"<p>Training was going on when this was saved; its run is in {display_path(trainer.run_dir)}.</p>"
+            )
             handle = display(output(self.panel, stand_in), raw=True, display_id=True)
             await _let_messages_in()
         clock = _Clock()
@@ -205,7 +207,7 @@ class TrainingDashboard:
                         next_draw = time.perf_counter() + cost / DRAWING_BUDGET
                 await _let_messages_in()
                 if self._asked_to_stop:  # by a signal before the first step, too
-                    trainer.stop()
+                    trainer.request_stop()
                 if self._paused and not trainer.stop_requested:
                     await self._wait(trainer, left, clock)
             self._asked_to_stop |= trainer.interrupted
@@ -234,7 +236,7 @@ class TrainingDashboard:
             if self._asked_to_stop:
                 raise KeyboardInterrupt
             self._asked_to_stop = True
-            trainer.stop()
+            trainer.request_stop()
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -250,7 +252,7 @@ class TrainingDashboard:
         self._draw()
         started = time.perf_counter()
         while self._paused and not trainer.stop_requested:
-            if done := trainer.catch_up():
+            if done := trainer.serve_requests():
                 event |= done
                 self._show(event, trainer, left)
             await asyncio.sleep(0.05)
@@ -258,7 +260,7 @@ class TrainingDashboard:
         self._say("stopping after this step" if trainer.stop_requested else "training")
 
     def _print(self, event: Event, trainer: Trainer, left: float) -> None:
-        print(" | ".join(f"{name} {value}" for name, value in facts(event, trainer, left).items()), flush=True)
+        print(" | ".join(f"{name} {value}" for name, value in run_status(event, trainer, left).items()), flush=True)
 
     def _leave(self, trainer: Trainer, ended: str, handle: Any, trained: bool) -> None:
         """The last state, where the reader of a page, a file or a folder looks for it."""
@@ -290,7 +292,7 @@ class TrainingDashboard:
 
         def stop() -> None:
             self._asked_to_stop = True
-            trainer.stop()
+            trainer.request_stop()
             self._say("stopping after this step")
 
         def pause(paused: bool) -> None:
@@ -298,14 +300,14 @@ class TrainingDashboard:
             self._say("pausing after this step" if paused else "training")
 
         def sample() -> None:
-            trainer.sample(self.prompt.value)
+            trainer.request_sample(self.prompt.value)
             self.newest.value = "<p>a sample comes after this step</p>"
 
-        self.pause = button("pause", "pause", "stand still after this step", lambda: pause(True))
-        self.resume = button("resume", "play", "go on from here", lambda: pause(False))
-        self.stop = button("stop and save", "stop", "end the run after this step and write a checkpoint", stop)
-        self.save = button("save now", "save", "write a checkpoint after this step", trainer.save)
-        self.sample = button("sample now", "pencil", "continue the prompt after this step", sample)
+        self.pause_button = button("pause", "pause", "stand still after this step", lambda: pause(True))
+        self.resume_button = button("resume", "play", "go on from here", lambda: pause(False))
+        self.stop_button = button("stop and save", "stop", "end the run after this step and write a checkpoint", stop)
+        self.save_button = button("save now", "save", "write a checkpoint after this step", trainer.request_save)
+        self.sample_button = button("sample now", "pencil", "continue the prompt after this step", sample)
         self.prompt = ipywidgets.Text(
             trainer.config.sample_prompt,
             description="prompt",
@@ -316,13 +318,22 @@ class TrainingDashboard:
             description="x axis", options=[("linear", False), ("logarithmic", True)], layout={"width": "14em"}
         )
         self.log_x.observe(lambda _: self._draw(), "value")
-        self._controls = [self.pause, self.resume, self.stop, self.save, self.sample, self.prompt]
+        self._controls = [
+            self.pause_button,
+            self.resume_button,
+            self.stop_button,
+            self.save_button,
+            self.sample_button,
+            self.prompt,
+        ]
         self.status, self.numbers, self.newest = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "1000px"})
         self.picture.add_class("llm-curves")
-        steering = ipywidgets.HBox([self.pause, self.resume, self.stop, self.save, self.log_x])
+        steering = ipywidgets.HBox(
+            [self.pause_button, self.resume_button, self.stop_button, self.save_button, self.log_x]
+        )
         steering.layout.flex_flow = "row wrap"
-        asking = ipywidgets.HBox([self.sample, self.prompt] if trainer.sampler else [])
+        asking = ipywidgets.HBox([self.sample_button, self.prompt] if trainer.sampler else [])
         self._say("starting: the first step may compile the model")
         self._draw()  # the first picture takes longest: it loads the fonts
         return ipywidgets.VBox([steering, asking, self.status, self.numbers, self.picture, self.newest])
@@ -330,12 +341,12 @@ class TrainingDashboard:
     def _say(self, state: str) -> None:
         """Put the state into words, and let only those buttons be pressed that do something."""
         self.status.value = f"<b>state: {escaped(state)}</b>"
-        self.pause.disabled, self.resume.disabled = self._paused, not self._paused
+        self.pause_button.disabled, self.resume_button.disabled = self._paused, not self._paused
 
     def _show(self, event: Event, trainer: Trainer, left: float) -> None:
         cells = "".join(
             f'<td style="padding:0 1.2em 0 0"><small>{escaped(name)}</small><br><b>{escaped(value)}</b></td>'
-            for name, value in facts(self._validated | event, trainer, left).items()
+            for name, value in run_status(self._validated | event, trainer, left).items()
         )
         self.numbers.value = f"<table><tr>{cells}</tr></table>"
         if trainer.stop_requested:
@@ -350,7 +361,7 @@ class TrainingDashboard:
                 f"<b>{escaped(event['sample_prompt'])}</b>{escaped(event['sample'])}</p>"
             )
         elif "checkpoint" in event:
-            self.status.value += f" <small>saved {escaped(shown(event['checkpoint']))}</small>"
+            self.status.value += f" <small>saved {escaped(display_path(event['checkpoint']))}</small>"
 
     def _draw(self) -> float:
         """Draw the curves; returns the seconds it took."""
@@ -463,7 +474,7 @@ async def _let_messages_in() -> None:
     several steps, and so would the question that a reopened page asks for its widgets: JupyterLab sends it after three
     seconds without an answer to its first one, which waits for the end of the cell, and gives up one second later.
     """
-    for _ in range(ROUNDS):
+    for _ in range(LOOP_ROUNDS):
         await asyncio.sleep(0)
 
 

@@ -20,7 +20,7 @@ from llmcore.files import one_line
 from llmcore.model import Transformer
 from llmcore.notebook import toy_reverse
 from llmcore.notebook.dashboard import output
-from llmcore.notebook.safe_html import boxes, escaped, show_piece
+from llmcore.notebook.safe_html import boxes, escaped, piece_text
 from llmcore.tokenizer import Tokenizer
 
 WIDE = {"width": "95%", "max_width": "1000px"}
@@ -79,7 +79,7 @@ class TokenExplorer(Explorer):
             ids = tokenizer.encode(text)
         except ValueError as error:
             return f"<p>⚠ {escaped(error)}</p>"
-        counts, pieces = Counter(ids), [show_piece(tokenizer, id) for id in ids]
+        counts, pieces = Counter(ids), [piece_text(tokenizer, id) for id in ids]
         notes, hints = [], []
         for id in ids:
             raw, often = tokenizer.id_to_bytes(id), counts[id]
@@ -154,7 +154,7 @@ class DataExplorer(Explorer):
             name = f"document {document + 1} of {len(offsets) - 1}: {escaped(self.names[document])}"
             parts.append(f"<hr><p><b>{name}</b> {'begins' if begins else 'goes on'}</p>")
             eos, part = self.tokenizer.eos_id, ids[start:end]
-            pieces = ["■ end" if id == eos else show_piece(self.tokenizer, id) for id in part]
+            pieces = ["■ end" if id == eos else piece_text(self.tokenizer, id) for id in part]
             hints = [f"place {first + start + n}, id {id}" for n, id in enumerate(part)]
             parts.append(boxes(pieces, hints=hints))
             start, document = end, document + 1

@@ -31,7 +31,7 @@ def escaped(text: object) -> str:
     return html.escape(visible(str(text)))
 
 
-def show_piece(tokenizer: Tokenizer, id: int) -> str:
+def piece_text(tokenizer: Tokenizer, id: int) -> str:
     """A token as a person reads it: "⏎" for a newline, "␣" for spaces, ⟨E4⟩ for a lone byte."""
     if tokenizer.is_byte(id):
         return f"⟨{tokenizer.id_to_bytes(id)[0]:02X}⟩"

@@ -11,7 +11,7 @@ from IPython.display import HTML
 from llmcore.measure.compare_runs import summarize
 from llmcore.notebook.dashboard import TrainingDashboard, is_watched
 from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
-from llmcore.notebook.safe_html import ending, show_piece, table, visible
+from llmcore.notebook.safe_html import ending, piece_text, table, visible
 from llmcore.notebook.writing import WritingPanel
 
 __all__ = [
@@ -22,8 +22,8 @@ __all__ = [
     "WritingPanel",
     "ending",
     "is_watched",
+    "piece_text",
     "run_table",
-    "show_piece",
     "visible",
 ]
 

@@ -14,12 +14,12 @@ import ipywidgets
 import torch
 
 from llmcore.checkpoint import CheckpointError, load_checkpoint
-from llmcore.files import one_line, shown
+from llmcore.files import display_path, one_line
 from llmcore.generate import PIECE_CHARACTERS, check_sampling, generate_ids, prompt_ids
 from llmcore.model import Transformer
 from llmcore.notebook.dashboard import output
 from llmcore.notebook.explorers import LABELLED, WIDE, Explorer, row
-from llmcore.notebook.safe_html import ending, escaped, show_piece
+from llmcore.notebook.safe_html import ending, escaped, piece_text
 from llmcore.tokenizer import Tokenizer
 
 REFRESH = 0.05  # seconds between two updates of the text
@@ -114,8 +114,8 @@ class Draft:
         tokenizer, spans, hints, least = self.tokenizer, [], [], 1.0
         alternatives = odds(self.model, self.ids, self.start, tokenizer.vocab_size)
         for id, [(_, own), *others] in zip(self.ids[self.start :], alternatives, strict=True):
-            rivals = "".join(f"\n{p:7.1%}  {show_piece(tokenizer, other)}" for other, p in others)
-            hints.append(f"{show_piece(tokenizer, id)}  {own:.1%}\nlikeliest here:{rivals}")
+            rivals = "".join(f"\n{p:7.1%}  {piece_text(tokenizer, other)}" for other, p in others)
+            hints.append(f"{piece_text(tokenizer, id)}  {own:.1%}\nlikeliest here:{rivals}")
             least = min(least, own)
             if text := decoder.decode(tokenizer.id_to_bytes(id)):
                 line = "text-decoration:underline dotted" if least < UNLIKELY else "text-decoration:none"
@@ -183,18 +183,20 @@ class WritingPanel(Explorer):
             style=LABELLED,
             layout={"flex": "0 1 30em", "max_width": "100%"},
         )
-        self.write = ipywidgets.Button(description="write", icon="play", tooltip="continue the prompt")
-        self.stop = ipywidgets.Button(description="stop writing", icon="stop", tooltip="stop here", disabled=True)
+        self.write_button = ipywidgets.Button(description="write", icon="play", tooltip="continue the prompt")
+        self.stop_button = ipywidgets.Button(
+            description="stop writing", icon="stop", tooltip="stop here", disabled=True
+        )
         self.state = ipywidgets.HTML("state: ready")
         knobs = row(self.temperature, self.min_p, self.top_k, self.repetition_penalty, self.top_p, self.count)
         choices = row(self.seed, *([self.other] if others else []))
-        super().__init__(self.prompt, knobs, choices, row(self.write, self.stop, self.state))
-        self.write.on_click(lambda _: self.start())
-        self.stop.on_click(lambda _: self._stop())
+        super().__init__(self.prompt, knobs, choices, row(self.write_button, self.stop_button, self.state))
+        self.write_button.on_click(lambda _: self.start())
+        self.stop_button.on_click(lambda _: self._stop())
 
     def start(self) -> asyncio.Task[None]:
         """What the write button does: begin, and leave the kernel free for the stop button."""
-        self.write.disabled, self.stop.disabled, self._stopped = True, False, False
+        self.write_button.disabled, self.stop_button.disabled, self._stopped = True, False, False
         return asyncio.ensure_future(self._write())
 
     def _stop(self) -> None:
@@ -206,7 +208,7 @@ class WritingPanel(Explorer):
         except (ValueError, CheckpointError) as error:
             self._say(f"⚠ {error}")
         finally:
-            self.write.disabled, self.stop.disabled = False, True
+            self.write_button.disabled, self.stop_button.disabled = False, True
 
     def _say(self, state: str) -> None:
         self.state.value = f"state: {escaped(state)}"
@@ -229,12 +231,12 @@ class WritingPanel(Explorer):
         writers = [(self.name, self.model, self.tokenizer)]
         if path := self.other.value:
             if self._second is None or self._second[0] != path:
-                self._say(f"loading {shown(path)}")
+                self._say(f"loading {display_path(path)}")
                 checkpoint = load_checkpoint(path, device=str(self.model.tok_embeddings.weight.device))
                 if checkpoint.tokenizer is None:
-                    raise ValueError(f"{shown(path)} has no tokenizer: it is of the toy task")
+                    raise ValueError(f"{display_path(path)} has no tokenizer: it is of the toy task")
                 self._second = (path, checkpoint.model, checkpoint.tokenizer)
-            writers.append((shown(path), *self._second[1:]))
+            writers.append((display_path(path), *self._second[1:]))
         drafts = []
         for name, model, tokenizer in writers:
             ids = prompt_ids(model, tokenizer, self.prompt.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from llmcore.files import PROJECT_ROOT, shown
+from llmcore.files import PROJECT_ROOT, display_path
 
 OUTPUT = PROJECT_ROOT / "outputs" / "bench"
 
@@ -26,7 +26,7 @@ def main() -> None:
         if process.returncode:
             sys.exit(process.returncode)
         (OUTPUT / f"{name}.md").write_text("".join(lines), encoding="utf-8")
-    print(f"\nwritten to {shown(OUTPUT)}")
+    print(f"\nwritten to {display_path(OUTPUT)}")
 
 
 if __name__ == "__main__":

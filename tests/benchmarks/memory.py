@@ -2,7 +2,7 @@
 
 Parts: `peers` and `117M`, and on request `wide` and `batch`. Each configuration takes two steps in a fresh process;
 what counts is its resident memory at most, less what it held before it built the model, and without gaps between
-tensors (`planner.NO_GAPS`).
+tensors (`planner.RETURN_FREED_MEMORY`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmcore import config
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.files import PROJECT_ROOT
 from llmcore.measure.memory import predict_memory
-from llmcore.measure.planner import NO_GAPS, measure_memory, resident_bytes
+from llmcore.measure.planner import RETURN_FREED_MEMORY, measure_memory, resident_bytes
 from tests.benchmarks.peers import FAST, PEERS, machine, peer_step
 
 PRESET = config.preset("scifi-117M")[0]
@@ -53,7 +53,7 @@ def measure_peer(shape: ModelConfig, train: TrainConfig) -> dict[str, float]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=PROJECT_ROOT,
-        env={**os.environ, **NO_GAPS},
+        env={**os.environ, **RETURN_FREED_MEMORY},
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from llmcore.files import PROJECT_ROOT, shown
+from llmcore.files import PROJECT_ROOT, display_path
 from llmcore.runs import read_metrics
 
 EXECUTED = PROJECT_ROOT / "outputs" / "demo"
@@ -50,7 +50,7 @@ def main() -> None:
         f"after {last['step']:,} steps\n"
     )
     print(printed(EXECUTED / "05_generate.ipynb", "in stream(").strip() + "\n")
-    print("Executed notebooks:", *(shown(EXECUTED / notebook.name) for notebook in notebooks), sep="\n  ")
+    print("Executed notebooks:", *(display_path(EXECUTED / notebook.name) for notebook in notebooks), sep="\n  ")
 
 
 if __name__ == "__main__":

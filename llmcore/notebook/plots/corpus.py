@@ -16,9 +16,9 @@ from llmcore.notebook.plots.style import (
     LABEL,
     RED,
     Picture,
+    figure_text,
     name_axes,
     new_figure,
-    plain,
     styled,
 )
 
@@ -82,7 +82,7 @@ def text_pieces(
         unit: of the values.
         columns: width of a line, in full-width characters.
     """
-    pieces = [plain(piece, LABEL) for piece in pieces]
+    pieces = [figure_text(piece, LABEL) for piece in pieces]
     boxes, x, line = [], 0.0, 0
     for piece in pieces:
         width = max(0.6, sum(1.0 if ord(c) > 0x2E7F else 0.62 for c in piece)) + 0.25
@@ -112,7 +112,7 @@ def text_pieces(
         )
         axes.text(x + width / 2, -line - 0.43, piece, ha="center", va="center", color="black", fontsize=11)
     axes.set(xlim=(0, columns), ylim=(-(boxes[-1][1] + 1) if boxes else -1, 0.1))
-    axes.set_title(plain(title))
+    axes.set_title(figure_text(title))
     axes.axis("off")
     if values is not None:
         shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, top / 0.8), scale)

@@ -26,10 +26,10 @@ from llmcore.notebook.plots.style import (
     SKY,
     Picture,
     cells,
+    figure_text,
     head,
     name_axes,
     new_figure,
-    plain,
     styled,
 )
 
@@ -182,12 +182,12 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
                 marker="os^Dv*"[number % 6],
                 linestyle=("-", "--", "-.", ":")[number // 6 % 4],
                 markersize=4,
-                label=plain(name, LABEL),
+                label=figure_text(name, LABEL),
             )
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         name_axes(axes, "", label, f"validation ({unit})")
     if drawn:
-        widest = max(cells(plain(name, LABEL)) for name, _ in drawn)
+        widest = max(cells(figure_text(name, LABEL)) for name, _ in drawn)
         columns = max(1, min(4, 120 // (widest + 8)))  # of the 120 letters that fit side by side
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
         end, lowest = min((found[-1][measure], name) for name, found in drawn)

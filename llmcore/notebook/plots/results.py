@@ -17,10 +17,10 @@ from llmcore.notebook.plots.style import (
     LABEL,
     PURPLE,
     RED,
+    figure_text,
     head,
     name_axes,
     new_figure,
-    plain,
     styled,
 )
 
@@ -31,7 +31,7 @@ def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | No
     figure, [axes] = new_figure(7, 0.8 + 0.42 * len(values))
     places = range(len(values))
     drawn = axes.barh(places, list(values.values()), color=[RED if name == highlight else BLUE for name in values])
-    axes.set_yticks(places, [plain(name, LABEL) for name in values])
+    axes.set_yticks(places, [figure_text(name, LABEL) for name in values])
     axes.bar_label(
         drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values.values()], padding=4
     )
@@ -76,8 +76,8 @@ def document_scores(evaluations: Mapping[str, Evaluation], title: str) -> Figure
         if each.interval:
             axes.axvspan(*each.interval, color=color, alpha=0.12, linewidth=0)
             label += " (line), 95% interval {:.3f} to {:.3f} (band)".format(*each.interval)
-        axes.plot(bits, rows, color=color, marker="os^D"[number % 4], linestyle="none", label=plain(label))
-    axes.set_yticks(rows, [plain(label) for label in labels])
+        axes.plot(bits, rows, color=color, marker="os^D"[number % 4], linestyle="none", label=figure_text(label))
+    axes.set_yticks(rows, [figure_text(label) for label in labels])
     if gap:
         said = f"⋮ {len(ordered) - len(shown):,} documents between"
         axes.text(
@@ -98,7 +98,7 @@ def next_tokens(pieces: Sequence[str], probabilities: Sequence[float], title: st
     places = np.arange(len(pieces))
     drawn = axes.barh(places, probabilities, color=BLUE)
     axes.bar_label(drawn, [f"{p:.1%}" for p in probabilities], padding=4, fontsize=9)
-    axes.set_yticks(places, [plain(piece, LABEL) for piece in pieces], fontsize=12)
+    axes.set_yticks(places, [figure_text(piece, LABEL) for piece in pieces], fontsize=12)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.margins(x=0.15)
@@ -124,11 +124,11 @@ def attention_maps(weights: ArrayLike, labels: Sequence[str], title: str) -> Fig
         axis.imshow(patterns[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
         axis.grid(False)
-        axis.set_xticks(range(time), list(map(plain, labels)), fontsize=6)
-        axis.set_yticks(range(time), list(map(plain, labels)), fontsize=6)
+        axis.set_xticks(range(time), list(map(figure_text, labels)), fontsize=6)
+        axis.set_yticks(range(time), list(map(figure_text, labels)), fontsize=6)
         if head == 0:
             axis.set_ylabel("token that looks", fontsize=8)
         if layer == layers - 1:
             axis.set_xlabel("token looked at", fontsize=8)
-    figure.suptitle(plain(title), fontweight="bold", fontsize=11)
+    figure.suptitle(figure_text(title), fontweight="bold", fontsize=11)
     return figure

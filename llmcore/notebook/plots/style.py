@@ -139,7 +139,7 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
     return draw
 
 
-def plain(text: str, most: int | None = None) -> str:
+def figure_text(text: str, most: int | None = None) -> str:
     """Text from outside as a label: no formula begins at a dollar sign, and every character shows.
 
     Args:
@@ -227,9 +227,9 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
     """Title, and what the axes mean, with units."""
-    axes.set(title=plain(title), xlabel=plain(x), ylabel=plain(y))
+    axes.set(title=figure_text(title), xlabel=figure_text(x), ylabel=figure_text(y))
 
 
 def head(figure: Figure, title: str) -> None:
     """Title above the whole figure, at its left edge: also above names beside the axes, which may be long."""
-    figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    figure.suptitle(figure_text(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
