@@ -606,7 +606,8 @@ class Trainer:
             self._history[-1:] = [{**entry, "set_aside": name} for entry in self._history[-1:]]
             warnings.warn(
                 f"{display_path(self.run_dir)}: what does not belong to the first {self._start} steps is kept "
-                f"as {name}.* (lines of metrics.jsonl: {len(cut)}, checkpoints: {len(later)}); delete it if you do not need it",
+                f"as {name}.* (lines of metrics.jsonl: {len(cut)}, checkpoints: {len(later)}); delete it if you do not "
+                "need it",
                 stacklevel=2,
             )
         content = b"".join(line + b"\n" for line in kept)

@@ -25,7 +25,7 @@ from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
 
 from .helpers import Batches, quick, tiny_model
-from .test_corpus import Answer, Hub
+from .test_sources import Answer, Hub
 
 REPO, TOKEN = "someone/novels-mini", "hf_" + "x1y2z3" * 5
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcore.measure.scaling import ScalingError, ScalingLaw, fit_scaling
+from llmcore.measure.scaling import ScalingError, ScalingLaw, fit_scaling, isoflop_minimum
 
 TRUE = ScalingLaw(*map(np.float64, (1.8, 30.0, 300.0, 0.3, 0.4)))
 LARGER = 2.2e6, 1.8e6

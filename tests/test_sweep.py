@@ -15,7 +15,7 @@ from llmcore.config import preset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
 from llmcore.measure.compare_runs import read_run
-from llmcore.measure.sweep import SweepError, finished, isoflop_grid, run_sweep, scaled_to_width
+from llmcore.measure.sweep import SweepError, finished, isoflop_grid, run_outcome, run_sweep, scaled_to_width
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def test_a_finished_run_is_told_from_a_stopped_one_and_from_another(tmp_path: Pa
     assert finished(tmp_path / "run", {"max_steps": 6, "seed": 0, "context_size": tiny_config().max_seq_len})
     with pytest.raises(SweepError, match=r"another sweep \(max_steps: 6 there, 8 here; dim: 32 there, 64 here\)"):
         finished(tmp_path / "run", {"max_steps": 8, "dim": 64})
-    found, events = result(tmp_path / "run"), read_metrics(tmp_path / "run")
+    found, events = run_outcome(tmp_path / "run"), read_metrics(tmp_path / "run")
     assert found["loss"] == events[-1]["val_loss"] and found["tokens"] == events[-1]["tokens"]
     assert found["train_loss"] == events[-1]["loss"] and found["parameters"] == tiny_config().n_params()
     assert found["flops"] == pytest.approx(events[-1]["tokens"] * tiny_config().flops_per_token())
