@@ -37,7 +37,7 @@ from llmcore.corpus.prepare import prepare_dataset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.dataset import TokenDataset
 from llmcore.formats.hub import model_card
-from llmcore.measure.compare_runs import find_runs, summarize
+from llmcore.measure.compare_runs import find_runs, read_run, summarize
 from llmcore.notebook import plots
 from llmcore.notebook.dashboard import TrainingDashboard, run_status
 from llmcore.notebook.run_page import write_summary
@@ -278,7 +278,7 @@ def test_any_text_in_an_event_is_read_back_and_resumed(text: str, tmp_path_facto
     assert [event.get("sample") for event in events[::2]] == ["甲" + SEPARATORS + text + text] * 2
     assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 4
     for folder in (run, find_checkpoint(run)):
-        assert read_config(folder)["train"]["sample_prompt"] == text
+        assert read_run(folder)["train"]["sample_prompt"] == text
 
 
 def test_the_readmes_sweep_reads_lines_with_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

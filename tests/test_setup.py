@@ -63,7 +63,11 @@ def test_a_lock_keeps_the_markers_of_pyproject() -> None:
 
 
 def test_what_demo_lab_and_bench_import_is_in_the_small_lock() -> None:
-    files = [ROOT / "tests" / "demo.py", ROOT / "tests" / "render.py", *ROOT.glob("tests/benchmarks/*.py")]
+    files = [
+        ROOT / "tests" / "tools" / "demo.py",
+        ROOT / "tests" / "tools" / "render.py",
+        *ROOT.glob("tests/benchmarks/*.py"),
+    ]
     files += [*ROOT.glob("notebooks/*.py"), *ROOT.glob("llmcore/**/*.py")]
     imported = set()
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):

@@ -394,7 +394,7 @@ def toy() -> Transformer:
         "head_dim": 8,
         "hidden_dim": 48,
     }
-    return Transformer(ModelConfig(**shape, hidden_dim=48, max_seq_len=80))
+    return Transformer(ModelConfig(**shape, max_seq_len=80))
 
 
 def test_each_head_is_shown_where_it_looks_most(toy: Transformer) -> None:
