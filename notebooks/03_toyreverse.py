@@ -58,8 +58,8 @@ device = str(pick_device(device))
 data = toy_reverse.ReverseData()
 x, y = data.batch(step=0, batch_size=64, seed=seed)
 row = int(((y >= 0).sum(1) - 10).abs().argmin())
-print("reads:", " ".join(toy_reverse.show(x[row].tolist())[:30]))
-print("says: ", " ".join(toy_reverse.show(y[row].tolist())[:30]))
+print("reads:", " ".join(toy_reverse.labels(x[row].tolist())[:30]))
+print("says: ", " ".join(toy_reverse.labels(y[row].tolist())[:30]))
 
 # %% tags=["nbval-check-output"]
 print("x", tuple(x.shape), "- y", tuple(y.shape), "- vocabulary", toy_reverse.VOCAB_SIZE)
@@ -175,7 +175,7 @@ widgets.ReversalExplorer(model, prompt)
 # %% [markdown]
 # ## What to try next
 # - `max_steps = 200`: which characters of a long string go wrong first?
-# - Why do half of the training strings use only a few letters? Set `FEW` in `llmcore/notebook/toy_reverse.py` to 32.
+# - Why do half of the training strings use only a few letters? Set `FEW_SYMBOLS` in `llmcore/notebook/toy_reverse.py` to 32.
 #   Which strings with a repeated letter go wrong now?
 # - Strings longer than 32: why does the model fail at them?
 # - Another seed: does the same head copy?
