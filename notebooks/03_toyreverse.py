@@ -175,8 +175,8 @@ widgets.ReversalExplorer(model, prompt)
 # %% [markdown]
 # ## What to try next
 # - `max_steps = 200`: which characters of a long string go wrong first?
-# - Why do half of the training strings use only a few letters? Set `FEW_SYMBOLS` in `llmcore/notebook/toy_reverse.py` to 32.
-#   Which strings with a repeated letter go wrong now?
+# - Why do half of the training strings use only a few letters? Set `FEW_SYMBOLS` in
+#   `llmcore/notebook/toy_reverse.py` to 32. Which strings with a repeated letter go wrong now?
 # - Strings longer than 32: why does the model fail at them?
 # - Another seed: does the same head copy?
 #

@@ -58,7 +58,7 @@ from llmcore.quantize import int8_weights
 device = str(pick_device(device))
 
 # %%
-checkpoint = load_checkpoint(output_dir, which=checkpoint_dir or "latest", device=device)
+checkpoint = load_checkpoint(output_dir, checkpoint_dir or "latest", device=device)
 model, tok = checkpoint.model, checkpoint.tokenizer
 print(f"{display_path(checkpoint.path)}: step {checkpoint.step:,}, {loss_in_words(checkpoint.config)}")
 

@@ -58,7 +58,7 @@ from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
 from llmcore.files import resolve
-from llmcore.measure.scaling import MIN_RUNS, fit_scaling
+from llmcore.measure.scaling import MIN_RUNS, fit_scaling, isoflop_minimum
 from llmcore.measure.sweep import isoflop_grid, planned_run, run_outcome, run_sweep, scaled_to_width
 from llmcore.notebook import plots, widgets
 from llmcore.runs import check_writable

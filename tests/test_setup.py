@@ -16,7 +16,6 @@ from packaging.utils import canonicalize_name
 from .tools import lock
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK_PARTS = {"curves", "dashboard", "explorers", "papermill_engine", "plots", "style", "widgets", "writing"}
 STAND_IN = """#!/bin/sh
 printf '%s|%s' "$PWD" "$JUPYTER_CONFIG_PATH" >> "$CALLS"
 for argument; do printf '|%s' "$argument" >> "$CALLS"; done
@@ -63,7 +62,8 @@ def test_a_lock_keeps_the_markers_of_pyproject() -> None:
 
 
 def test_what_demo_lab_and_bench_import_is_in_the_small_lock() -> None:
-    files = [ROOT / "tests" / "demo.py", ROOT / "tests" / "render.py", *ROOT.glob("tests/benchmarks/*.py")]
+    tools = ROOT / "tests" / "tools"
+    files = [tools / "demo.py", tools / "render.py", *ROOT.glob("tests/benchmarks/*.py")]
     files += [*ROOT.glob("notebooks/*.py"), *ROOT.glob("llmcore/**/*.py")]
     imported = set()
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
@@ -85,10 +85,12 @@ def test_the_core_needs_nothing_of_the_notebooks_packages() -> None:
     distributions = importlib.metadata.packages_distributions().items()
     modules = [module for module, names in distributions if {canonicalize_name(name) for name in names} & own]
     assert {"matplotlib", "ipywidgets", "jupyterlab"} <= set(modules)
-    core = sorted({path.stem for path in (ROOT / "llmcore").glob("*.py")} - NOTEBOOK_PARTS - {"__init__"})
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "llmcore").glob("**/*.py")]
+    names = sorted(".".join(path.parts) for path in paths if "notebook" not in path.parts and path.name != "__init__")
+    assert {"llmcore.train", "llmcore.corpus.prepare", "llmcore.formats.hub", "llmcore.measure.planner"} <= set(names)
     blocked = dict.fromkeys([*modules, "IPython", "nbclient", "nbformat"])
     code = f"import importlib, sys\nsys.modules.update({blocked})\n"
-    code += f"for name in {core}:\n    importlib.import_module('llmcore.' + name)"
+    code += f"for name in {names}:\n    importlib.import_module(name)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
