@@ -89,9 +89,9 @@ print("the same seed gives the same text:", generate(model, tok, prompt, few, te
 # one do you like best?
 
 # %%
-for heat in (0.0, 0.5, 0.8, 1.0, 1.3):
-    text = generate(model, tok, prompt, min(max_new_tokens, 80), heat, **sampling)
-    print(f"--- temperature {heat}\n{widgets.visible(widgets.ending(prompt) + text)}\n")
+for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
+    text = generate(model, tok, prompt, min(max_new_tokens, 80), degree, **sampling)
+    print(f"--- temperature {degree}\n{widgets.visible(widgets.ending(prompt) + text)}\n")
 
 # %% [markdown]
 # ## The next token
