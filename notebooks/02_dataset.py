@@ -9,8 +9,8 @@
 # %% [markdown]
 # # 2 · From tokens to batches
 #
-# *What exactly does the model see?* This notebook turns texts into files of token ids, holds some documents out for
-# validation, and looks at one batch with its own eyes.
+# *What exactly does the model see?* This notebook turns texts into files of token ids. It holds out some documents for
+# validation. Then it shows one batch, token by token.
 #
 # | in | out | time |
 # | --- | --- | --- |
@@ -26,15 +26,15 @@ data_dir: str = "data/sanguo"  # folder of .txt files
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 dataset_dir: str = "outputs/dataset"  # where the token files go
 val_fraction: float = 0.05  # share of the documents held out
-errors: str = "strict"  # at a file that is not UTF-8: strict stops, skip leaves it out
+errors: str = "strict"  # for a file that is not UTF-8: strict stops, skip leaves it out
 context_size: int = 256  # tokens in a window
-preset: str = "scifi-mini"  # whose training plan to lay beside this corpus
-seed: int = 0  # of the order of the windows
+preset: str = "scifi-mini"  # its training plan is compared with this corpus
+seed: int = 0  # random seed for the order of the windows
 
 # %%
 from llmcore.notebook.parameters import check_parameters
 
-check_parameters(globals(), "data_dir tokenizer_model_file dataset_dir val_fraction errors context_size preset seed")
+check_parameters(globals())
 
 # %%
 import numpy as np
@@ -55,10 +55,12 @@ folder = open_corpus(data_dir)
 
 # %% [markdown]
 # ## Text to token files
-# Each document is encoded and ended by one eos token; all lie one behind the other in a file of 16-bit numbers, which
-# training reads as a memory map, so a corpus may be larger than memory. Running this again on unchanged input does
-# nothing: the manifest knows the hash of every source file and of the tokenizer. Of a changed corpus only what is new
-# is encoded, and a preparation that was killed goes on where it stopped.
+# Each document is encoded, and one eos token marks its end. All documents stand one after another in a file of 16-bit
+# numbers. Training reads this file as a memory map, so a corpus may be larger than memory.
+#
+# The manifest holds the hash of every source file and of the tokenizer. If nothing has changed, a second run does
+# nothing. If the corpus has changed, only new documents are encoded. A preparation that was killed continues where it
+# stopped.
 
 # %%
 manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction, errors=errors)
@@ -82,10 +84,10 @@ plots.length_histogram(lengths, "tokens", f"{len(lengths)} documents, {lengths.s
 
 # %% [markdown]
 # ## Which documents are held out
-# A document's place follows from a hash of its name, and stays as it is when files are added later, or renamed: what
-# was held out is never trained on. Whole documents are held out, so the model cannot have read the other half of a
-# validation sentence. With few documents, the share held out may be far from `val_fraction`. (A corpus of a single
-# document has to be split by position: its end is held out.)
+# A hash of its name decides whether a document is held out. This stays as it is when files are added or renamed later,
+# so the model never trains on a held-out document. Whole documents are held out, so the model cannot read one half of
+# a validation sentence in training. With few documents, the held-out share may be far from `val_fraction`. (A corpus
+# of a single document is split by position: its end is held out.)
 
 # %% tags=["nbval-check-output"]
 held_out = val.names
@@ -94,7 +96,7 @@ print(len(held_out), "held out:", " ".join(map(one_line, held_out[:12])))
 # %% tags=["nbval-check-output"]
 first = next(source for source in manifest["sources"] if source["split"] in ("train", "both"))
 file = next(file for file in find_texts(folder) if text_name(file, folder) == first["path"])
-text = next(text_blocks(file))  # 64 KiB at most, and no token is shorter than a byte
+text = next(text_blocks(file))  # at most 64 KiB; a token is at least one byte long
 document = tok.decode(train.read(0, min(int(train.offsets[1]), 1 << 16)).tolist())
 length = min(len(text), len(document))
 print("the first document decodes to its file:", document[:length] == text[:length])
@@ -104,8 +106,8 @@ print("each document that ends here ends with eos:", counts[tok.eos_id] == whole
 
 # %% [markdown]
 # ## A few tokens do most of the work
-# Sorted by how often they occur, tokens fall along a line on logarithmic axes (Zipf's law). The drop at the right is
-# the tail of pieces seen only a few times: the model will never learn them well.
+# We sort the tokens by how often they occur. On logarithmic axes they form a line (Zipf's law). The drop at the right
+# is made of pieces that occur only a few times. The model will not learn them well.
 
 # %%
 rare = (counts < 10).mean()
@@ -113,8 +115,8 @@ plots.rank_frequency(counts, f"{rare:.0%} of the vocabulary occurs fewer than te
 
 # %% [markdown]
 # ## One batch, side by side
-# `x` is what the model reads, `y` what it has to say at each place: the same text, one token later. A batch is a pure
-# function of (step, seed), with no iterator to save or restore, which is why a run can go on exactly where it stopped.
+# The model reads `x` and must predict `y` at each place. `y` is the same text, one token later. A batch is a pure
+# function of (step, seed). There is no iterator to save or restore, so a run can continue exactly where it stopped.
 
 # %%
 x, y = train.batch(step=0, batch_size=4, seed=seed)
@@ -130,8 +132,8 @@ print("the same step gives the same batch:", bool((x == again).all()))
 
 # %% [markdown]
 # ## Is this enough text?
-# Hoffmann et al. ("Chinchilla", 2022) found that for a given amount of compute a model is best trained on about twenty
-# tokens per parameter. One novel is far from enough for even a small model, so training reads it several times.
+# Hoffmann et al. ("Chinchilla", 2022) asked how to use a given amount of compute. Their answer: train on about twenty
+# tokens per parameter. One novel is too short even for a small model, so training reads it several times.
 
 # %%
 model_config, train_config = config.preset(preset)
@@ -149,8 +151,8 @@ print(f"{preset} has {cost.parameters:,.0f}")
 
 # %% [markdown]
 # ## Try it
-# Page through the windows, or jump to a document by its name. A rule marks where a document begins: a window may hold
-# the end of one and the beginning of the next, and the model is left to find out from the `■ end` between them.
+# Page through the windows, or go to a document by its name. A line marks where a document begins. A window may hold the
+# end of one document and the beginning of the next. Only the `■ end` between them tells the model.
 
 # %%
 widgets.DataExplorer(TokenDataset(dataset_dir, "val", min(context_size, 128)), tok)
@@ -158,7 +160,7 @@ widgets.DataExplorer(TokenDataset(dataset_dir, "val", min(context_size, 128)), t
 # %% [markdown]
 # ## What to try next
 # - `context_size = 64`: how does the number of windows per epoch change?
-# - Add a file to the folder and run again: only its own place in the split is new.
-# - A folder with a single file is split by position instead, and says so.
+# - Add a file to the folder and run again: do the other documents keep their place in the split?
+# - Use a folder with a single file. It is split by position, and the notebook says so.
 #
 # **[Next: 3 · A toy task](03_toyreverse.ipynb)**, or straight to [4 · Training](04_scifi_train.ipynb)

@@ -9,9 +9,9 @@
 # %% [markdown]
 # # 4 · Training a language model
 #
-# *Can a few million numbers learn to write like a novelist?* This notebook trains a Llama-like model on the corpus,
-# says beforehand what it will cost, stops in the middle, goes on from the checkpoint, and compares the result with a
-# good file compressor and with counted 4-grams.
+# *Can a few million numbers learn to write like a novelist?* This notebook first says what a training run will cost.
+# Then it trains a Llama-like model on the corpus, stops in the middle, and continues from the checkpoint. At the end it
+# compares the model with a good file compressor and with counted 4-grams.
 #
 # | in | out | time |
 # | --- | --- | --- |
@@ -29,15 +29,15 @@ preset: str = "scifi-mini"  # scifi-mini, scifi-117M, scifi-1.5B, zhwiki-2.46B
 data_dir: str = "data/sanguo"  # folder of .txt files
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 dataset_dir: str = "outputs/dataset"  # token files, from notebook 2 or made here
-val_fraction: float = None  # share of the documents held out; None: as in the data set there is, else 0.05
-errors: str = None  # at a file that is not UTF-8: strict stops, skip leaves it out; None: as before, else strict
-output_dir: str = "outputs/runs"  # runs go here
+val_fraction: float = None  # share of the documents held out; None: as in an existing data set, else 0.05
+errors: str = None  # for a file that is not UTF-8: strict stops, skip leaves it out; None: as before, else strict
+output_dir: str = "outputs/runs"  # folder of all runs
 project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
-checkpoint_dir: str = None  # go on from: a checkpoint, a run, latest or best
-init_step: int = None  # with checkpoint_dir: the step it must be at
+checkpoint_dir: str = None  # continue from a checkpoint, a run, latest or best
+init_step: int = None  # with checkpoint_dir: the step that the checkpoint must have
 context_size: int = None  # tokens in a window; None: the preset's
 dim: int = None  # width of the model; None: the preset's
-n_layers: int = None  # its blocks; None: the preset's
+n_layers: int = None  # blocks; None: the preset's
 n_heads: int = None  # heads in a block; None: the preset's
 max_steps: int = None  # optimizer steps; None: the preset's
 batch_size: int = None  # windows per step; None: the preset's
@@ -45,19 +45,17 @@ grad_accum_steps: int = None  # batches added up in a step, to save memory; None
 learning_rate: float = None  # peak; None: the preset's
 weight_decay: float = None  # on matrices; None: the preset's
 activation_checkpointing: str = None  # none, selective or full; None: the preset's
-prompt: str = "却说曹操"  # what samples continue
+prompt: str = "却说曹操"  # samples continue this text
 device: str = "auto"  # auto, cpu, cuda, mps
 precision: str = "auto"  # auto, bf16, fp16, fp32
 tracker: str = None  # tensorboard, wandb or None
-thorough: bool = True  # measure speed and memory first, evaluate all held-out text; runs of a sweep need neither
-seed: int = 0  # of the initial weights and the order of the data
+thorough: bool = True  # measure speed and memory, and evaluate all held-out text; a sweep needs neither
+seed: int = 0  # random seed for the initial weights and the order of the data
 
 # %%
 from llmcore.notebook.parameters import check_parameters
 
-names = "preset data_dir tokenizer_model_file dataset_dir val_fraction errors output_dir project checkpoint_dir"
-names += " init_step context_size dim n_layers n_heads max_steps batch_size grad_accum_steps learning_rate weight_decay"
-check_parameters(globals(), names + " activation_checkpointing prompt device precision tracker thorough seed")
+check_parameters(globals())
 
 # %%
 import torch
@@ -77,48 +75,58 @@ from llmcore.measure.planner import measure_memory, plan
 from llmcore.model import Transformer
 from llmcore.notebook import plots, widgets
 from llmcore.notebook.run_page import write_index
-from llmcore.notebook.trackers import tracker_callback
+from llmcore.notebook.trackers import check_tracker, tracker_callback
 from llmcore.notebook.widgets import TrainingDashboard
-from llmcore.runs import free_run_dir, read_metrics
+from llmcore.runs import check_writable, free_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
 
 device = str(pick_device(device))
+check_writable(output_dir)
+check_tracker(tracker)
 start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
 last_step = max_steps or config.preset(preset)[1].max_steps
 if start and (reached := read_config(start)["step"]) >= last_step:
     raise ValueError(
-        f"max_steps={last_step}, but checkpoint_dir={display_path(start)!r} is at step {reached} already: nothing is "
-        "left to train; raise max_steps, or open the checkpoint in notebook 5"
+        f"max_steps={last_step}, but checkpoint_dir={display_path(start)!r} is already at step {reached}; "
+        "raise max_steps, or open the checkpoint in notebook 5"
     )
-_ = free_run_dir(output_dir, project)  # a folder that cannot be written is refused now, not after the probe,
-_ = tracker_callback(tracker, project, output_dir)  # as is a tracker that is not installed
 
 # %% [markdown]
 # ## The parts
-# The vocabulary size is the tokenizer's, whatever the preset says; the token files are made if notebook 2 has not.
+# The tokenizer decides the vocabulary size, not the preset. If notebook 2 has not made the token files, they are made
+# here.
 
 # %%
 tok = Tokenizer(tokenizer_model_file)
 model_config, train_config = config.preset(preset)
 window = context_size or model_config.max_seq_len
-shape = {name: value for name in ("dim", "n_layers", "n_heads") if (value := globals()[name]) is not None}
-model_config = model_config.replace(vocab_size=tok.vocab_size, max_seq_len=window, **shape)
+model_config = model_config.replace(
+    vocab_size=tok.vocab_size,
+    max_seq_len=window,
+    dim=dim or model_config.dim,
+    n_layers=n_layers or model_config.n_layers,
+    n_heads=n_heads or model_config.n_heads,
+)
+
+# %%
 manifest = prepare_dataset(open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
 
 # %%
-chosen = {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
-chosen |= {
-    "grad_accum_steps": grad_accum_steps,
-    "weight_decay": weight_decay,
-    "activation_checkpointing": activation_checkpointing,
-}
-chosen = {name: value for name, value in chosen.items() if value is not None}
-warmup_steps = min(train_config.warmup_steps, chosen.get("max_steps", train_config.max_steps) // 10)
-chosen["warmup_steps"] = warmup_steps  # a short run warms up for a tenth of its steps, no more
-train_config = train_config.replace(precision=precision, seed=seed, sample_prompt=prompt, **chosen)
+train_config = train_config.replace(
+    max_steps=last_step,
+    warmup_steps=min(train_config.warmup_steps, last_step // 10),  # a short run has a short warm-up
+    batch_size=batch_size or train_config.batch_size,
+    grad_accum_steps=grad_accum_steps or train_config.grad_accum_steps,
+    learning_rate=learning_rate or train_config.learning_rate,
+    weight_decay=train_config.weight_decay if weight_decay is None else weight_decay,
+    activation_checkpointing=activation_checkpointing or train_config.activation_checkpointing,
+    precision=precision,
+    seed=seed,
+    sample_prompt=prompt,
+)
 
 # %% tags=["nbval-check-output"]
 print("tokenizer", tok.fingerprint[:16], "with", tok.vocab_size, "pieces")
@@ -127,63 +135,67 @@ print(f"made with this tokenizer: {manifest['tokenizer'] == tok.fingerprint}")
 
 # %% [markdown]
 # ## What it will cost
-# Memory is counted from the shapes, tensor by tensor; the speed is timed with a few steps of a throw-away model. A run
-# that cannot fit is refused here, with the parameters to lower.
+# We compute the memory from the shapes of all tensors. We measure the speed with a few steps of another model. A run
+# that does not fit into memory ends here, and the error names the parameters to lower.
 
 # %%
 check_memory(model_config, train_config, device)
 cost = plan(model_config, train_config, device, data=train_data if thorough else None)
-for what, how_much in cost.rows().items():
-    print(f"{what:32} {how_much}")
+for name, value in cost.rows().items():
+    print(f"{name:32} {value}")
 
 # %% tags=["nbval-check-output"]
 print(f"parameters: {cost.parameters:,}")
-print(f"tokens to train on: {cost.tokens:,} ({cost.epochs(len(train_data.tokens)):.1f} epochs)")
-print(f"compute: {cost.flops:.2e} FLOPs")
 
 # %% [markdown]
-# Hoffmann et al. ("Chinchilla", 2022) asked which model ends lowest for a given amount of compute: about the one that
-# reads twenty tokens per parameter. That is the best use of compute when there is text enough to be read only once.
+# Hoffmann et al. ("Chinchilla", 2022) asked which model has the lowest loss for a given amount of compute. It is about
+# the one that reads twenty tokens per parameter. This holds if there is enough text to read it only once.
 
-# %% tags=["nbval-check-output"]
+# %%
 print(f"this run: {cost.parameters / 1e6:.1f}M parameters, {cost.tokens / cost.parameters:.1f} tokens for each")
+print(f"it reads the training text {cost.epochs(len(train_data.tokens)):.1f} times")
 print(f"the same compute, spent best: {cost.best_size_for_compute / 1e6:.1f}M parameters,", end=" ")
 print(f"{cost.best_tokens_for_compute / 1e6:.1f}M tokens")
 
 # %% [markdown]
-# Most of the memory goes to activations: what the forward pass keeps for the backward pass. **Activation
-# checkpointing** keeps less and computes it again: `selective` all but matrix products and attention, `full` whole
-# blocks. The lines are predicted for a step that is not compiled; each point is two such steps in a fresh process.
-# A run on a CPU takes somewhat more: for speed it keeps freed memory at hand.
+# Activations need most of the memory. These are the numbers that the forward pass keeps for the backward pass.
+# **Activation checkpointing** keeps fewer of them and computes the others again. `selective` keeps the results of
+# matrix products and attention. `full` keeps only the input of each block.
+#
+# The lines are predictions for a step that is not compiled. For each point we measured two such steps in a new process.
+# A run on a CPU needs a little more: to be faster, it does not give freed memory back to the system.
 
 # %%
-plain, policies = train_config.replace(compile="off", grad_accum_steps=1), ("none", "selective", "full")
+not_compiled = train_config.replace(compile="off", grad_accum_steps=1)
 sizes = [train_config.batch_size, 2 * train_config.batch_size]
-tried = {p: [plain.replace(activation_checkpointing=p, batch_size=s) for s in (1, *sizes)] for p in policies}
-predicted = {
-    p: {c.batch_size: predict_memory(model_config, c, device)["total"] for c in configs} for p, configs in tried.items()
-}
+predicted = {"none": {}, "selective": {}, "full": {}}
+for policy in predicted:
+    for size in (1, *sizes):
+        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
+        predicted[policy][size] = predict_memory(model_config, settings, device)["total"]
 
 # %%
 measured = {}
-if thorough and cost.parameters < 20e6:  # a larger model would take longer than this picture is worth
-    for p, size in (("none", sizes[0]), ("full", sizes[0]), ("full", sizes[1])):
-        peak = measure_memory(model_config, plain.replace(activation_checkpointing=p, batch_size=size), device)
-        measured.setdefault(p, {})[size] = peak["peak_bytes"]
+if thorough and cost.parameters < 20e6:  # with a larger model this would take too long
+    for policy, size in (("none", sizes[0]), ("full", sizes[0]), ("full", sizes[1])):
+        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
+        measured.setdefault(policy, {})[size] = measure_memory(model_config, settings, device)["peak_bytes"]
 saved = 1 - predicted["full"][sizes[1]] / predicted["none"][sizes[1]]
 title = f"Computing blocks again saves {saved:.0%} of the memory at batch {sizes[1]}"
 plots.memory_against_batch(predicted, measured, title)
 
 # %%
-for p, points in measured.items():
+for policy, points in measured.items():
     for size, peak in points.items():
-        print(f"{p}, batch {size}: predicted {predicted[p][size] / 1e6:,.0f} MB, measured {peak / 1e6:,.0f} MB")
+        expected = predicted[policy][size]
+        print(f"{policy}, batch {size}: predicted {expected / 1e6:,.0f} MB, measured {peak / 1e6:,.0f} MB")
 
 # %% [markdown]
 # ## Training, first half
-# The curve is live in JupyterLab, with buttons to pause, resume, stop, save and sample a prompt of your own; a headless
-# run prints a line at each validation and keeps the last picture. The tab may be closed: the run goes on. To show what
-# happens when a run is interrupted, a callback presses stop in the middle.
+# In JupyterLab the curve is live. Buttons pause, resume, stop and save the run, and sample a prompt of your own. You
+# may close the tab: the run continues. A headless run prints a line at each validation and keeps the last picture.
+#
+# We want to show what happens when a run is interrupted. So a callback requests a stop in the middle.
 
 # %%
 torch.manual_seed(seed)
@@ -207,13 +219,13 @@ trainer.callbacks.append(lambda event: trainer.request_stop() if event["step"] =
 # %%
 dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters, first half")
 await dashboard.run(trainer)
-result = trainer.result()
-print(f"step {result.step}, stopped early: {result.stopped_early}, saved as {result.checkpoint.name}")
+first_half = trainer.result()
+print(f"step {first_half.step}, stopped early: {first_half.stopped_early}, saved as {first_half.checkpoint.name}")
 
 # %% [markdown]
-# ## Stopped, and on again
-# The run ended early but in order: the step was finished and a checkpoint written. A new model with other random
-# weights takes it over: weights, optimizer moments, schedule, random state, and the place in the data.
+# ## Stopped and resumed
+# The run stopped early. It finished its step and wrote a checkpoint. Now we make a new model with other random weights.
+# From the checkpoint it gets everything: weights, optimizer moments, schedule, random state, and the place in the data.
 
 # %%
 torch.manual_seed(seed + 1)
@@ -236,20 +248,20 @@ await dashboard.run(second)
 
 # %% tags=["nbval-check-output"]
 events = read_metrics(run_dir)
-print("went on from the step it stopped at:", resumed_at == trainer.step)
+print("continued from the step where it stopped:", resumed_at == trainer.step)
 print("every step is in the metrics once:", [e["step"] for e in events] == list(range(1, second.step + 1)))
 print("steps skipped for a loss that is not finite:", second.skipped)
 
 # %% [markdown]
-# A stair down in the training loss is the start of another reading of the corpus: the model meets sentences again, and
-# begins to know them by heart. That helps with nothing new, as the widening gap to validation shows: here text is
-# scarcer than compute. `weight_decay` holds it back; what else was tried is in
-# [tests/benchmarks](../tests/benchmarks/README.md).
+# At a step down in the training loss, the model begins to read the corpus once more. It reads the same sentences again
+# and begins to memorise them. This does not help with new text, so the gap to the validation loss gets wider. Here the
+# text is the limit, not the compute. `weight_decay` reduces the gap.
+# [tests/benchmarks](../tests/benchmarks/README.md) says what else was tried.
 
 # %% [markdown]
-# ## Samples as they improve
-# The same prompt after more and more steps: first frequent characters, then words and names, then sentences that hang
-# together for a while.
+# ## Samples get better
+# The same prompt after more and more steps. First the model writes frequent characters, then words and names, then
+# sentences that fit together for a while.
 
 # %%
 for event in events:
@@ -259,30 +271,34 @@ for event in events:
 
 # %% [markdown]
 # ## How good is it?
-# Nats per token cannot be compared between vocabularies; **bits per byte** of held-out text can. Validation during
-# training is quick, and cuts the text anywhere. A figure to quote takes each document by itself, from its first token
-# to its end.
+# Nats per token depend on the vocabulary. **Bits per byte** of held-out text do not, so they can be compared:
+#
+# $$\text{bits per byte} = \frac{\text{nats of all held-out tokens}}{\ln 2 \times \text{bytes of the text in UTF-8}}$$
+#
+# Validation during training is quick and cuts the text at any place. For a figure that you want to publish, evaluate
+# each document separately, from its first token to its end.
 
 # %%
 last = second.validate()
-print(f"validation: {last['val_loss']:.3f} nats per token, perplexity {last['val_perplexity']:.1f}")
+print(f"validation: {last['val_loss']:.3f} nats per token, perplexity {last['val_perplexity']:.1f},", end=" ")
+print(f"{last['val_bits_per_byte']:.3f} bits per byte")
 texts = val_data.texts(tok, max_tokens=1_000_000 if thorough else 1)
 ours = evaluate(second.model, tok, texts, precision=precision, progress=False)
 print(f"window by window: {ours}")
 
 # %% [markdown]
-# The first tokens of a window are guessed from almost nothing. Where windows overlap by half, each token past the
-# document's first window has at least half a window before it: twice the work, a somewhat lower figure. Both are
-# right; whoever quotes one says which. Here it is the first.
+# At the start of a window, the model sees almost no earlier text. If windows overlap by half, it sees at least half a
+# window before each token, except in the first window. This needs twice the compute and gives a slightly lower figure.
+# Both figures are right. If you quote one, say how the windows were cut. Below we use windows that do not overlap.
 
 # %%
 overlapping = evaluate(second.model, tok, texts, stride=max(1, window // 2), precision=precision, progress=False)
 print(f"overlapping by half: {overlapping}")
 
 # %% [markdown]
-# How little could one know and do as well? `xz` reads the training text first, then is charged only for the held-out
-# one. So does a model that counts **4-grams** of the same tokens (Kneser-Ney, the best of its kind for decades): it
-# knows which token follows which three, and nothing else.
+# Can simpler methods do as well? `xz` is a file compressor. It reads the training text first, and we count only the
+# bytes that the held-out text adds. A **4-gram** model (Kneser-Ney, for decades the best of its kind) counts the same
+# tokens. It knows only which token follows which three.
 
 # %%
 known = list(train_data.texts(tok, max_tokens=5_000_000 if thorough else 1).values())
@@ -296,29 +312,29 @@ best = min(bits, key=bits.get)
 title = f"The fewest bits per byte, {bits[best]:.2f}: {best}"
 plots.bars(bits, title, "bits per byte of held-out text (less is better)", highlight=preset)
 
+# %%
+for name, value in bits.items():
+    print(f"{name:28} {value:.3f} bits per byte")
+
 # %% [markdown]
-# Documents often differ more than models do, and then the intervals overlap. But what is hard for one model is hard for
-# the other, and their difference, document by document, is far surer. All this is about more text of the same kind (and
-# the tokenizer, which both share, was made from the whole corpus); of other books, or of another training run, it says
-# nothing.
+# Documents often differ more than models do. Then the intervals overlap. But a document that is hard for one model is
+# hard for the other too. So we compare the models document by document, which is much more certain.
+#
+# The interval holds for more text of this kind. It says nothing about other books or another training run. (Both
+# models use the same tokenizer, which was made from the whole corpus.)
 
 # %%
 difference, interval = paired_difference(ours, counting)
 bounds = "95% interval {:+.3f} to {:+.3f}".format(*interval) if interval else "too few documents for an interval"
-print(f"{preset} less 4-grams: {difference:+.3f} bits per byte ({bounds})")
+print(f"{preset} minus 4-grams: {difference:+.3f} bits per byte ({bounds})")
 wins = sum(a.nats < b.nats for a, b in zip(ours.documents, counting.documents, strict=True))
 title = f"{preset} beats 4-grams on {wins} of {len(texts)} held-out documents"
 plots.document_scores({preset: ours, "4-grams": counting}, title)
 
-# %% tags=["nbval-check-output"]
-print(f"better than xz: {ours.total.bits_per_byte < bits['xz, training text known']}")
-print(f"better than 4-grams: {ours.total.bits_per_byte < counting.total.bits_per_byte}")
-print(f"at most 1.95 bits per byte on held-out chapters: {last['val_bits_per_byte'] <= 1.95}")
-
 # %% [markdown]
-# ## What it left behind
-# The run's folder is self-contained: tokenizer, configuration, metrics and checkpoints travel together. Loading the
-# last checkpoint and validating again gives the very same loss.
+# ## The run's folder
+# The run's folder holds everything that belongs to the run: tokenizer, configuration, metrics and checkpoints. We load
+# the last checkpoint and validate again. The loss is the same.
 
 # %%
 checkpoint = load_checkpoint(run_dir, device=device)
@@ -333,9 +349,9 @@ print("its tokenizer is ours:", checkpoint.tokenizer.fingerprint == tok.fingerpr
 
 # %% [markdown]
 # ## Runs side by side
-# Every run in `output_dir`, this one included, by what it cost: steps, tokens, time, compute. After a sweep with
-# papermill (three learning rates, say: the README has the command) this cell is the comparison. The same list, with
-# links to a page about each run, is kept in a file.
+# This table shows every run in `output_dir` and what it cost: steps, tokens, time, compute. After a sweep with
+# papermill (the README has a command for three learning rates) this cell compares the runs. A file keeps the same list,
+# with links to a page about each run.
 
 # %%
 runs = find_runs(output_dir)
@@ -348,7 +364,7 @@ plots.compare_runs(runs)
 # %% [markdown]
 # ## What to try next
 # - `learning_rate = 1e-2` or `4e-2`, with another `project`: which curve ends lower?
-# - `max_steps = 300` for a first look, or twice the preset's: when does the validation loss turn?
+# - `max_steps = 300` for a first look, or twice the preset's: when does the validation loss rise again?
 # - On a GPU: `preset = "scifi-117M"` with a tokenizer of 16,000 pieces and `data_dir = "data/scifi"`.
 #
 # **[Next: 5 · Writing](05_generate.ipynb)**

@@ -9,8 +9,8 @@
 # %% [markdown]
 # # 5 · Writing
 #
-# *What does the model say, and how sure is it?* This notebook loads a trained run, lets it write, and looks at the
-# probabilities behind the words.
+# *What does the model write, and how sure is it?* This notebook loads a trained model and lets it write. Then it shows
+# the probabilities of the words.
 #
 # | in | out | time |
 # | --- | --- | --- |
@@ -23,22 +23,21 @@
 
 # %% tags=["parameters"]
 checkpoint_dir: str = "latest"  # latest or best of output_dir, or a folder: a run or one checkpoint
-output_dir: str = "outputs/runs"  # where the runs are
+output_dir: str = "outputs/runs"  # folder of all runs
 prompt: str = "却说曹操"  # the text to continue
 max_new_tokens: int = 160  # length of the continuation
-temperature: float = 0.8  # 0 always takes the likeliest token; 1 the model's own odds
+temperature: float = 0.8  # 0 always takes the likeliest token; 1 keeps the model's probabilities
 top_k: int = None  # only the k likeliest tokens
 top_p: float = 0.95  # only the likeliest tokens that together have this probability
 min_p: float = None  # only tokens at least this share as likely as the likeliest
-repetition_penalty: float = 1.0  # above 1 avoids what was said before
+repetition_penalty: float = 1.0  # above 1: avoids tokens of the text so far
 device: str = "auto"  # auto, cpu, cuda, mps
 seed: int = 0  # the same seed writes the same text
 
 # %%
 from llmcore.notebook.parameters import check_parameters
 
-names = "checkpoint_dir output_dir prompt max_new_tokens temperature top_k top_p min_p repetition_penalty device seed"
-check_parameters(globals(), names)
+check_parameters(globals())
 
 # %%
 import time
@@ -59,7 +58,7 @@ from llmcore.quantize import int8_weights
 device = str(pick_device(device))
 
 # %%
-checkpoint = load_checkpoint(output_dir, which=checkpoint_dir or "latest", device=device)
+checkpoint = load_checkpoint(output_dir, checkpoint_dir or "latest", device=device)
 model, tok = checkpoint.model, checkpoint.tokenizer
 print(f"{display_path(checkpoint.path)}: step {checkpoint.step:,}, {loss_in_words(checkpoint.config)}")
 
@@ -69,8 +68,8 @@ print("every parameter is finite:", all(bool(p.isfinite().all()) for p in model.
 
 # %% [markdown]
 # ## Word by word
-# The text comes as it is sampled. Keys and values of earlier tokens are kept, so each new token costs one step, not a
-# walk over the whole text.
+# Each piece of text appears as soon as it is sampled. The model keeps the keys and values of earlier tokens. So a new
+# token costs one step, and the model does not read the whole text again.
 
 # %%
 sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
@@ -86,7 +85,8 @@ print("the same seed gives the same text:", generate(model, tok, prompt, few, te
 
 # %% [markdown]
 # ## Cold and hot
-# A low temperature repeats the safest phrases; a high one invents, and then stumbles. Somewhere in between lies style.
+# With a low temperature, the model repeats safe phrases. With a high one it invents more and makes more mistakes. Which
+# one do you like best?
 
 # %%
 for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
@@ -95,7 +95,7 @@ for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
 
 # %% [markdown]
 # ## The next token
-# What the model gives for its very next token, before anything is sampled.
+# For each piece, the model computes the probability that it comes next. These are the likeliest pieces.
 
 # %%
 ids = prompt_ids(model, tok, prompt)
@@ -111,13 +111,14 @@ greedy = generate(model, tok, prompt, 1, temperature=0)
 nucleus = next_token_probabilities(logits, top_p=0.5)[0]
 print("probabilities add up to one:", abs(float(probabilities.sum()) - 1) < 1e-4)
 print("temperature 0 takes the likeliest:", greedy == tok.decode([int(probabilities.argmax())]))
-print("top-p = 0.5 keeps no more tokens than it must:", int((nucleus > 0).sum()) <= int((probabilities > 0).sum()))
+kept = probabilities[nucleus > 0]
+print("top-p = 0.5 keeps no more tokens than it must:", float(kept.sum() - kept.min()) < 0.5 + 1e-6)
 
 # %% [markdown]
 # ## Surprise
-# The other way round: how surprised is the model by a real paragraph? This one is from chapter 37, which was held out
-# of training. Dark pieces are the ones it did not expect: often the first character of a name, and the second is easy
-# once the first is known.
+# How well does the model predict a real paragraph? This one is from chapter 37, which was held out of training. The
+# surprise at a token is the negative logarithm of its probability. Dark pieces were a surprise. Often this is the first
+# character of a name. The second is then easy.
 
 # %%
 paragraph = (
@@ -140,8 +141,8 @@ print("a window's mean is its loss:", abs(sum(nats[: len(window) - 1]) / (len(wi
 
 # %% [markdown]
 # ## How fast
-# One text alone, and sixteen at once: reading the weights costs the same for both. On a CPU the weights may also be
-# rounded to int8, a quarter of the bytes to read: that pays where they are many.
+# We write one text, then sixteen at once. In both cases the computer reads all weights once for each step. On a CPU we
+# can also round the weights to int8. Then it reads a quarter of the bytes, which makes large models faster.
 
 # %%
 rates = {}
@@ -149,8 +150,8 @@ for count in (1, 16):
     started = time.perf_counter()
     generate(model, tok, [prompt] * count, 64, seed=seed)
     rates[f"{count} at once"] = count * 64 / (time.perf_counter() - started)
-one, sixteen = rates.values()
-plots.bars(rates, f"Sixteen texts at once: {sixteen / one:.1f} times the tokens per second", "tokens per second")
+speedup = rates["16 at once"] / rates["1 at once"]
+plots.bars(rates, f"Sixteen texts at once: {speedup:.1f} times the tokens per second", "tokens per second")
 
 # %%
 small = int8_weights(model) if device == "cpu" else model
@@ -162,8 +163,8 @@ print("int8 changes the mean surprise by less than 1%:", abs(sum(rounded) / sum(
 
 # %% [markdown]
 # ## Take it elsewhere
-# The same model for other programs: a folder for Hugging Face's transformers, and all that reads its Llamas (vLLM,
-# torchtitan); a file for llama2.c's C program; one for llama.cpp, in half the space.
+# Other programs can use this model. We write a folder for Hugging Face's transformers (vLLM and torchtitan read it
+# too), a file for llama2.c's C program, and a file of half the size for llama.cpp.
 
 # %%
 export_dir = resolve("outputs/export") / checkpoint.path.parent.name
@@ -172,7 +173,7 @@ try:
     hf_dir = to_hf(checkpoint, export_dir / "huggingface")
     to_llama2c(checkpoint, export_dir / "llama2c" / "model.bin", adapt=True)
     to_gguf(checkpoint, export_dir / "gguf" / "model.gguf", torch.float16)
-except OSError as error:  # a read-only or full disk: the notebook goes on without
+except OSError as error:  # a read-only or full disk: the notebook continues without the exports
     print(f"left out, since {display_path(export_dir)} cannot be written: {widgets.visible(str(error))}")
 for file in sorted(path for path in export_dir.rglob("*") if path.is_file()):
     print(f"{file.stat().st_size / 1e3:10,.1f} kB  {display_path(file)}")
@@ -198,9 +199,9 @@ if hf_dir:
 
 # %% [markdown]
 # ## Try it
-# A prompt of your own, every knob, and a button to stop. Rest the mouse on a token of the finished text to see its
-# probability and what might have stood there instead; what was less than 10% likely is underlined. *Compare with* lets
-# another checkpoint write beside this one. (Where nobody can press buttons, the text alone is shown.)
+# Type a prompt, change the settings, and stop the text with a button. When the text is finished, rest the mouse on a
+# token. You see its probability and the other candidates. A token with a probability below 10% is underlined. With
+# *Compare with*, another checkpoint writes beside this one. (Where you cannot press buttons, you see only the text.)
 
 # %%
 others = [path for run in find_runs(output_dir) for path in checkpoints(run) if path != checkpoint.path]
@@ -210,8 +211,8 @@ panel
 
 # %% [markdown]
 # ## What to try next
-# - A prompt from another century, or in English: what does the model do with words it has never seen?
-# - `repetition_penalty = 1.2` at `temperature = 0`: does it still go round in circles?
-# - `checkpoint_dir = "best"`, or the folder of an earlier checkpoint: read the same prompt as the model grew up.
+# - A prompt from another century, or in English: what does the model do with words that it has never seen?
+# - `repetition_penalty = 1.2` at `temperature = 0`: does the text still repeat itself?
+# - `checkpoint_dir = "best"`, or the folder of an earlier checkpoint: how did the text for this prompt change?
 #
-# **[Next: 6 · A scaling law of one's own](06_scaling.ipynb)**
+# **[Next: 6 · A scaling law](06_scaling.ipynb)**

@@ -7,17 +7,17 @@
 # ---
 
 # %% [markdown]
-# # 6 · A scaling law of one's own
+# # 6 · A scaling law
 #
-# *Can small runs say how good a larger one will be?* This notebook trains a family of small models by running
-# notebook 4 again and again, fits a law to their losses, and lets the law predict a model larger than any it has seen.
-# Then it trains that one too, and looks.
+# *Can small runs tell how good a larger run will be?* This notebook runs notebook 4 many times, with small models of
+# different sizes. It fits a law to their losses. The law predicts the loss of a larger model. We train that model too
+# and check the prediction.
 #
 # | in | out | time |
 # | --- | --- | --- |
 # | corpus and tokenizer of notebook 1 | runs in `output_dir`, a tested law | 10 to 20 minutes on two CPU cores |
 #
-# It may be stopped at any time: a rerun takes the finished runs as they are, and goes on with the others.
+# You may stop it at any time. When you run it again, it keeps the finished runs and continues with the others.
 #
 # Before: [5 · Writing](05_generate.ipynb) · First: [1 · From text to tokens](01_tokenize.ipynb)
 #
@@ -25,31 +25,29 @@
 # [5](05_generate.ipynb) **6**
 
 # %% tags=["parameters"]
-preset: str = "scifi-mini"  # what all runs have in common but the size
+preset: str = "scifi-mini"  # all runs use its settings, except the size
 data_dir: str = "data/sanguo"  # folder of .txt files
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 dataset_dir: str = "outputs/dataset"  # token files, from notebook 2 or made here
-val_fraction: float = None  # share of the documents held out; None: as in the data set there is, else 0.05
-errors: str = None  # at a file that is not UTF-8: strict stops, skip leaves it out; None: as before, else strict
-output_dir: str = "outputs/scaling"  # the runs go here
+val_fraction: float = None  # share of the documents held out; None: as in an existing data set, else 0.05
+errors: str = None  # for a file that is not UTF-8: strict stops, skip leaves it out; None: as before, else strict
+output_dir: str = "outputs/scaling"  # folder of the runs
 dims: str = "12 16 24 32 48 64 96 128"  # widths of the models
-budgets: str = "2.5e11 8e11 2.5e12"  # FLOPs that a run may cost
+budgets: str = "2.5e11 8e11 2.5e12"  # compute of a run, in FLOPs
 held_back_dim: int = 160  # width of the model to predict
-held_back_epochs: float = 4.0  # times that it reads the corpus, and no other run reads it more often
+held_back_epochs: float = 4.0  # how often this model reads the corpus; no other run reads it more often
 context_size: int = None  # tokens in a window; None: the preset's
 batch_size: int = 4  # windows per step
-learning_rate: float = 0.05  # AdamW's peak, for all sizes; runs as short as these want a high one
+learning_rate: float = 0.05  # AdamW's peak, for all sizes; such short runs need a high one
 min_steps: int = 100  # runs with fewer steps are left out
 workers: int = 2  # runs at a time
 device: str = "auto"  # auto, cpu, cuda, mps
-seed: int = 0  # of the runs and of the resampling
+seed: int = 0  # random seed for the runs and the resampling
 
 # %%
 from llmcore.notebook.parameters import check_parameters
 
-names = "preset data_dir tokenizer_model_file dataset_dir val_fraction errors output_dir dims budgets held_back_dim"
-names += " held_back_epochs context_size batch_size learning_rate min_steps"
-check_parameters(globals(), names + " workers device seed")
+check_parameters(globals())
 
 # %%
 import numpy as np
@@ -60,25 +58,24 @@ from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
 from llmcore.files import resolve
-from llmcore.measure.scaling import MIN_RUNS, fit_scaling
+from llmcore.measure.scaling import MIN_RUNS, fit_scaling, isoflop_minimum
 from llmcore.measure.sweep import isoflop_grid, planned_run, run_outcome, run_sweep, scaled_to_width
 from llmcore.notebook import plots, widgets
-from llmcore.runs import free_run_dir
+from llmcore.runs import check_writable
 from llmcore.tokenizer import Tokenizer
 
 device = str(pick_device(device))
-_ = free_run_dir(output_dir, "a-run")  # a folder that cannot be written is refused now
+check_writable(output_dir)
 
 # %% [markdown]
 # ## What to train
-# Compute can be spent on a larger model or on more text. So each budget is spent in several ways: the same FLOPs on
-# models of different sizes, the smaller ones reading more (Hoffmann et al., "Chinchilla",
-# [arXiv:2203.15556](https://arxiv.org/abs/2203.15556)). Each is a run of its own with a learning rate that falls to
-# zero at its end: half-way through a longer run a model is worse than one that was meant to stop there.
+# We can spend compute on a larger model or on more text. So we spend each budget in several ways: models of different
+# sizes get the same FLOPs, and a smaller model reads more text (Hoffmann et al., "Chinchilla",
+# [arXiv:2203.15556](https://arxiv.org/abs/2203.15556)). Each is a separate run, and its learning rate falls to zero at
+# its end. We cannot take the middle of a longer run instead: its learning rate is still high, so its loss is worse.
 #
-# One novel is a small world: what is left of the budget would be spent on reading it once more. Up to four times that
-# is nearly as good as new text (Muennighoff et al., [arXiv:2305.16264](https://arxiv.org/abs/2305.16264)), so no run
-# may read it more often.
+# One novel is a short text. Small models read it several times. Up to four times, this is nearly as good as new text
+# (Muennighoff et al., [arXiv:2305.16264](https://arxiv.org/abs/2305.16264)). So no run reads it more often.
 
 # %%
 tok = Tokenizer(tokenizer_model_file)
@@ -104,20 +101,20 @@ print("enough runs for a law:", len(grid) >= MIN_RUNS)
 print("the held-back model is larger than all others:", all(large.n_params() > m.n_params() for m in models))
 
 # %% [markdown]
-# **What counts as N?** All weights, as in Hoffmann's paper, and each once: input and output share one table here.
-# Kaplan et al. ([arXiv:2001.08361](https://arxiv.org/abs/2001.08361)) leave the tables out. In a large model that
-# hardly matters. In these it is nearly everything:
+# **What counts as N?** We count all weights, as Hoffmann does. Input and output share one table here, so we count it
+# once. Kaplan et al. ([arXiv:2001.08361](https://arxiv.org/abs/2001.08361)) leave the tables out. In a large model the
+# difference is small. In these small models the tables are the largest part:
 
 # %%
 for model in (*models, large):
     print(f"dim {model.dim:4}: N = {model.n_params():9,}, without tables {model.n_params(embeddings=False):9,}")
 
 # %% [markdown]
-# The output table multiplies for every token that is read: it is part of what a run costs, so it is part of N. At the
-# end both counts are fitted.
+# Every token is multiplied with the output table. This is part of the cost of a run, so the table is part of N. At the
+# end we fit a law with each count.
 #
 # ## The runs
-# The held-back run comes first, since it takes longest; its result is not looked at before the law is fitted.
+# The held-back run takes longest, so it comes first. We do not look at its result before the law is fitted.
 
 # %%
 common = {"preset": preset, "seed": seed, "device": device, "context_size": base.max_seq_len, "weight_decay": 0.1}
@@ -143,12 +140,13 @@ print("the held-back one has more parameters and more tokens than any other:", b
 
 # %% [markdown]
 # ## Equal compute
-# Along a curve every model has cost the same. On its left, models too small for so much text; on its right, models too
-# large to have read enough.
+# All models of a curve cost the same compute. The models on the left are too small for their text. The models on the
+# right are too large: they have not read enough text.
 
 # %%
 curves = {b: (N[near], L[near]) for b in budgets if (near := abs(C / b - 1) < 0.02).any()}
-best = {b: n for b, (parameters, losses) in curves.items() if (n := isoflop_minimum(parameters, losses))}
+minima = {b: isoflop_minimum(parameters, losses) for b, (parameters, losses) in curves.items()}
+best = {b: n for b, n in minima.items() if n}
 words = ", ".join(f"{n / 1e3:,.0f}k" for n in best.values())
 grows = len(best) > 1 and list(best.values()) == sorted(best.values())
 title = f"{'With more compute the best size grows' if grows else 'Best size'}: {words} parameters"
@@ -156,8 +154,10 @@ plots.isoflop_curves(curves, title if best else "The best size is not among thos
 
 # %% [markdown]
 # ## The law
-# $L(N, D) = E + A / N^\alpha + B / D^\beta$, fitted to the log of the loss so that no single run weighs too much
-# (Huber's loss). What the runs leave open shows when they are drawn again with replacement, a thousand times.
+# $$L(N, D) = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta}$$
+#
+# We fit it to the logarithm of the loss. With Huber's loss, no single run has too much weight. How certain are the
+# numbers? We draw the runs again with replacement, a thousand times, and fit each draw.
 
 # %%
 law = fit_scaling(N, D, L, seed=seed)
@@ -173,9 +173,9 @@ again = fit_scaling(N[::-1], D[::-1], L[::-1], resamples=1, seed=seed).law
 print("the order of the runs does not matter:", np.allclose(again.loss(N, D), law.law.loss(N, D), rtol=1e-4))
 
 # %% [markdown]
-# ## The prediction, and what came of it
-# The band should hold nine in ten such runs, if the law is right out there. Two things make it wide: another draw of
-# runs gives another law, and a single run lies beside its law.
+# ## The prediction and the result
+# If the law is right for larger models, the band holds nine of ten such runs. Two things make the band wide: another
+# draw of runs gives another law, and a single run does not lie exactly on its law.
 
 # %%
 predicted, low, high = law.predict(outcome["parameters"], outcome["tokens"], seed=seed)
@@ -193,9 +193,8 @@ point = {"flops": outcome["flops"], "measured": measured, "predicted": predicted
 plots.scaling_fit(L, law.law.loss(N, D), C, title, point)
 
 # %% [markdown]
-# Where could such a law go wrong? It was made for text that is always new. A model that reads the same novel again can
-# learn it by heart: its loss on what it trains on then falls faster than on the held-out chapters. That gap is measured
-# too.
+# Why could such a law fail? It assumes that all text is new. A model that reads the same novel again can memorise it.
+# Then the loss on the training text falls faster than the loss on the held-out chapters. We measure this gap too.
 
 # %%
 gaps = {name: run["loss"] - run["train_loss"] for name, run in done.items()}
@@ -208,35 +207,29 @@ print(f"N counted without tables, the same runs predict {other:.3f}, between {ot
 
 # %%
 miss = max(low - measured, measured - high)
-without = measured - (gap - usual)  # had it learned no more by heart than the others
+usual_gap_loss = measured - (gap - usual)  # the loss, if this run had memorised no more than the others
 if where == "inside":
-    print("The outcome is where the law said.")
+    print("The result is inside the band.")
 elif where == "above":
-    print(f"The outcome is {miss:.3f} nats per token above the band. With the usual gap it would be at {without:.3f}:")
-    print("repetition explains it." if without <= high else "repetition alone does not explain it.")
+    print(f"The result is {miss:.3f} nats per token above the band; with the usual gap: {usual_gap_loss:.3f}.")
+    print("Repetition explains this." if usual_gap_loss <= high else "Repetition alone does not explain this.")
 else:
-    print(
-        f"The outcome is {miss:.3f} nats per token below the band. Repetition is no reason: it can only raise the loss."
-    )
-    print(f"The run lies {times:.0f} times beyond the runs' compute, where a law fitted to so few hardly knows its E;")
-    print(
-        f"the other count of N {'holds' if other_low <= measured <= other_high else 'misses'} the outcome in its band."
-    )
+    print(f"The result is {miss:.3f} nats per token below the band. Repetition is not the reason: it raises the loss.")
+    print(f"The run has {times:.0f} times the compute of any fitted run. So few runs do not determine E well.")
+    place = "inside" if other_low <= measured <= other_high else "outside"
+    print(f"With the other count of N, the result is {place} the band.")
 
 # %% [markdown]
-# ## What to do with a law
-# For any budget it names the size and the text that would make most of it. That is how Chinchilla came by its rule of
-# about 20 tokens for a parameter. Our small world has its own:
+# ## How to use a law
+# For any budget, the law gives the best size and the best amount of text. This is how Chinchilla found its rule of
+# about 20 tokens per parameter. Our small runs give other figures:
 
 # %%
 for flops in (*budgets, outcome["flops"]):
     n, d = law.law.optimum(flops)
-    share = np.quantile(law.resampled.optimum(flops)[0], (0.05, 0.95))
-    print(
-        f"{flops:.1e} FLOPs: {n / 1e3:6,.0f}k parameters (90%: {share[0] / 1e3:,.0f}k to {share[1] / 1e3:,.0f}k), ",
-        end="",
-    )
-    print(f"{d / 1e3:6,.0f}k tokens, {d / n:.1f} for a parameter, {d / epoch:.1f} epochs")
+    low_size, high_size = np.quantile(law.resampled.optimum(flops)[0], (0.05, 0.95))
+    sizes = f"{n / 1e3:6,.0f}k parameters (90%: {low_size / 1e3:,.0f}k to {high_size / 1e3:,.0f}k)"
+    print(f"{flops:.1e} FLOPs: {sizes}, {d / 1e3:6,.0f}k tokens, {d / n:.1f} per parameter, {d / epoch:.1f} epochs")
 
 # %% tags=["nbval-check-output"]
 n, d = law.law.optimum(np.array(budgets))
@@ -245,15 +238,15 @@ worse = [(law.law.loss(n * f, d / f) > law.law.loss(n, d)).all() for f in (0.5, 
 print("half or twice its size would be worse:", all(worse))
 
 # %% [markdown]
-# And what if the tables do not count? Then the same runs seem to say something else about how the best size grows with
-# compute. Counting so, at sizes where the tables are most of the model, is much of why Kaplan and Hoffmann came to
+# What if N leaves the tables out? Then the same runs give another answer: the best size grows differently with compute.
+# Kaplan counted this way, with models that were mostly tables. This is a main reason why Kaplan and Hoffmann gave
 # different advice (Pearce and Song, [arXiv:2406.12907](https://arxiv.org/abs/2406.12907)).
 
 # %%
-for words, each in (("all weights", law), ("without tables", bare)):
-    power = each.law.beta / (each.law.alpha + each.law.beta)
-    spread = np.sqrt(np.mean(each.residuals**2))
-    print(f"{words:15} alpha {each.law.alpha:.2f}, beta {each.law.beta:.2f}: best N grows with C^{power:.2f}; ", end="")
+for count, fit in (("all weights", law), ("without tables", bare)):
+    power = fit.law.beta / (fit.law.alpha + fit.law.beta)
+    spread = np.sqrt(np.mean(fit.residuals**2))
+    print(f"{count:15} alpha {fit.law.alpha:.2f}, beta {fit.law.beta:.2f}: best N grows with C^{power:.2f}; ", end="")
     print(f"runs lie {spread:.2%} from the law")
 
 # %%
@@ -262,7 +255,7 @@ widgets.run_table([resolve(output_dir) / name for name in runs])
 # %% [markdown]
 # ## What to try next
 # - `held_back_epochs = 8` with another `output_dir`: how does repetition show in the gap, and in the prediction?
-# - `learning_rate = 0.02`, the preset's, which suits a longer run: which losses rise most? What becomes of E?
+# - `learning_rate = 0.02`, the preset's, which is better for longer runs: which losses rise most? How does E change?
 # - Another `seed` and `output_dir`: do the intervals of the two laws overlap?
 # - On a GPU: `dims = "128 192 256 384 512"`, budgets a thousand times as large, and a library for `data_dir`.
 #

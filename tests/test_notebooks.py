@@ -86,6 +86,36 @@ def test_the_readme_shows_what_the_notebooks_found() -> None:
     assert sample in writing
 
 
+def test_the_committed_toy_model_reverses_strings() -> None:
+    """At full size; `run_nbval` trains for a few steps only."""
+    text = output_of(read("03_toyreverse"))
+    [tokens] = re.findall(r"([\d,]+) tokens of training, padding included", text)
+    assert int(tokens.replace(",", "")) <= 3_500_000
+    [percent] = re.findall(r"exact match on 10,000 held-out strings of 32 characters: ([\d.]+)%", text)
+    assert float(percent) >= 99.9
+    [(prompt, answer)] = re.findall(r"'(\w+)' reversed: '(\w+)'", text)
+    assert answer == prompt[::-1]
+
+
+def test_the_committed_language_model_beats_xz_and_4_grams() -> None:
+    """At full size; `run_nbval` trains for a few steps only."""
+    text = output_of(read("04_scifi_train"))
+    [validation] = re.findall(r"^validation: .* ([\d.]+) bits per byte$", text, re.MULTILINE)
+    assert float(validation) <= 1.95
+    xz, four_grams, model = (
+        float(*re.findall(rf"^{name} +([\d.]+) bits per byte$", text, re.MULTILINE))
+        for name in ("xz, training text known", "4-grams of the same tokens", "scifi-mini")
+    )
+    assert model < xz and model < four_grams
+    costs = [
+        *re.findall(r"^tokens +([\d,]+)$", text, re.MULTILINE),
+        *re.findall(r"^compute +(\S+) FLOPs$", text, re.MULTILINE),
+    ]
+    assert costs == ["2,048,000", "3.36e+13"]
+    assert "it reads the training text 4.5 times" in text
+    assert "0.8 tokens for each" in text and "0.5M parameters, 10.6M tokens" in text
+
+
 def test_the_readmes_pictures_exist_and_are_small() -> None:
     readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
     pictures = [NOTEBOOKS.parent / path for path in re.findall(r"!\[[^]]+\]\(([^)]+)\)", readme)]

@@ -16,7 +16,6 @@ from packaging.utils import canonicalize_name
 from .tools import lock
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK_PARTS = {"curves", "dashboard", "explorers", "papermill_engine", "plots", "style", "widgets", "writing"}
 STAND_IN = """#!/bin/sh
 printf '%s|%s' "$PWD" "$JUPYTER_CONFIG_PATH" >> "$CALLS"
 for argument; do printf '|%s' "$argument" >> "$CALLS"; done
@@ -89,10 +88,12 @@ def test_the_core_needs_nothing_of_the_notebooks_packages() -> None:
     distributions = importlib.metadata.packages_distributions().items()
     modules = [module for module, names in distributions if {canonicalize_name(name) for name in names} & own]
     assert {"matplotlib", "ipywidgets", "jupyterlab"} <= set(modules)
-    core = sorted({path.stem for path in (ROOT / "llmcore").glob("*.py")} - NOTEBOOK_PARTS - {"__init__"})
+    paths = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "llmcore").glob("**/*.py")]
+    names = sorted(".".join(path.parts) for path in paths if "notebook" not in path.parts and path.name != "__init__")
+    assert {"llmcore.train", "llmcore.corpus.prepare", "llmcore.formats.hub", "llmcore.measure.planner"} <= set(names)
     blocked = dict.fromkeys([*modules, "IPython", "nbclient", "nbformat"])
     code = f"import importlib, sys\nsys.modules.update({blocked})\n"
-    code += f"for name in {core}:\n    importlib.import_module('llmcore.' + name)"
+    code += f"for name in {names}:\n    importlib.import_module(name)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
