@@ -29,13 +29,13 @@ class _JSONConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a dictionary. Raises ConfigError on unknown or missing keys."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        strange = [key for key in values if key not in fields][:8]
-        unknown = [f"unknown key {reprlib.repr(key)}: {nearest(key, fields)}" for key in strange]
-        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
-        missing = [f"missing key {name!r}" for name in required if name not in values]
-        if unknown or missing:
-            raise ConfigError(f"{cls.__name__}: " + "; ".join(unknown + missing))
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = [key for key in values if key not in fields][:8]
+        required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+        wrong = [f"unknown key {reprlib.repr(key)}: {nearest(key, fields)}" for key in unknown]
+        wrong += [f"missing key {name!r}" for name in required if name not in values]
+        if wrong:
+            raise ConfigError(f"{cls.__name__}: " + "; ".join(wrong))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,8 +51,8 @@ class _JSONConfig:
         return type(self).from_dict({**self.to_dict(), **changes})
 
 
-# The largest value of each field. Known models stay far below. A damaged or hostile file must not make anything
-# allocate gigabytes, or build layers for minutes, before it is refused.
+# The largest value of each field, far above those of known models. They are here so that a damaged or hostile file is
+# refused before it makes the program allocate gigabytes, or build layers for minutes.
 _LARGEST = {
     "vocab_size": 1 << 22,
     "dim": 1 << 17,
@@ -103,23 +103,28 @@ class ModelConfig(_JSONConfig):
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
-        for name, most in _LARGEST.items():
+        for name, largest in _LARGEST.items():
             value = getattr(self, name)
-            if name not in wrong and value is not None and not 0 < value <= most:
-                wrong[name] = f"{name}={value} must be above 0" + f" and at most {most:,}" * (value > 0)
+            if name not in wrong and value is not None and not 0 < value <= largest:
+                limit = f" and at most {largest:,}" if value > 0 else ""
+                wrong[name] = f"{name}={value} must be above 0{limit}"
+
+        # fields that follow from others
         if not {"dim", "n_heads", "n_kv_heads"} & set(wrong):
             if self.n_kv_heads is None:
                 object.__setattr__(self, "n_kv_heads", self.n_heads)
             if self.head_dim is None:
+                object.__setattr__(self, "head_dim", self.dim // self.n_heads)
                 if self.dim % self.n_heads:
                     wrong["dim"] = (
                         f"dim={self.dim} does not divide by n_heads={self.n_heads}; change one or set head_dim"
                     )
-                object.__setattr__(self, "head_dim", self.dim // self.n_heads)
             if self.hidden_dim is None:
                 object.__setattr__(self, "hidden_dim", -(-self.dim // 24) * 64)
             if self.n_heads % self.n_kv_heads:  # type: ignore[operator]
                 wrong["n_kv_heads"] = f"n_heads={self.n_heads} does not divide by n_kv_heads={self.n_kv_heads}"
+
+        # what rotary embedding needs
         if self.head_dim is not None and "head_dim" not in wrong and self.head_dim % 2:
             wrong["head_dim"] = f"head_dim={self.head_dim} must be even: rotary embedding turns pairs"
         if not wrong and self.max_seq_len * self.head_dim > LARGEST_ROPE:  # type: ignore[operator]
@@ -131,17 +136,16 @@ class ModelConfig(_JSONConfig):
             raise ConfigError("ModelConfig: " + "; ".join(wrong.values()))
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; those left to follow from others follow again."""
-        plain = (
-            type(self)(self.vocab_size, self.dim, self.n_layers, self.n_heads) if not self.dim % self.n_heads else None
-        )
-        for name in ("n_kv_heads", "head_dim", "hidden_dim"):
-            if plain and name not in changes and getattr(self, name) == getattr(plain, name):
-                changes[name] = None
+        """A copy with some fields changed. A field with the value that follows from the others follows them again."""
+        if not self.dim % self.n_heads:
+            derived = type(self)(self.vocab_size, self.dim, self.n_layers, self.n_heads)
+            for name in ("n_kv_heads", "head_dim", "hidden_dim"):
+                if name not in changes and getattr(self, name) == getattr(derived, name):
+                    changes[name] = None
         return super().replace(**changes)
 
     def n_params(self, embeddings: bool = True) -> int:
-        """Exact number of trainable parameters; without the embedding and output matrices if asked."""
+        """Exact number of trainable parameters; with embeddings=False without the embedding and output matrices."""
         assert self.head_dim and self.n_kv_heads and self.hidden_dim
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
@@ -193,7 +197,7 @@ class TrainConfig(_JSONConfig):
         sample_interval: steps between samples; 0: none.
         sample_prompt: what samples continue.
         sample_tokens: length of a sample.
-        max_skipped_steps: stop after so many non-finite steps in a row.
+        max_skipped_steps: non-finite steps in a row that stop the run.
         seed: of the order of the data.
 
     Raises:
@@ -232,61 +236,68 @@ class TrainConfig(_JSONConfig):
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
-        for names, fits, range_ in _RANGES:
-            for name in names.split():
+        for fits, wanted, names in _RANGES:
+            for name in names:
                 value = getattr(self, name)
                 if name not in wrong and value is not None and not fits(value):
-                    wrong[name] = f"{name}={value!r} must be {range_}"
+                    wrong[name] = f"{name}={value!r} must be {wanted}"
+        for name, choices in _CHOICES.items():
+            if name not in wrong and getattr(self, name) not in choices:
+                wrong[name] = f"{name}={getattr(self, name)!r} must be {', '.join(choices[:-1])} or {choices[-1]}"
         if wrong:
             raise ConfigError("TrainConfig: " + "; ".join(wrong.values()))
 
 
-_ABOVE_0 = (
-    "max_steps batch_size grad_accum_steps context_size learning_rate muon_learning_rate plateau_patience "
-    "max_skipped_steps"
-)
-_FROM_0 = (
-    "warmup_steps weight_decay grad_clip eval_interval eval_batches checkpoint_interval sample_interval "
-    "sample_tokens seed"
-)
-_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
-    (_ABOVE_0, lambda value: value > 0, "above 0"),
-    (_FROM_0, lambda value: value >= 0, "0 or more"),
-    ("min_lr_ratio decay_fraction plateau_factor", lambda value: 0 <= value <= 1, "between 0 and 1"),
-    ("beta1 beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    ("keep_checkpoints", lambda value: value >= 2, "2 or more: one may be unreadable"),
-    ("optimizer", lambda value: value in ("adamw", "muon"), "adamw or muon"),
-    ("schedule", lambda value: value in ("cosine", "wsd", "plateau"), "cosine, wsd or plateau"),
-    ("precision", lambda value: value in ("auto", "bf16", "fp16", "fp32"), "auto, bf16, fp16 or fp32"),
-    ("activation_checkpointing", lambda value: value in ("none", "selective", "full"), "none, selective or full"),
-    ("compile", lambda value: value in ("auto", "on", "off"), "auto, on or off"),
+_ABOVE_0 = ["max_steps", "batch_size", "grad_accum_steps", "context_size", "learning_rate", "muon_learning_rate"]
+_ABOVE_0 += ["plateau_patience", "max_skipped_steps"]
+_FROM_0 = ["warmup_steps", "weight_decay", "grad_clip", "eval_interval", "eval_batches", "checkpoint_interval"]
+_FROM_0 += ["sample_interval", "sample_tokens", "seed"]
+_RANGES: list[tuple[Callable[[Any], bool], str, list[str]]] = [
+    (lambda value: value > 0, "above 0", _ABOVE_0),
+    (lambda value: value >= 0, "0 or more", _FROM_0),
+    (lambda value: 0 <= value <= 1, "between 0 and 1", ["min_lr_ratio", "decay_fraction", "plateau_factor"]),
+    (lambda value: 0 <= value < 1, "at least 0 and below 1", ["beta1", "beta2"]),
+    (lambda value: value >= 2, "2 or more, because one may be damaged", ["keep_checkpoints"]),
 ]
+_CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "wsd", "plateau"),
+    "precision": ("auto", "bf16", "fp16", "fp32"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "compile": ("auto", "on", "off"),
+}
 
 
 def _check_types(config: Any) -> dict[str, str]:
-    """What is wrong with the type of which field. An int is a fine float; a bool is no int; NaN is no number."""
+    """The fields whose value is of another type than declared, each with what is wrong.
+
+    An int may stand for a float, and becomes one. A bool may not stand for an int, nor NaN for a number.
+    """
     wrong = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kind = str(field.type)
+        name, value, kind = field.name, getattr(config, field.name), str(field.type)
         if value is None and "None" in kind:
             continue
         base = {"int": int, "float": float, "str": str, "bool": bool}[kind.split(" ")[0]]
-        if base is float and isinstance(value, int) and not isinstance(value, bool):
+        if base is float and type(value) is int:
             value = float(value) if abs(value) < 1e300 else math.inf
-            object.__setattr__(config, field.name, value)
+            object.__setattr__(config, name, value)
+
         if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-            wrong[field.name] = f"{field.name}={reprlib.repr(value)} must be of type {kind}"
+            wrong[name] = f"{name}={reprlib.repr(value)} must be of type {kind}"
         elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            wrong[field.name] = f"{field.name} holds half a surrogate, which is no character; leave it out"
+            wrong[name] = f"{name} holds half a surrogate, which is no character; leave it out"
         elif isinstance(value, float) and not math.isfinite(value):
-            wrong[field.name] = f"{field.name}={value} must be a finite number"
+            wrong[name] = f"{name}={value} must be a finite number"
     return wrong
 
 
+# how often a long run is looked at
+_LONG: dict[str, Any] = {"eval_interval": 500, "eval_batches": 20, "checkpoint_interval": 1000, "sample_interval": 1000}
+
 PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     # Reversing strings of letters and digits: notebook 03. 66 tokens: 62 symbols and four specials.
-    # A small rope_theta, because there are 66 positions only: pairs that hardly turn within them say nothing.
+    # A small rope_theta, because there are only 66 positions: pairs that hardly turn within them carry no information.
     "toy-reverse": (
         ModelConfig(
             vocab_size=66,
@@ -338,10 +349,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             grad_accum_steps=8,
             learning_rate=6e-4,
             warmup_steps=500,
-            eval_interval=500,
-            eval_batches=20,
-            checkpoint_interval=1000,
-            sample_interval=1000,
+            **_LONG,
         ),
     ),
     "scifi-1.5B": (
@@ -353,10 +361,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             learning_rate=2.5e-4,
             warmup_steps=1000,
             activation_checkpointing="full",
-            eval_interval=500,
-            eval_batches=20,
-            checkpoint_interval=1000,
-            sample_interval=1000,
+            **_LONG,
         ),
     ),
     "zhwiki-2.46B": (
@@ -368,10 +373,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             learning_rate=2e-4,
             warmup_steps=2000,
             activation_checkpointing="full",
-            eval_interval=500,
-            eval_batches=20,
-            checkpoint_interval=1000,
-            sample_interval=1000,
+            **_LONG,
         ),
     ),
 }
