@@ -539,8 +539,8 @@ def offsets_file(folder: Path, offsets: list[int]) -> None:
         ([0, 67, 34, 100], "offsets must rise"),
         ([0, 34, 67, 2**63], "offsets must rise"),
         ([1, 34, 67, 100], "offsets must rise"),
-        ([0, 34, 67], "does not hold the offsets of 3 documents"),
-        ([], "does not hold the offsets of 3 documents"),
+        ([0, 34, 67], "train.offsets is damaged: it has 24 bytes, not 32"),
+        ([], "train.offsets is damaged: it has 0 bytes, not 32"),
         ([0, 33, 67, 100], "not the documents of train.offsets"),
     ],
 )
