@@ -113,23 +113,19 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or made for something else. The message names the file or field."""
 
 
+def _fault(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"{display_path(path)} {fault}")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint.
+    """A loaded checkpoint."""
 
-    Attributes:
-        model: with its weights, in evaluation mode, on the device asked for.
-        tokenizer: the one it was trained with; None where training used none (the reversal task).
-        config: everything in `config.json`: model, train, data, step, tokens, losses.
-        step: optimizer steps taken.
-        path: the folder.
-    """
-
-    model: Transformer
-    tokenizer: Tokenizer | None
-    config: dict[str, Any]
-    step: int
-    path: Path
+    model: Transformer  # with its weights, in evaluation mode, on the device asked for
+    tokenizer: Tokenizer | None  # the one it was trained with; None where training used none (the reversal task)
+    config: dict[str, Any]  # everything in `config.json`: model, train, data, step, tokens, losses
+    step: int  # optimizer steps taken
+    path: Path  # the folder
 
 
 # Saving
@@ -253,16 +249,14 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     """A checkpoint folder's manifest, checked against its schema. Raises CheckpointError naming the field at fault."""
     file = path / "manifest.json"
     if not file.is_file():
-        raise CheckpointError(f"{display_path(path)} is not a checkpoint: it has no manifest.json")
+        raise _fault(path, "is not a checkpoint: it has no manifest.json")
     try:
         version = read_json(file, {"type": "object", "required": ["format_version"]})["format_version"]
         if type(version) is int and version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{display_path(path)} has format version {version}; this code reads {FORMAT_VERSION}: update llmcore"
-            )
+            raise _fault(path, f"has format version {version}; this code reads {FORMAT_VERSION}: update llmcore")
         return read_json(file, _MANIFEST)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{display_path(path)} is not a checkpoint: {error}") from None
+        raise _fault(path, f"is not a checkpoint: {error}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -294,22 +288,18 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     hashes = manifest["sha256"]
     for name in FILES:
         if name not in hashes and (path / name).exists():
-            raise CheckpointError(
-                f"{display_path(path)} is damaged: it holds {name}, which its manifest.json does not list"
-            )
+            raise _fault(path, f"is damaged: it holds {name}, which its manifest.json does not list")
     for name in {"model.safetensors", "config.json", *hashes}:
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{display_path(file)} is missing")
+            raise _fault(file, "is missing")
         if sha256_file(file) != hashes.get(name):
             reason = pointer_hint(file) or "its hash differs from the manifest's"
-            raise CheckpointError(f"{display_path(file)} is damaged: {reason}")
+            raise _fault(file, f"is damaged: {reason}")
 
     config = read_config(path)
     if any(repr(config.get(key)) != repr(manifest[key]) for key in ("step", "loss")):  # by repr, since NaN != NaN
-        raise CheckpointError(
-            f"{display_path(path / 'manifest.json')} is damaged: its step or loss is not that of config.json"
-        )
+        raise _fault(path / "manifest.json", "is damaged: its step or loss is not that of config.json")
     return manifest
 
 
@@ -473,19 +463,15 @@ def _load(path: Path, manifest: dict[str, Any], device: str) -> Checkpoint:
         if file.name in manifest["sha256"]:
             tokenizer = Tokenizer(file)
     except (ConfigError, TokenizerError) as error:
-        raise CheckpointError(f"{display_path(file)} cannot be used: {error}") from None
+        raise _fault(file, f"cannot be used: {error}") from None
     model = model_with(model_config, read_tensors(path / "model.safetensors"), path / "model.safetensors")
 
     # the tokenizer must be the one that the model was trained with
     if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
-        raise CheckpointError(
-            f"{display_path(file)} has {tokenizer.vocab_size} ids, "
-            f"the model in config.json only vocab_size={model_config.vocab_size}"
-        )
+        ids, room = tokenizer.vocab_size, model_config.vocab_size
+        raise _fault(file, f"has {ids} ids, the model in config.json only vocab_size={room}")
     if config.get("tokenizer") is not None and (tokenizer is None or tokenizer.fingerprint != config["tokenizer"]):
-        raise CheckpointError(
-            f"{display_path(path / 'config.json')} names another tokenizer than the checkpoint's tokenizer.model"
-        )
+        raise _fault(path / "config.json", "names another tokenizer than the checkpoint's tokenizer.model")
     return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, config["step"], path)
 
 
@@ -496,10 +482,8 @@ def model_with(config: ModelConfig, weights: dict[str, Tensor], source: Path) ->
         CheckpointError: see `fill_model`.
     """
     if config.n_layers > len(weights):
-        raise CheckpointError(
-            f"{display_path(source)} does not fit the model: it holds {len(weights)} tensors, too few for "
-            f"n_layers={config.n_layers}"
-        )
+        few = f"it holds {len(weights)} tensors, too few for n_layers={config.n_layers}"
+        raise _fault(source, f"does not fit the model: {few}")
     with torch.device("meta"):  # no time lost on initial values, and the random state stays as it is
         model = Transformer(config)
     model.reset_rope()
@@ -541,7 +525,7 @@ def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> 
         wrong = ["output.weight is not tok_embeddings.weight, though tie_embeddings is true"]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise CheckpointError(f"{display_path(source)} does not fit the model: " + "; ".join(wrong[:8]) + more)
+        raise _fault(source, "does not fit the model: " + "; ".join(wrong[:8]) + more)
 
     model.load_state_dict(weights, assign=is_empty)
     if model.config.tie_embeddings:
@@ -587,7 +571,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             raise SafetensorError(hint)
         return load_file(file)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch, if the file was just deleted
-        raise CheckpointError(f"{display_path(file)} cannot be read: {error}") from None
+        raise _fault(file, f"cannot be read: {error}") from None
 
 
 def read_trainer_state(

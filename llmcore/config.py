@@ -72,34 +72,21 @@ LARGEST_ROPE = 1 << 28  # max_seq_len times head_dim
 class ModelConfig(_JSONConfig):
     """Shape of a Llama-like decoder. Field names are those of Meta's `params.json`.
 
-    Attributes:
-        vocab_size: number of token ids.
-        dim: width of the residual stream.
-        n_layers: number of blocks.
-        n_heads: query heads.
-        n_kv_heads: key and value heads; fewer than `n_heads` is grouped-query attention. None: as many.
-        head_dim: width of one head (even, since RoPE turns pairs). None: dim / n_heads.
-        hidden_dim: width inside the SwiGLU MLP. None: 8/3 dim, rounded up to a multiple of 64.
-        norm_eps: added to the mean square in RMSNorm.
-        rope_theta: base of the rotary frequencies.
-        max_seq_len: longest window the model sees, in tokens.
-        tie_embeddings: use the token embedding as the output matrix too.
-
     Raises:
         ConfigError: at construction, with every field at fault.
     """
 
-    vocab_size: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    hidden_dim: int | None = None
-    norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    max_seq_len: int = 1024
-    tie_embeddings: bool = False
+    vocab_size: int  # token ids
+    dim: int  # width of the residual stream
+    n_layers: int  # blocks
+    n_heads: int  # query heads
+    n_kv_heads: int | None = None  # key and value heads; fewer than n_heads is grouped-query attention. None: as many
+    head_dim: int | None = None  # width of one head, even, since RoPE turns pairs. None: dim / n_heads
+    hidden_dim: int | None = None  # width inside the SwiGLU MLP. None: 8/3 dim, rounded up to a multiple of 64
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    max_seq_len: int = 1024  # longest window that the model sees, in tokens
+    tie_embeddings: bool = False  # use the token embedding as the output matrix too
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
@@ -168,71 +155,44 @@ class ModelConfig(_JSONConfig):
 class TrainConfig(_JSONConfig):
     """How to train. Sizes are in windows of `context_size` tokens, intervals in optimizer steps.
 
-    Attributes:
-        max_steps: optimizer steps in the whole run.
-        batch_size: windows per forward pass.
-        grad_accum_steps: forward passes per optimizer step.
-        context_size: tokens per window. None: the model's max_seq_len.
-        optimizer: "adamw", or "muon" (matrices by Muon, the rest by AdamW).
-        learning_rate: peak learning rate of AdamW.
-        muon_learning_rate: peak learning rate of Muon's matrices, in AdamW-like units.
-        schedule: "cosine", "wsd" (constant, then linear decay) or "plateau" (lower when validation stalls).
-        warmup_steps: linear warm-up.
-        min_lr_ratio: the last learning rate as a share of the peak.
-        decay_fraction: share of the run that "wsd" decays in.
-        plateau_patience: validations without a new best before "plateau" lowers the rate.
-        plateau_factor: what "plateau" multiplies the rate by.
-        weight_decay: on matrices only.
-        beta1: AdamW's first moment decay.
-        beta2: AdamW's second moment decay.
-        grad_clip: largest gradient norm; 0 turns clipping off.
-        precision: "auto", "bf16", "fp16" (CUDA only) or "fp32". Weights are always float32.
-        activation_checkpointing: what the backward pass computes again to save memory: "none", "selective" (all but
-            matrix products and attention) or "full" (whole blocks).
-        compile: "auto" (when the run is long enough to win it back), "on" or "off".
-        eval_interval: steps between validations; 0: only at the end.
-        eval_batches: batches per validation; 0: the whole split.
-        checkpoint_interval: steps between checkpoints; 0: only at the end or a stop.
-        keep_checkpoints: how many of the newest are kept, besides the best (2 or more).
-        sample_interval: steps between samples; 0: none.
-        sample_prompt: what samples continue.
-        sample_tokens: length of a sample.
-        max_skipped_steps: non-finite steps in a row that stop the run.
-        seed: of the order of the data.
-
     Raises:
         ConfigError: at construction, with every field at fault.
     """
 
-    max_steps: int = 1000
-    batch_size: int = 8
-    grad_accum_steps: int = 1
-    context_size: int | None = None
-    optimizer: str = "adamw"
-    learning_rate: float = 6e-4
-    muon_learning_rate: float = 2e-2
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    min_lr_ratio: float = 0.1
-    decay_fraction: float = 0.2
-    plateau_patience: int = 5
-    plateau_factor: float = 0.5
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    precision: str = "auto"
+    max_steps: int = 1000  # optimizer steps in the whole run
+    batch_size: int = 8  # windows per forward pass
+    grad_accum_steps: int = 1  # forward passes per optimizer step
+    context_size: int | None = None  # tokens per window. None: the model's max_seq_len
+
+    optimizer: str = "adamw"  # "adamw", or "muon" (matrices by Muon, the rest by AdamW)
+    learning_rate: float = 6e-4  # peak learning rate of AdamW
+    muon_learning_rate: float = 2e-2  # peak learning rate of Muon's matrices, in AdamW-like units
+    schedule: str = "cosine"  # "cosine", "wsd" (constant, then linear decay) or "plateau" (lower if validation stalls)
+    warmup_steps: int = 100  # linear warm-up
+    min_lr_ratio: float = 0.1  # the last learning rate as a share of the peak
+    decay_fraction: float = 0.2  # share of the run in which "wsd" decays
+    plateau_patience: int = 5  # validations without a new best before "plateau" lowers the rate
+    plateau_factor: float = 0.5  # what "plateau" multiplies the rate by
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # AdamW's first moment decay
+    beta2: float = 0.95  # AdamW's second moment decay
+    grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+
+    precision: str = "auto"  # "auto", "bf16", "fp16" (CUDA only) or "fp32"; weights are always float32
+    # what the backward pass computes again to save memory: "none", "full" (whole blocks) or "selective" (all but matrix
+    # products and attention)
     activation_checkpointing: str = "none"
-    compile: str = "auto"
-    eval_interval: int = 200
-    eval_batches: int = 0
-    checkpoint_interval: int = 200
-    keep_checkpoints: int = 2
-    sample_interval: int = 0
-    sample_prompt: str = ""
-    sample_tokens: int = 64
-    max_skipped_steps: int = 20
-    seed: int = 0
+    compile: str = "auto"  # "auto" (if the run is long enough to win the time back), "on" or "off"
+
+    eval_interval: int = 200  # steps between validations; 0: only at the end
+    eval_batches: int = 0  # batches per validation; 0: the whole split
+    checkpoint_interval: int = 200  # steps between checkpoints; 0: only at the end or a stop
+    keep_checkpoints: int = 2  # how many of the newest are kept, besides the best; 2 or more
+    sample_interval: int = 0  # steps between samples; 0: none
+    sample_prompt: str = ""  # what samples continue
+    sample_tokens: int = 64  # length of a sample
+    max_skipped_steps: int = 20  # non-finite steps in a row that stop the run
+    seed: int = 0  # of the order of the data
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)

@@ -30,21 +30,13 @@ _RANGES: list[tuple[str, type, Callable[[Any], bool], str]] = [
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen."""
 
-    Attributes:
-        temperature: 0 is greedy, 1 the model's own distribution.
-        top_k: only the k most likely tokens.
-        top_p: only the most likely tokens that together have this probability.
-        min_p: only tokens at least this share as likely as the most likely one.
-        repetition_penalty: above 1, tokens seen before become less likely.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: float = 1.0  # 0 is greedy, 1 the model's own distribution
+    top_k: int | None = None  # only the k most likely tokens
+    top_p: float | None = None  # only the most likely tokens that together have this probability
+    min_p: float | None = None  # only tokens at least this share as likely as the most likely one
+    repetition_penalty: float = 1.0  # above 1, tokens seen before become less likely
 
     def check(self, max_new_tokens: int) -> None:
         """Raise ValueError, naming each parameter out of range and its range."""
