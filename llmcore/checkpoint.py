@@ -64,7 +64,8 @@ _CONFIG = {
     "required": ["step", "loss", "model"],
     "properties": {
         **_SAVED,
-        **dict.fromkeys(("model", "train", "environment"), _OBJECT),
+        **dict.fromkeys(("model", "environment"), _OBJECT),
+        "train": {"type": "object", "properties": dict.fromkeys(("batch_size", "grad_accum_steps"), _COUNT)},
         **dict.fromkeys(("tokenizer", "precision", "device"), _TEXT),
         "tokens": _COUNT,
         "val_loss": {"type": ["number", "null"]},
@@ -253,7 +254,7 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     try:
         version = read_json(file, {"type": "object", "required": ["format_version"]})["format_version"]
         if type(version) is int and version != FORMAT_VERSION:
-            raise _fault(path, f"has format version {version}; this code reads {FORMAT_VERSION}: update llmcore")
+            raise _fault(file, f"has format version {version}; this code reads {FORMAT_VERSION}: update llmcore")
         return read_json(file, _MANIFEST)
     except (OSError, ValueError) as error:
         raise _fault(path, f"is not a checkpoint: {error}") from None
