@@ -203,7 +203,7 @@ class TokenDataset:
         self.n_windows = -(-self.n_targets // context_size)
 
     def _open(self) -> None:
-        """Verify and open the files of one and the same data set, though a preparation may replace it meanwhile.
+        """Verify and open the files of a data set, all of the same one, though a preparation may replace it meanwhile.
 
         An open file stays what it is, even if another file takes its name. So if the manifest is still the same after
         all files have been opened, they belong together. If not, they are opened again.
@@ -223,9 +223,7 @@ class TokenDataset:
                     raise error
                 return
             time.sleep(0.01)
-        raise DatasetError(
-            f"{self.path.parent} is being replaced, or a preparation broke off; let it end, or {PREPARE_AGAIN}"
-        )
+        raise _fault(self.path.parent, "is being replaced, or a preparation broke off")
 
     def _open_once(self) -> None:
         self.manifest = verify_dataset(self.path.parent, [self.split], tokens=False)
@@ -258,9 +256,7 @@ class TokenDataset:
             DatasetError: if the data set was made with another tokenizer.
         """
         if tokenizer.fingerprint != self.manifest.get("tokenizer"):
-            raise DatasetError(
-                f"{self.path.parent} was made with another tokenizer; run 02_dataset again with this one"
-            )
+            raise DatasetError(f"{self.path.parent} was made with another tokenizer; {PREPARE_AGAIN} with this one")
         ends = self.offsets[1:]
         count = len(ends) if max_tokens is None else max(1, int((ends <= max_tokens).sum()))
         spans = itertools.pairwise(self.offsets[: count + 1])
