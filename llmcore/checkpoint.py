@@ -537,17 +537,16 @@ def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[s
     """How weights differ from a model's own in names, shapes and type, in words."""
     wrong = [f"missing {name}" for name in own if name not in weights]
     wrong += [f"unexpected {name}" for name in weights if name not in own]
-    types: dict[torch.dtype, str] = {}  # each with a weight that has it
-    for name, tensor in weights.items():
-        if name not in own:
-            continue
+    common = {name: weights[name] for name in own if name in weights}
+    for name, tensor in common.items():
         if tensor.shape != own[name].shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}")
         if tensor.dtype not in WEIGHT_TYPES:
             wrong.append(f"{name} is {_name(tensor.dtype)}; weights must be {', '.join(map(_name, WEIGHT_TYPES))}")
-        types[tensor.dtype] = name
-    if len(types) > 1 and set(types) <= set(WEIGHT_TYPES):
-        both = [f"{name} is {_name(dtype)}" for dtype, name in types.items()]
+
+    examples = {tensor.dtype: name for name, tensor in common.items()}  # of each type
+    if len(examples) > 1 and set(examples) <= set(WEIGHT_TYPES):
+        both = [f"{name} is {_name(dtype)}" for dtype, name in examples.items()]
         wrong.append(f"{' and '.join(both[:2])}: all weights must be of one type")
     return wrong
 
