@@ -31,23 +31,26 @@ from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
 FORMAT_VERSION = 1
-WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what weights may be stored in
-# all that is ever read of a checkpoint, besides its manifest
-READ = ("model.safetensors", "config.json", "tokenizer.model", "trainer_state.json", "trainer_state.safetensors")
-TRIES = 100  # at reading while another process saves and deletes
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# all files of a checkpoint that are ever read, besides its manifest
+FILES = ("model.safetensors", "config.json", "tokenizer.model", "trainer_state.json", "trainer_state.safetensors")
+ATTEMPTS = 100  # at reading while another process saves and deletes
 
 # What the JSON files of a checkpoint must look like. They may hold more.
 _COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
 _OBJECT = {"type": "object"}
 _TEXT = {"type": ["string", "null"]}
+_SAVED = {
+    "step": _COUNT,
+    "loss": {"type": "number"},  # NaN where nothing was measured yet
+    "loss_of": {"enum": ["validation", "training"]},
+}
 _MANIFEST = {
     "type": "object",
     "required": ["format_version", "step", "loss", "saved_at", "sha256"],
     "properties": {
+        **_SAVED,
         "format_version": {"enum": [FORMAT_VERSION]},
-        "step": _COUNT,
-        "loss": {"type": "number"},  # NaN where nothing was measured yet
-        "loss_of": {"enum": ["validation", "training"]},
         "saved_at": {"type": "finite number", "minimum": 0},
         "sha256": {
             "type": "object",
@@ -60,19 +63,14 @@ _CONFIG = {
     "type": "object",
     "required": ["step", "loss", "model"],
     "properties": {
-        "step": _COUNT,
-        "loss": {"type": "number"},
-        "loss_of": {"enum": ["validation", "training"]},
-        "val_loss": {"type": ["number", "null"]},
-        "val_step": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**53},
+        **_SAVED,
+        **dict.fromkeys(("model", "environment"), _OBJECT),
+        "train": {"type": "object", "properties": dict.fromkeys(("batch_size", "grad_accum_steps"), _COUNT)},
+        **dict.fromkeys(("tokenizer", "precision", "device"), _TEXT),
         "tokens": _COUNT,
-        "model": _OBJECT,
-        "train": _OBJECT,
-        "environment": _OBJECT,
+        "val_loss": {"type": ["number", "null"]},
+        "val_step": {**_COUNT, "type": ["integer", "null"]},
         "data": {"type": ["object", "null"]},
-        "tokenizer": _TEXT,
-        "precision": _TEXT,
-        "device": _TEXT,
         "bytes_per_token": {"type": ["finite number", "null"], "minimum": 0},
         "history": {"type": "array", "items": _OBJECT},
     },
@@ -116,23 +114,22 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or made for something else. The message names the file or field."""
 
 
+def _fault(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"{display_path(path)} {fault}")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint.
+    """A loaded checkpoint."""
 
-    Attributes:
-        model: with its weights, in evaluation mode, on the device asked for.
-        tokenizer: the one it was trained with; None where training used none (the reversal task).
-        config: everything in `config.json`: model, train, data, step, tokens, losses.
-        step: optimizer steps taken.
-        path: the folder.
-    """
+    model: Transformer  # with its weights, in evaluation mode, on the device asked for
+    tokenizer: Tokenizer | None  # the one it was trained with; None where training used none (the reversal task)
+    config: dict[str, Any]  # everything in `config.json`: model, train, data, step, tokens, losses
+    step: int  # optimizer steps taken
+    path: Path  # the folder
 
-    model: Transformer
-    tokenizer: Tokenizer | None
-    config: dict[str, Any]
-    step: int
-    path: Path
+
+# Saving
 
 
 def save_checkpoint(
@@ -154,8 +151,8 @@ def save_checkpoint(
         model: whose weights to save, in their own dtype.
         tokenizer: copied along.
         step: optimizer steps taken.
-        loss: what to name the folder by, in nats per token,
-        loss_of: and whether it is the "validation" or the "training" loss of that step.
+        loss: of that step, in nats per token. The folder's name shows it.
+        loss_of: which loss that is: "validation" or "training".
         config: more entries for `config.json`; JSON values.
         tensors: the trainer's tensors (optimizer moments, random states).
         state: the trainer's numbers; JSON values.
@@ -164,50 +161,32 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: if the disk is full or cannot be written; what was there before is as it was.
+        CheckpointError: if the disk is full or cannot be written. What was there before is unchanged.
     """
     run_dir = Path(run_dir)
     path = run_dir / f"step={step:06d}_{'loss' if loss_of == 'validation' else 'train_loss'}={loss:.3f}"
     temporary = run_dir / f".{path.name}.{os.getpid()}.tmp"
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict()
     if model.config.tie_embeddings:
         del weights["output.weight"]  # the same tensor as tok_embeddings.weight
+    head = {"format_version": FORMAT_VERSION, "step": step, "loss": float(loss), "loss_of": loss_of}
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        if tensors is not None:
-            save_file(
-                {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-                temporary / "trainer_state.safetensors",
-            )
-        if state is not None:
-            (temporary / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        content = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "loss": float(loss),
-            "loss_of": loss_of,
-            "model": model.config.to_dict(),
-            **(config or {}),
-        }
+
+        # the files, and last the manifest with their hashes
+        _save_tensors(weights, temporary / "model.safetensors", {"format": "pt"})
+        content = {**head, "model": model.config.to_dict(), **(config or {})}
         (temporary / "config.json").write_text(to_json(content, indent=1), encoding="utf-8")
         if tokenizer is not None:
             (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        hashes = {}
-        for file in sorted(temporary.iterdir()):
-            fsync(file)
-            hashes[file.name] = sha256_file(file)
-        later = math.nextafter(_last_saved(run_dir), math.inf)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "loss": float(loss),
-            "loss_of": loss_of,
-            "saved_at": max(time.time(), later),  # clocks may jump back
-            "sha256": hashes,
-        }
-        write_atomic(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        if tensors is not None:
+            _save_tensors(tensors, temporary / "trainer_state.safetensors")
+        if state is not None:
+            (temporary / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        _write_manifest(temporary, head, after=_last_saved(run_dir))
+
+        # one rename makes it a checkpoint
         if path.exists():
             _delete(path)
         os.rename(temporary, path)
@@ -223,93 +202,62 @@ def save_checkpoint(
     return path
 
 
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file, metadata)
+
+
+def _write_manifest(folder: Path, head: Mapping[str, Any], after: float) -> None:
+    """Flush a checkpoint's files to disk, and write the manifest with their hashes and a time later than `after`."""
+    hashes = {}
+    for file in sorted(folder.iterdir()):
+        fsync(file)
+        hashes[file.name] = sha256_file(file)
+    saved_at = max(time.time(), math.nextafter(after, math.inf))  # clocks may jump back
+    write_atomic(folder / "manifest.json", json.dumps({**head, "saved_at": saved_at, "sha256": hashes}, indent=1))
+
+
 def _delete(path: Path) -> None:
-    """Delete a checkpoint by a rename first, so that half of one is never taken for a whole."""
-    doomed = path.with_name(f".{path.name}.deleted.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    """Delete a checkpoint, by a rename first, so that half of it is never taken for a whole one."""
+    renamed = path.with_name(f".{path.name}.deleted.tmp")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.rename(path, renamed)
+    shutil.rmtree(renamed)
+
+
+def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one, and what an interrupted save or deletion left."""
+    saved = checkpoints(run_dir)
+    best = min(saved, key=_rank, default=None)
+    for path in saved[:-keep]:
+        if path != best:
+            _delete(path)
+    for leftover in Path(run_dir).glob(".step=*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+# Checking
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """A checkpoint folder's manifest; None if the folder is no finished checkpoint that this code can read."""
+    """A checkpoint folder's manifest; None if the folder is not a finished checkpoint that this code can read."""
     try:
-        return _read_manifest(path)
+        return _checked_manifest(path)
     except CheckpointError:
         return None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint folder's manifest, checked against its schema.
-
-    Raises:
-        CheckpointError: naming the field that is not as it must be.
-    """
+def _checked_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint folder's manifest, checked against its schema. Raises CheckpointError naming the field at fault."""
     file = path / "manifest.json"
     if not file.is_file():
-        raise CheckpointError(f"{display_path(path)} is not a checkpoint: it has no manifest.json")
+        raise _fault(path, "is not a checkpoint: it has no manifest.json")
     try:
         version = read_json(file, {"type": "object", "required": ["format_version"]})["format_version"]
         if type(version) is int and version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{display_path(path)} has format version {version}; this code reads {FORMAT_VERSION}: update llmcore"
-            )
+            raise _fault(file, f"has format version {version}; this code reads {FORMAT_VERSION}: update llmcore")
         return read_json(file, _MANIFEST)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{display_path(path)} is not a checkpoint: {error}") from None
-
-
-def _loss(path: Path) -> tuple[bool, float]:
-    """For finding the best checkpoint: validation losses come before training losses, what is no number comes last.
-
-    Checkpoints of older versions do not say of what their loss is; it counts as validation's.
-    """
-    manifest = read_manifest(path) or {}
-    loss = manifest.get("loss", math.nan)
-    if math.isnan(loss):
-        return True, math.inf
-    return manifest.get("loss_of", "validation") != "validation", loss
-
-
-def loss_in_words(config: Mapping[str, Any]) -> str:
-    """What a checkpoint's `config.json` knows of its loss, and of which text and step each figure is."""
-    loss, val_loss, val_step = (config.get(name) for name in ("loss", "val_loss", "val_step"))
-    if config.get("loss_of") == "validation":
-        return f"{loss:.3f} nats per token on held-out text"
-    if config.get("loss_of") != "training":
-        return f"{loss:.3f} nats per token (an older checkpoint: of an earlier step, perhaps)"
-    known = val_loss is not None and val_step is not None
-    validated = f"; at step {val_step:,}, {val_loss:.3f} on held-out text" if known else ", not validated"
-    return f"{loss:.3f} nats per token in training{validated}"
-
-
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest and return the manifest.
-
-    Raises:
-        CheckpointError: naming the file that is missing or differs, or that would be read though the manifest does
-            not list it.
-    """
-    manifest = _read_manifest(path)
-    listed = manifest["sha256"]
-    for name in READ:
-        if name not in listed and (path / name).exists():
-            raise CheckpointError(
-                f"{display_path(path)} is damaged: it holds {name}, which its manifest.json does not list"
-            )
-    for name in {"model.safetensors", "config.json", *listed}:
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{display_path(file)} is missing")
-        if sha256_file(file) != listed.get(name):
-            reason = pointer_hint(file) or "its hash differs from the manifest's"
-            raise CheckpointError(f"{display_path(file)} is damaged: {reason}")
-    config = read_config(path)
-    if any(repr(config.get(key)) != repr(manifest[key]) for key in ("step", "loss")):  # repr: NaN is not itself
-        raise CheckpointError(
-            f"{display_path(path / 'manifest.json')} is damaged: its step or loss is not config.json's"
-        )
-    return manifest
+        raise _fault(path, f"is not a checkpoint: {error}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -331,18 +279,59 @@ def _read_json(file: Path, schema: Mapping[str, Any]) -> Any:
         ) from None
 
 
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest and return the manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing or differs, or that the manifest should list and does not.
+    """
+    manifest = _checked_manifest(path)
+    hashes = manifest["sha256"]
+    for name in FILES:
+        if name not in hashes and (path / name).exists():
+            raise _fault(path, f"is damaged: it holds {name}, which its manifest.json does not list")
+    for name in {"model.safetensors", "config.json", *hashes}:
+        file = path / name
+        if not file.is_file():
+            raise _fault(file, "is missing")
+        if sha256_file(file) != hashes.get(name):
+            reason = pointer_hint(file) or "its hash differs from the manifest's"
+            raise _fault(file, f"is damaged: {reason}")
+
+    config = read_config(path)
+    if any(repr(config.get(key)) != repr(manifest[key]) for key in ("step", "loss")):  # by repr, since NaN != NaN
+        raise _fault(path / "manifest.json", "is damaged: its step or loss is not that of config.json")
+    return manifest
+
+
+def loss_in_words(config: Mapping[str, Any]) -> str:
+    """What a checkpoint's `config.json` says of its loss, with the text and step of each figure."""
+    loss, val_loss, val_step = (config.get(name) for name in ("loss", "val_loss", "val_step"))
+    if config.get("loss_of") == "validation":
+        return f"{loss:.3f} nats per token on held-out text"
+    if config.get("loss_of") != "training":
+        return f"{loss:.3f} nats per token (an older checkpoint: of an earlier step, perhaps)"
+    known = val_loss is not None and val_step is not None
+    validated = f"; at step {val_step:,}, {val_loss:.3f} on held-out text" if known else ", not validated"
+    return f"{loss:.3f} nats per token in training{validated}"
+
+
+# Finding
+
+
 def checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     """The finished checkpoints of one run in the order of saving. Hashes are not checked here.
 
-    That is the order of steps, unless the run has gone back to an earlier one and on from there.
+    That is the order of steps, unless the run was resumed from an earlier one.
     """
     return _finished(Path(run_dir).glob("step=*"))
 
 
 def _finished(folders: Iterable[Path]) -> list[Path]:
     """Those of the folders that are finished checkpoints, in the order of saving."""
-    found = [(manifest["saved_at"], manifest["step"], path) for path in folders if (manifest := read_manifest(path))]
-    return [path for _, _, path in sorted(found)]
+    manifests = {path: read_manifest(path) for path in folders}
+    saved = [(manifest["saved_at"], manifest["step"], path) for path, manifest in manifests.items() if manifest]
+    return [path for _, _, path in sorted(saved)]
 
 
 def _last_saved(run_dir: Path) -> float:
@@ -350,60 +339,66 @@ def _last_saved(run_dir: Path) -> float:
     return max(((read_manifest(path) or {}).get("saved_at", 0.0) for path in run_dir.glob("step=*")), default=0.0)
 
 
-def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path:
-    """The newest whole checkpoint of a run, or of the newest run in a folder of runs.
+def _rank(path: Path) -> tuple[int, float]:
+    """What the best checkpoint is the lowest of: validation losses come before training losses, NaN comes last.
 
-    Damaged checkpoints are passed over with a warning.
-
-    Raises:
-        CheckpointError: if there is none, saying where it looked.
+    Checkpoints of older versions do not say which loss theirs is; it counts as validation's.
     """
-    return find_checkpoint(run_dir, "latest")
+    manifest = read_manifest(path) or {}
+    loss = manifest.get("loss", math.nan)
+    if math.isnan(loss):
+        return 2, math.inf
+    return (0 if manifest.get("loss_of", "validation") == "validation" else 1), loss
 
 
-def find_checkpoint(folder: str | os.PathLike[str], which: str = "latest") -> Path:
+def find_checkpoint(folder: str | os.PathLike[str], checkpoint_dir: str | os.PathLike[str] = "latest") -> Path:
     """The checkpoint meant by a folder: itself if it is one, else the latest or best of the run it is.
 
-    For a folder of runs, the run that saved last counts. Files are checked by hash.
+    For a folder of runs, the run that saved last counts. Files are checked by hash; a damaged checkpoint of a run is
+    passed over with a warning.
 
     Args:
         folder: a checkpoint, a run or a folder of runs.
-        which: "latest", "best", or another folder to look in instead, as a notebook's `checkpoint_dir` may be.
+        checkpoint_dir: as in the notebooks: "latest" or "best" in that folder, or a folder to look in instead of it.
 
     Raises:
         CheckpointError: if there is none, saying where it looked, or if the one named is damaged.
     """
-    return _found(folder, which, lambda path, manifest: path)
+    return _use_checkpoint(folder, checkpoint_dir, lambda path, manifest: path)
 
 
 Result = TypeVar("Result")
 
 
-def _found(folder: str | os.PathLike[str], which: str, use: Callable[[Path, dict[str, Any]], Result]) -> Result:
+def _use_checkpoint(
+    folder: str | os.PathLike[str],
+    checkpoint_dir: str | os.PathLike[str],
+    use: Callable[[Path, dict[str, Any]], Result],
+) -> Result:
     """What `use` makes of the checkpoint meant, and of its manifest.
 
-    A trainer may save and delete meanwhile: what goes away under our hands is no damage, but a reason to look again.
+    A trainer may save and delete meanwhile. A checkpoint that is deleted while it is read is not damaged: look again.
     """
-    if which not in ("latest", "best"):
-        folder, which = which, "latest"
-    folder, gone = resolve(folder), None
-    for _ in range(TRIES):
+    choice = os.fspath(checkpoint_dir)
+    folder, choice = (folder, choice) if choice in ("latest", "best") else (choice, "latest")
+    folder, last_error = resolve(folder), None
+    for _ in range(ATTEMPTS):
         try:
-            path, manifest = _look(folder, which)
+            path, manifest = _select(folder, choice)
             with _noticing_replacement(path):
                 return use(path, manifest)
-        except (_GoneError, FileNotFoundError) as error:
-            gone = error
-    raise CheckpointError(f"the checkpoints in {display_path(folder)} change faster than they can be read") from gone
+        except (_ReplacedError, FileNotFoundError) as error:
+            last_error = error
+    raise CheckpointError(f"checkpoints in {display_path(folder)} change faster than they can be read") from last_error
 
 
-class _GoneError(CheckpointError):
+class _ReplacedError(CheckpointError):
     """A checkpoint that was deleted or replaced while it was read."""
 
 
 @contextlib.contextmanager
 def _noticing_replacement(path: Path) -> Iterator[None]:
-    """Tell an error that comes from the deletion or replacement of a checkpoint from all others."""
+    """Turn an error into _ReplacedError if the checkpoint was deleted or replaced meanwhile."""
     before = read_manifest(path)
     try:
         yield
@@ -411,24 +406,24 @@ def _noticing_replacement(path: Path) -> Iterator[None]:
         after = read_manifest(path)
         if path.exists() and (before or {}).get("saved_at") == (after or {}).get("saved_at"):
             raise
-        raise _GoneError(f"{display_path(path)} was deleted or replaced while it was read") from error
+        raise _ReplacedError(f"{display_path(path)} was deleted or replaced while it was read") from error
 
 
-def _look(folder: Path, which: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint meant by a folder, verified, and its manifest: one look, see `find_checkpoint`."""
+def _select(folder: Path, choice: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint meant by a folder, verified, and its manifest; see `find_checkpoint`."""
     if (folder / "manifest.json").exists() or folder.name.startswith("step="):
         return folder, verify_checkpoint(folder)
+
     runs = {path.parent for pattern in ("step=*", "*/step=*", "*/*/step=*") for path in folder.glob(pattern)}
     for run in sorted(runs, key=_last_saved, reverse=True):
         folders = set(run.glob("step=*"))
-        candidates = _finished(folders)
-        others = sorted(folders - set(candidates))
-        ordered = sorted(candidates, key=_loss) if which == "best" else candidates[::-1]
-        for path in (*others, *ordered):
+        finished = _finished(folders)
+        unfinished = sorted(folders - set(finished))  # first, for their warning
+        for path in (*unfinished, *(sorted(finished, key=_rank) if choice == "best" else finished[::-1])):
             try:
                 with _noticing_replacement(path):
                     return path, verify_checkpoint(path)
-            except _GoneError:
+            except _ReplacedError:
                 raise
             except CheckpointError as error:
                 warnings.warn(f"passed over: {error}", stacklevel=4)
@@ -438,68 +433,62 @@ def _look(folder: Path, which: str) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def load_checkpoint(folder_or_run: str | os.PathLike[str], which: str = "latest", device: str = "auto") -> Checkpoint:
+# Loading
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str], checkpoint_dir: str | os.PathLike[str] = "latest", device: str = "auto"
+) -> Checkpoint:
     """Load a model and its tokenizer from a checkpoint, a run or a folder of runs.
 
     Only files that the manifest lists are read. While a trainer saves and deletes in the folder, the newest checkpoint
     of the moment is loaded.
 
     Args:
-        folder_or_run: see `find_checkpoint`.
-        which: "latest" or "best" where the folder holds several, or another folder to use instead.
+        folder, checkpoint_dir: see `find_checkpoint`.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
         CheckpointError: if it is missing, damaged, or its tensors are not those of its configuration, or not finite.
     """
-    return _found(folder_or_run, which, lambda path, manifest: _load(path, manifest, device))
+    return _use_checkpoint(folder, checkpoint_dir, lambda path, manifest: _load(path, manifest, device))
 
 
 def _load(path: Path, manifest: dict[str, Any], device: str) -> Checkpoint:
     """A verified checkpoint as a model with its tokenizer."""
-    config, file = read_config(path), path / "config.json"
+    config, tokenizer = read_config(path), None
     try:
+        file = path / "config.json"
         model_config = ModelConfig.from_dict(config["model"])
-    except ConfigError as error:
-        raise CheckpointError(f"{display_path(file)} cannot be used: {error}") from None
+        file = path / "tokenizer.model"
+        if file.name in manifest["sha256"]:
+            tokenizer = Tokenizer(file)
+    except (ConfigError, TokenizerError) as error:
+        raise _fault(file, f"cannot be used: {error}") from None
     model = model_with(model_config, read_tensors(path / "model.safetensors"), path / "model.safetensors")
-    tokenizer = None
-    if "tokenizer.model" in manifest["sha256"]:
-        try:
-            tokenizer = Tokenizer(path / "tokenizer.model")
-        except TokenizerError as error:
-            raise CheckpointError(f"{display_path(path / 'tokenizer.model')} cannot be used: {error}") from None
-        if tokenizer.vocab_size > model_config.vocab_size:
-            raise CheckpointError(
-                f"{display_path(path / 'tokenizer.model')} has {tokenizer.vocab_size} ids, "
-                f"the model in config.json only vocab_size={model_config.vocab_size}"
-            )
+
+    # the tokenizer must be the one that the model was trained with
+    if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
+        ids, room = tokenizer.vocab_size, model_config.vocab_size
+        raise _fault(file, f"has {ids} ids, the model in config.json only vocab_size={room}")
     if config.get("tokenizer") is not None and (tokenizer is None or tokenizer.fingerprint != config["tokenizer"]):
-        raise CheckpointError(f"{display_path(file)} names another tokenizer than the checkpoint's tokenizer.model")
+        raise _fault(path / "config.json", "names another tokenizer than the checkpoint's tokenizer.model")
     return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, config["step"], path)
 
 
 def model_with(config: ModelConfig, weights: dict[str, Tensor], source: Path) -> Transformer:
-    """A model of a shape with these weights, by our names. Nothing is built for a shape that cannot be theirs.
+    """A model of this shape with these weights, by our names. A shape that cannot fit them is refused unbuilt.
 
     Raises:
         CheckpointError: see `fill_model`.
     """
     if config.n_layers > len(weights):
-        raise CheckpointError(
-            f"{display_path(source)} does not fit the model: it holds {len(weights)} tensors, too few for "
-            f"n_layers={config.n_layers}"
-        )
-    model = empty_model(config)
-    fill_model(model, weights, source)
-    return model
-
-
-def empty_model(config: ModelConfig) -> Transformer:
-    """A model whose weights are still to come: no time lost on initial values, nor the random state touched."""
-    with torch.device("meta"):
+        few = f"it holds {len(weights)} tensors, too few for n_layers={config.n_layers}"
+        raise _fault(source, f"does not fit the model: {few}")
+    with torch.device("meta"):  # no time lost on initial values, and the random state stays as it is
         model = Transformer(config)
     model.reset_rope()
+    fill_model(model, weights, source)
     return model
 
 
@@ -507,56 +496,62 @@ def load_weights(model: Transformer, path: Path) -> None:
     """Copy a checkpoint's weights into a model of the same shape.
 
     Raises:
-        CheckpointError: naming tensors that are missing, too many or of another shape.
+        CheckpointError: see `fill_model`.
     """
     fill_model(model, read_tensors(path / "model.safetensors"), path / "model.safetensors")
 
 
 def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> None:
-    """Give a model its weights, by our names; a tied output matrix need not be among them.
+    """Give a model its weights, by our names; a tied output matrix may be left out.
 
     Args:
-        model: of any device; one without weights yet takes over these tensors themselves, and their dtype.
+        model: of any device. One on the meta device takes over these tensors themselves, and their dtype.
         weights: by name, all of one dtype: float32, bfloat16, float16 or float64.
         source: the file they come from.
 
     Raises:
         CheckpointError: naming the source, and tensors that are missing, too many, of another shape or dtype, or not
-            finite. The model is then as it was.
+            finite. The model is then unchanged.
     """
-    own, to_come = model.state_dict(), model.tok_embeddings.weight.is_meta
+    own, is_empty = model.state_dict(), model.tok_embeddings.weight.is_meta
     tied = weights.get("tok_embeddings.weight") if model.config.tie_embeddings else None
     if tied is not None:
         weights = {"output.weight": tied, **weights}
-    wrong = [f"missing {name}" for name in own if name not in weights]
-    wrong += [f"unexpected {name}" for name in weights if name not in own]
-    known = {name: weights[name] for name in own if name in weights}
-    wrong += [
-        f"{name} is {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}"
-        for name, tensor in known.items()
-        if tensor.shape != own[name].shape
-    ]
-    odd = [name for name, tensor in known.items() if tensor.dtype not in WEIGHTS]
-    wrong += [f"{name} is {_name(known[name].dtype)}; weights must be {', '.join(map(_name, WEIGHTS))}" for name in odd]
-    kinds = {tensor.dtype: name for name, tensor in known.items()}
-    if not odd and len(kinds) > 1:
-        both = [f"{name} is {_name(kind)}" for kind, name in kinds.items()]
-        wrong.append(f"{' and '.join(both[:2])}: all weights must be of one type")
-    output = weights.get("output.weight", tied)
-    if not wrong and tied is not None and output is not None and not (output is tied or torch.equal(output, tied)):
-        wrong.append("output.weight is not tok_embeddings.weight, though tie_embeddings is true")
+
+    wrong = _misfits(own, weights)
     if not wrong:
-        used = ((name, tensor if to_come else tensor.to(own[name].dtype)) for name, tensor in known.items())
-        wrong = [f"{name} holds what is not finite" for name, tensor in used if not _finite(tensor)]
+        used = ((name, tensor if is_empty else tensor.to(own[name].dtype)) for name, tensor in weights.items())
+        wrong = [f"{name} holds what is not finite" for name, tensor in used if not _is_finite(tensor)]
+    if not wrong and tied is not None and not torch.equal(weights["output.weight"], tied):
+        wrong = ["output.weight is not tok_embeddings.weight, though tie_embeddings is true"]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise CheckpointError(f"{display_path(source)} does not fit the model: " + "; ".join(wrong[:8]) + more)
-    model.load_state_dict(weights, assign=to_come)
+        raise _fault(source, "does not fit the model: " + "; ".join(wrong[:8]) + more)
+
+    model.load_state_dict(weights, assign=is_empty)
     if model.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
 
 
-def _finite(tensor: Tensor) -> bool:
+def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """How weights differ from a model's own in names, shapes and type, in words."""
+    wrong = [f"missing {name}" for name in own if name not in weights]
+    wrong += [f"unexpected {name}" for name in weights if name not in own]
+    common = {name: weights[name] for name in own if name in weights}
+    for name, tensor in common.items():
+        if tensor.shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}")
+        if tensor.dtype not in WEIGHT_TYPES:
+            wrong.append(f"{name} is {_name(tensor.dtype)}; weights must be {', '.join(map(_name, WEIGHT_TYPES))}")
+
+    examples = {tensor.dtype: name for name, tensor in common.items()}  # of each type
+    if len(examples) > 1 and set(examples) <= set(WEIGHT_TYPES):
+        both = [f"{name} is {_name(dtype)}" for dtype, name in examples.items()]
+        wrong.append(f"{' and '.join(both[:2])}: all weights must be of one type")
+    return wrong
+
+
+def _is_finite(tensor: Tensor) -> bool:
     """Whether all of a tensor is finite, in one pass and without a copy."""
     return all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
 
@@ -575,8 +570,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if hint := pointer_hint(file):
             raise SafetensorError(hint)
         return load_file(file)
-    except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch, where the file has just gone
-        raise CheckpointError(f"{display_path(file)} cannot be read: {error}") from None
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch, if the file was just deleted
+        raise _fault(file, f"cannot be read: {error}") from None
 
 
 def read_trainer_state(
@@ -657,14 +652,3 @@ def _moment_fault(
     if (key == "exp_avg_sq" and least < 0) or (key == "step" and not (0 <= least <= steps and least.is_integer())):
         return [f"{name} is out of range: {least}"]
     return []
-
-
-def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and what an interrupted save or deletion left."""
-    everything = checkpoints(run_dir)
-    best = min(everything, key=_loss, default=None)
-    for path in everything[:-keep]:
-        if path != best:
-            _delete(path)
-    for leftover in Path(run_dir).glob(".step=*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)

@@ -29,13 +29,13 @@ class _JSONConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a dictionary. Raises ConfigError on unknown or missing keys."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        strange = [key for key in values if key not in fields][:8]
-        unknown = [f"unknown key {reprlib.repr(key)}: {nearest(key, fields)}" for key in strange]
-        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
-        missing = [f"missing key {name!r}" for name in required if name not in values]
-        if unknown or missing:
-            raise ConfigError(f"{cls.__name__}: " + "; ".join(unknown + missing))
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = [key for key in values if key not in fields][:8]
+        required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+        wrong = [f"unknown key {reprlib.repr(key)}: {nearest(key, fields)}" for key in unknown]
+        wrong += [f"missing key {name!r}" for name in required if name not in values]
+        if wrong:
+            raise ConfigError(f"{cls.__name__}: " + "; ".join(wrong))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,8 +51,8 @@ class _JSONConfig:
         return type(self).from_dict({**self.to_dict(), **changes})
 
 
-# The largest value of each field. Known models stay far below. A damaged or hostile file must not make anything
-# allocate gigabytes, or build layers for minutes, before it is refused.
+# The largest value of each field, far above those of known models. They are here so that a damaged or hostile file is
+# refused before it makes the program allocate gigabytes, or build layers for minutes.
 _LARGEST = {
     "vocab_size": 1 << 22,
     "dim": 1 << 17,
@@ -72,54 +72,46 @@ LARGEST_ROPE = 1 << 28  # max_seq_len times head_dim
 class ModelConfig(_JSONConfig):
     """Shape of a Llama-like decoder. Field names are those of Meta's `params.json`.
 
-    Attributes:
-        vocab_size: number of token ids.
-        dim: width of the residual stream.
-        n_layers: number of blocks.
-        n_heads: query heads.
-        n_kv_heads: key and value heads; fewer than `n_heads` is grouped-query attention. None: as many.
-        head_dim: width of one head (even, since RoPE turns pairs). None: dim / n_heads.
-        hidden_dim: width inside the SwiGLU MLP. None: 8/3 dim, rounded up to a multiple of 64.
-        norm_eps: added to the mean square in RMSNorm.
-        rope_theta: base of the rotary frequencies.
-        max_seq_len: longest window the model sees, in tokens.
-        tie_embeddings: use the token embedding as the output matrix too.
-
     Raises:
         ConfigError: at construction, with every field at fault.
     """
 
-    vocab_size: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    hidden_dim: int | None = None
-    norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    max_seq_len: int = 1024
-    tie_embeddings: bool = False
+    vocab_size: int  # token ids
+    dim: int  # width of the residual stream
+    n_layers: int  # blocks
+    n_heads: int  # query heads
+    n_kv_heads: int | None = None  # key and value heads; fewer than n_heads is grouped-query attention. None: as many
+    head_dim: int | None = None  # width of one head, even, since RoPE turns pairs. None: dim / n_heads
+    hidden_dim: int | None = None  # width inside the SwiGLU MLP. None: 8/3 dim, rounded up to a multiple of 64
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    max_seq_len: int = 1024  # longest window that the model sees, in tokens
+    tie_embeddings: bool = False  # use the token embedding as the output matrix too
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
-        for name, most in _LARGEST.items():
+        for name, largest in _LARGEST.items():
             value = getattr(self, name)
-            if name not in wrong and value is not None and not 0 < value <= most:
-                wrong[name] = f"{name}={value} must be above 0" + f" and at most {most:,}" * (value > 0)
+            if name not in wrong and value is not None and not 0 < value <= largest:
+                limit = f" and at most {largest:,}" if value > 0 else ""
+                wrong[name] = f"{name}={value} must be above 0{limit}"
+
+        # fields that follow from others
         if not {"dim", "n_heads", "n_kv_heads"} & set(wrong):
             if self.n_kv_heads is None:
                 object.__setattr__(self, "n_kv_heads", self.n_heads)
             if self.head_dim is None:
+                object.__setattr__(self, "head_dim", self.dim // self.n_heads)
                 if self.dim % self.n_heads:
                     wrong["dim"] = (
                         f"dim={self.dim} does not divide by n_heads={self.n_heads}; change one or set head_dim"
                     )
-                object.__setattr__(self, "head_dim", self.dim // self.n_heads)
             if self.hidden_dim is None:
                 object.__setattr__(self, "hidden_dim", -(-self.dim // 24) * 64)
             if self.n_heads % self.n_kv_heads:  # type: ignore[operator]
                 wrong["n_kv_heads"] = f"n_heads={self.n_heads} does not divide by n_kv_heads={self.n_kv_heads}"
+
+        # what rotary embedding needs
         if self.head_dim is not None and "head_dim" not in wrong and self.head_dim % 2:
             wrong["head_dim"] = f"head_dim={self.head_dim} must be even: rotary embedding turns pairs"
         if not wrong and self.max_seq_len * self.head_dim > LARGEST_ROPE:  # type: ignore[operator]
@@ -131,17 +123,16 @@ class ModelConfig(_JSONConfig):
             raise ConfigError("ModelConfig: " + "; ".join(wrong.values()))
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; those left to follow from others follow again."""
-        plain = (
-            type(self)(self.vocab_size, self.dim, self.n_layers, self.n_heads) if not self.dim % self.n_heads else None
-        )
-        for name in ("n_kv_heads", "head_dim", "hidden_dim"):
-            if plain and name not in changes and getattr(self, name) == getattr(plain, name):
-                changes[name] = None
+        """A copy with some fields changed. A field with the value that follows from the others follows them again."""
+        if not self.dim % self.n_heads:
+            derived = type(self)(self.vocab_size, self.dim, self.n_layers, self.n_heads)
+            for name in ("n_kv_heads", "head_dim", "hidden_dim"):
+                if name not in changes and getattr(self, name) == getattr(derived, name):
+                    changes[name] = None
         return super().replace(**changes)
 
     def n_params(self, embeddings: bool = True) -> int:
-        """Exact number of trainable parameters; without the embedding and output matrices if asked."""
+        """Exact number of trainable parameters; with embeddings=False without the embedding and output matrices."""
         assert self.head_dim and self.n_kv_heads and self.hidden_dim
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
@@ -164,129 +155,109 @@ class ModelConfig(_JSONConfig):
 class TrainConfig(_JSONConfig):
     """How to train. Sizes are in windows of `context_size` tokens, intervals in optimizer steps.
 
-    Attributes:
-        max_steps: optimizer steps in the whole run.
-        batch_size: windows per forward pass.
-        grad_accum_steps: forward passes per optimizer step.
-        context_size: tokens per window. None: the model's max_seq_len.
-        optimizer: "adamw", or "muon" (matrices by Muon, the rest by AdamW).
-        learning_rate: peak learning rate of AdamW.
-        muon_learning_rate: peak learning rate of Muon's matrices, in AdamW-like units.
-        schedule: "cosine", "wsd" (constant, then linear decay) or "plateau" (lower when validation stalls).
-        warmup_steps: linear warm-up.
-        min_lr_ratio: the last learning rate as a share of the peak.
-        decay_fraction: share of the run that "wsd" decays in.
-        plateau_patience: validations without a new best before "plateau" lowers the rate.
-        plateau_factor: what "plateau" multiplies the rate by.
-        weight_decay: on matrices only.
-        beta1: AdamW's first moment decay.
-        beta2: AdamW's second moment decay.
-        grad_clip: largest gradient norm; 0 turns clipping off.
-        precision: "auto", "bf16", "fp16" (CUDA only) or "fp32". Weights are always float32.
-        activation_checkpointing: what the backward pass computes again to save memory: "none", "selective" (all but
-            matrix products and attention) or "full" (whole blocks).
-        compile: "auto" (when the run is long enough to win it back), "on" or "off".
-        eval_interval: steps between validations; 0: only at the end.
-        eval_batches: batches per validation; 0: the whole split.
-        checkpoint_interval: steps between checkpoints; 0: only at the end or a stop.
-        keep_checkpoints: how many of the newest are kept, besides the best (2 or more).
-        sample_interval: steps between samples; 0: none.
-        sample_prompt: what samples continue.
-        sample_tokens: length of a sample.
-        max_skipped_steps: stop after so many non-finite steps in a row.
-        seed: of the order of the data.
-
     Raises:
         ConfigError: at construction, with every field at fault.
     """
 
-    max_steps: int = 1000
-    batch_size: int = 8
-    grad_accum_steps: int = 1
-    context_size: int | None = None
-    optimizer: str = "adamw"
-    learning_rate: float = 6e-4
-    muon_learning_rate: float = 2e-2
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    min_lr_ratio: float = 0.1
-    decay_fraction: float = 0.2
-    plateau_patience: int = 5
-    plateau_factor: float = 0.5
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
-    precision: str = "auto"
+    max_steps: int = 1000  # optimizer steps in the whole run
+    batch_size: int = 8  # windows per forward pass
+    grad_accum_steps: int = 1  # forward passes per optimizer step
+    context_size: int | None = None  # tokens per window. None: the model's max_seq_len
+
+    optimizer: str = "adamw"  # "adamw", or "muon" (matrices by Muon, the rest by AdamW)
+    learning_rate: float = 6e-4  # peak learning rate of AdamW
+    muon_learning_rate: float = 2e-2  # peak learning rate of Muon's matrices, in AdamW-like units
+    schedule: str = "cosine"  # "cosine", "wsd" (constant, then linear decay) or "plateau" (lower if validation stalls)
+    warmup_steps: int = 100  # linear warm-up
+    min_lr_ratio: float = 0.1  # the last learning rate as a share of the peak
+    decay_fraction: float = 0.2  # share of the run in which "wsd" decays
+    plateau_patience: int = 5  # validations without a new best before "plateau" lowers the rate
+    plateau_factor: float = 0.5  # what "plateau" multiplies the rate by
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # AdamW's first moment decay
+    beta2: float = 0.95  # AdamW's second moment decay
+    grad_clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+
+    precision: str = "auto"  # "auto", "bf16", "fp16" (CUDA only) or "fp32"; weights are always float32
+    # what the backward pass computes again to save memory: "none", "full" (whole blocks) or "selective" (all but matrix
+    # products and attention)
     activation_checkpointing: str = "none"
-    compile: str = "auto"
-    eval_interval: int = 200
-    eval_batches: int = 0
-    checkpoint_interval: int = 200
-    keep_checkpoints: int = 2
-    sample_interval: int = 0
-    sample_prompt: str = ""
-    sample_tokens: int = 64
-    max_skipped_steps: int = 20
-    seed: int = 0
+    compile: str = "auto"  # "auto" (if the run is long enough to win the time back), "on" or "off"
+
+    eval_interval: int = 200  # steps between validations; 0: only at the end
+    eval_batches: int = 0  # batches per validation; 0: the whole split
+    checkpoint_interval: int = 200  # steps between checkpoints; 0: only at the end or a stop
+    keep_checkpoints: int = 2  # how many of the newest are kept, besides the best; 2 or more
+    sample_interval: int = 0  # steps between samples; 0: none
+    sample_prompt: str = ""  # what samples continue
+    sample_tokens: int = 64  # length of a sample
+    max_skipped_steps: int = 20  # non-finite steps in a row that stop the run
+    seed: int = 0  # of the order of the data
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
-        for names, fits, range_ in _RANGES:
-            for name in names.split():
+        for fits, wanted, names in _RANGES:
+            for name in names:
                 value = getattr(self, name)
                 if name not in wrong and value is not None and not fits(value):
-                    wrong[name] = f"{name}={value!r} must be {range_}"
+                    wrong[name] = f"{name}={value!r} must be {wanted}"
+        for name, choices in _CHOICES.items():
+            if name not in wrong and getattr(self, name) not in choices:
+                wrong[name] = f"{name}={getattr(self, name)!r} must be {', '.join(choices[:-1])} or {choices[-1]}"
         if wrong:
             raise ConfigError("TrainConfig: " + "; ".join(wrong.values()))
 
 
-_ABOVE_0 = (
-    "max_steps batch_size grad_accum_steps context_size learning_rate muon_learning_rate plateau_patience "
-    "max_skipped_steps"
-)
-_FROM_0 = (
-    "warmup_steps weight_decay grad_clip eval_interval eval_batches checkpoint_interval sample_interval "
-    "sample_tokens seed"
-)
-_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
-    (_ABOVE_0, lambda value: value > 0, "above 0"),
-    (_FROM_0, lambda value: value >= 0, "0 or more"),
-    ("min_lr_ratio decay_fraction plateau_factor", lambda value: 0 <= value <= 1, "between 0 and 1"),
-    ("beta1 beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    ("keep_checkpoints", lambda value: value >= 2, "2 or more: one may be unreadable"),
-    ("optimizer", lambda value: value in ("adamw", "muon"), "adamw or muon"),
-    ("schedule", lambda value: value in ("cosine", "wsd", "plateau"), "cosine, wsd or plateau"),
-    ("precision", lambda value: value in ("auto", "bf16", "fp16", "fp32"), "auto, bf16, fp16 or fp32"),
-    ("activation_checkpointing", lambda value: value in ("none", "selective", "full"), "none, selective or full"),
-    ("compile", lambda value: value in ("auto", "on", "off"), "auto, on or off"),
+_ABOVE_0 = ["max_steps", "batch_size", "grad_accum_steps", "context_size", "learning_rate", "muon_learning_rate"]
+_ABOVE_0 += ["plateau_patience", "max_skipped_steps"]
+_FROM_0 = ["warmup_steps", "weight_decay", "grad_clip", "eval_interval", "eval_batches", "checkpoint_interval"]
+_FROM_0 += ["sample_interval", "sample_tokens", "seed"]
+_RANGES: list[tuple[Callable[[Any], bool], str, list[str]]] = [
+    (lambda value: value > 0, "above 0", _ABOVE_0),
+    (lambda value: value >= 0, "0 or more", _FROM_0),
+    (lambda value: 0 <= value <= 1, "between 0 and 1", ["min_lr_ratio", "decay_fraction", "plateau_factor"]),
+    (lambda value: 0 <= value < 1, "at least 0 and below 1", ["beta1", "beta2"]),
+    (lambda value: value >= 2, "2 or more, because one may be damaged", ["keep_checkpoints"]),
 ]
+_CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "wsd", "plateau"),
+    "precision": ("auto", "bf16", "fp16", "fp32"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "compile": ("auto", "on", "off"),
+}
 
 
 def _check_types(config: Any) -> dict[str, str]:
-    """What is wrong with the type of which field. An int is a fine float; a bool is no int; NaN is no number."""
+    """The fields whose value is of another type than declared, each with what is wrong.
+
+    An int may stand for a float, and becomes one. A bool may not stand for an int, nor NaN for a number.
+    """
     wrong = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kind = str(field.type)
+        name, value, kind = field.name, getattr(config, field.name), str(field.type)
         if value is None and "None" in kind:
             continue
         base = {"int": int, "float": float, "str": str, "bool": bool}[kind.split(" ")[0]]
-        if base is float and isinstance(value, int) and not isinstance(value, bool):
+        if base is float and type(value) is int:
             value = float(value) if abs(value) < 1e300 else math.inf
-            object.__setattr__(config, field.name, value)
+            object.__setattr__(config, name, value)
+
         if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-            wrong[field.name] = f"{field.name}={reprlib.repr(value)} must be of type {kind}"
+            wrong[name] = f"{name}={reprlib.repr(value)} must be of type {kind}"
         elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-            wrong[field.name] = f"{field.name} holds half a surrogate, which is no character; leave it out"
+            wrong[name] = f"{name} holds half a surrogate, which is no character; leave it out"
         elif isinstance(value, float) and not math.isfinite(value):
-            wrong[field.name] = f"{field.name}={value} must be a finite number"
+            wrong[name] = f"{name}={value} must be a finite number"
     return wrong
 
 
+# how often a long run is looked at
+_LONG: dict[str, Any] = {"eval_interval": 500, "eval_batches": 20, "checkpoint_interval": 1000, "sample_interval": 1000}
+
 PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     # Reversing strings of letters and digits: notebook 03. 66 tokens: 62 symbols and four specials.
-    # A small rope_theta, because there are 66 positions only: pairs that hardly turn within them say nothing.
+    # A small rope_theta, because there are only 66 positions: pairs that hardly turn within them carry no information.
     "toy-reverse": (
         ModelConfig(
             vocab_size=66,
@@ -338,10 +309,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             grad_accum_steps=8,
             learning_rate=6e-4,
             warmup_steps=500,
-            eval_interval=500,
-            eval_batches=20,
-            checkpoint_interval=1000,
-            sample_interval=1000,
+            **_LONG,
         ),
     ),
     "scifi-1.5B": (
@@ -353,10 +321,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             learning_rate=2.5e-4,
             warmup_steps=1000,
             activation_checkpointing="full",
-            eval_interval=500,
-            eval_batches=20,
-            checkpoint_interval=1000,
-            sample_interval=1000,
+            **_LONG,
         ),
     ),
     "zhwiki-2.46B": (
@@ -368,10 +333,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             learning_rate=2e-4,
             warmup_steps=2000,
             activation_checkpointing="full",
-            eval_interval=500,
-            eval_batches=20,
-            checkpoint_interval=1000,
-            sample_interval=1000,
+            **_LONG,
         ),
     ),
 }

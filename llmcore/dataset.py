@@ -1,4 +1,12 @@
-"""Token files to batches: NumPy memory maps, and batches that are a pure function of (seed, step)."""
+"""A data set: its files on disk, how they are verified, and batches that are a pure function of (seed, step).
+
+The folder of a data set holds three files for each split, "train" and "val", and a manifest that describes them:
+
+    train.bin       the ids of all documents in a row, little-endian uint16 or uint32
+    train.offsets   where each document starts in it, and where the last one ends, in tokens: uint64
+    train.hashes    SHA-256 of each 64 KiB of train.bin, 32 bytes each
+    meta.json       counts, the hash of each file, the tokenizer's, and the sources; with a hash of itself
+"""
 
 from __future__ import annotations
 
@@ -21,48 +29,46 @@ from llmcore.files import check_json, pointer_hint, read_json, sha256_file
 from llmcore.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
-HASHED_BYTES = 1 << 16  # of a token file per hash: a window of a batch needs little more than itself checked
+HASHED_BYTES = 1 << 16  # of a token file per hash, so that a batch needs little more than its own tokens checked
 SPLITS = ("train", "val")
 FILES = {"bin": "sha256", "offsets": "offsets_sha256", "hashes": "hashes_sha256"}  # ending -> key of its hash
 PREPARE_AGAIN = "run 02_dataset again"
+IGNORED = -100  # a target that is left out of the loss
+ATTEMPTS = 100  # at opening a data set that is being replaced, a hundredth of a second apart
 
-
+# What `meta.json` must look like, its `sources` apart. It may hold more.
 _COUNT = {"type": "integer", "minimum": 0, "maximum": 2**50}
-_HASH = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-_MANIFEST = {  # what `meta.json` must look like, `sources` apart; it may hold more
+_SPLIT = {
+    "type": "object",
+    "required": ["documents", "tokens", "bytes", *FILES.values()],
+    "properties": {
+        **dict.fromkeys(("documents", "tokens", "characters", "bytes"), _COUNT),
+        **{key: {"type": "string", "pattern": "^[0-9a-f]{64}$"} for key in FILES.values()},
+    },
+}
+_MANIFEST = {
     "type": "object",
     "required": ["dtype", "vocab_size", "splits"],
     "properties": {
         "dtype": {"enum": ["<u2", "<u4"]},
         "vocab_size": {"type": "integer", "minimum": 1, "maximum": 1 << 22},
-        "tokenizer": {"type": "string"},
         "val_fraction": {"type": "finite number", "minimum": 0, "maximum": 1},
-        "errors": {"type": "string"},
-        "split_by": {"type": "string"},
+        **{key: {"type": "string"} for key in ("tokenizer", "errors", "split_by")},
         "sources": {"type": "array"},
         "refused": {"type": "object"},
-        "splits": {
-            "type": "object",
-            "patternProperties": {
-                "^(train|val)$": {
-                    "type": "object",
-                    "required": ["documents", "tokens", "bytes", *FILES.values()],
-                    "properties": {
-                        **dict.fromkeys(("documents", "tokens", "characters", "bytes"), _COUNT),
-                        **dict.fromkeys(FILES.values(), _HASH),
-                    },
-                }
-            },
-            "additionalProperties": False,
-        },
+        "splits": {"type": "object", "patternProperties": {"^(train|val)$": _SPLIT}, "additionalProperties": False},
     },
 }
-_SOURCE = {"path": str, "sha256": str, "split": str, "tokens": int}  # of each of `sources`: checked in a plain loop,
-# since a schema would take seconds for thousands of files
+# Each of `sources`, checked in a plain loop: a schema would take seconds for thousands of files.
+_SOURCE = {"path": str, "sha256": str, "split": str, "tokens": int}
 
 
 class DatasetError(ValueError):
     """A data set that is missing, damaged, too short or made for something else. The message says what to do."""
+
+
+def _fault(file: Path, fault: str) -> DatasetError:
+    return DatasetError(f"{file} {fault}; {PREPARE_AGAIN}")
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
@@ -74,11 +80,11 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
 def verify_dataset(
     dataset_dir: str | os.PathLike[str], splits: Iterable[str] | None = None, *, tokens: bool = True
 ) -> dict[str, Any]:
-    """A data set's manifest, after checking it and the files of the splits (of all, if none are named) by their hash.
+    """A data set's manifest, after checking it and the files of the splits by their hashes.
 
     Args:
         dataset_dir: folder written by `prepare_dataset`.
-        splits: "train", "val".
+        splits: "train", "val". None: all.
         tokens: False to check the token files by their size alone, which takes no time however large they are.
 
     Raises:
@@ -90,18 +96,21 @@ def verify_dataset(
         if split not in manifest["splits"]:
             raise DatasetError(f"split={split!r} must be one of {', '.join(manifest['splits'])}")
         counts = manifest["splits"][split]
+        token_bytes = counts["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        sizes = {"bin": token_bytes, "offsets": 8 * (counts["documents"] + 1)}
+        sizes["hashes"] = 32 * -(-token_bytes // HASHED_BYTES)
         for ending, key in FILES.items():
             part = file.with_name(f"{split}.{ending}")
             if not part.is_file():
-                raise DatasetError(f"{part} is missing; {PREPARE_AGAIN}")
+                raise _fault(part, "is missing")
             if hint := pointer_hint(part):
                 raise DatasetError(f"{part} cannot be read: {hint}")
-            size, wanted = part.stat().st_size, counts["tokens"] * np.dtype(manifest["dtype"]).itemsize
-            if ending == "bin" and size != wanted:
-                raise DatasetError(f"{part} is damaged: it has {size:,} bytes, not {wanted:,}; {PREPARE_AGAIN}")
+            size = part.stat().st_size
+            if size != sizes[ending]:
+                raise _fault(part, f"is damaged: it has {size:,} bytes, not {sizes[ending]:,}")
             if (tokens or ending != "bin") and sha256_file(part) != counts[key]:
-                raise DatasetError(f"{part} is damaged: its {size:,} bytes have another hash; {PREPARE_AGAIN}")
-        _check_documents(file, manifest, split)
+                raise _fault(part, f"is damaged: its {size:,} bytes have another hash")
+        _check_offsets(file, manifest, split)
     return manifest
 
 
@@ -113,67 +122,51 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         manifest = read_json(file, {"type": "object", "required": ["format_version"]})
         version = manifest["format_version"]
         if version != FORMAT_VERSION:
-            raise DatasetError(
-                f"{file.parent} has format version {version}; this code reads {FORMAT_VERSION}; {PREPARE_AGAIN}"
-            )
+            raise _fault(file.parent, f"has format version {version}; this code reads {FORMAT_VERSION}")
         if manifest.get("sha256") != manifest_hash(manifest):
-            raise DatasetError(f"{file} is damaged: its own hash differs; {PREPARE_AGAIN}")
+            raise _fault(file, "is damaged: its own hash differs")
         check_json(manifest, _MANIFEST, str(file))
     except DatasetError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{file} cannot be used ({error}); {PREPARE_AGAIN}") from None
+        raise _fault(file, f"cannot be used ({error})") from None
+
     if manifest["dtype"] == "<u2" and manifest["vocab_size"] > 1 << 16:
-        raise DatasetError(f"{file} cannot be used: dtype <u2 is too small for its vocab_size; {PREPARE_AGAIN}")
+        raise _fault(file, "cannot be used: dtype <u2 is too small for its vocab_size")
     for number, source in enumerate(manifest.get("sources", [])):
         fits = isinstance(source, dict) and all(type(source.get(key)) is kind for key, kind in _SOURCE.items())
         if not (fits and 0 <= source["tokens"] <= 2**50):
-            raise DatasetError(
-                f"{file} cannot be used: sources.{number} needs path, sha256, split, tokens; {PREPARE_AGAIN}"
-            )
+            raise _fault(file, f"cannot be used: sources.{number} needs path, sha256, split, tokens")
     return manifest
 
 
-def _check_documents(file: Path, manifest: dict[str, Any], split: str) -> None:
-    """Compare what a manifest says of a split's documents with their offsets and hashes.
-
-    Raises:
-        DatasetError: naming what disagrees.
-    """
-    counts, dtype = manifest["splits"][split], np.dtype(manifest["dtype"])
-    blocks = -(-counts["tokens"] * dtype.itemsize // HASHED_BYTES)
-    if file.with_name(f"{split}.hashes").stat().st_size != 32 * blocks:
-        raise DatasetError(f"{file.with_name(f'{split}.hashes')} does not hold {blocks} hashes; {PREPARE_AGAIN}")
-    part = file.with_name(f"{split}.offsets")
-    offsets = np.frombuffer(part.read_bytes(), dtype=np.uint8)
-    if len(offsets) != 8 * (counts["documents"] + 1):
-        raise DatasetError(f"{part} does not hold the offsets of {counts['documents']} documents; {PREPARE_AGAIN}")
-    offsets = offsets.view("<u8")
-    if offsets[0] != 0 or offsets[-1] != counts["tokens"] or (offsets[1:] < offsets[:-1]).any():
-        raise DatasetError(f"{part} is damaged: offsets must rise from 0 to {counts['tokens']}; {PREPARE_AGAIN}")
-    own = [source for source in manifest.get("sources", []) if source["split"] in (split, "both")]
-    if "sources" in manifest and (
-        len(own) != counts["documents"]
-        or any(s["split"] == split and s["tokens"] != n for s, n in zip(own, np.diff(offsets).tolist(), strict=True))
-    ):
-        raise DatasetError(
-            f"{file} cannot be used: sources: they are not the documents of {part.name}; {PREPARE_AGAIN}"
-        )
+def _check_offsets(file: Path, manifest: dict[str, Any], split: str) -> None:
+    """Compare a split's offsets with what the manifest says of its tokens and documents."""
+    part, tokens = file.with_name(f"{split}.offsets"), manifest["splits"][split]["tokens"]
+    offsets = np.frombuffer(part.read_bytes(), dtype="<u8")
+    if offsets[0] != 0 or offsets[-1] != tokens or (offsets[1:] < offsets[:-1]).any():
+        raise _fault(part, f"is damaged: offsets must rise from 0 to {tokens}")
+    if "sources" in manifest:
+        lengths = np.diff(offsets).tolist()
+        # a document in both splits has only a part of its tokens here
+        named = [None if source["split"] == "both" else source["tokens"] for source in _sources_of(manifest, split)]
+        if len(named) != len(lengths) or any(n not in (None, length) for n, length in zip(named, lengths, strict=True)):
+            raise _fault(file, f"cannot be used: sources: they are not the documents of {part.name}")
 
 
-IGNORED = -100  # a target that is left out of the loss
-TRIES = 100  # at opening a data set that is being replaced, a hundredth of a second apart
+def _sources_of(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    return [source for source in manifest["sources"] if source["split"] in (split, "both")]
 
 
 class TokenDataset:
     """One split of a data set, read as windows of `context_size` tokens.
 
-    Every target token of an epoch is seen exactly once: windows tile the stream, in an order and from a starting
-    phase that change each epoch, and where a window overlaps its neighbour at an end of the stream, the targets that
+    Every target token of an epoch is seen exactly once. Windows tile the stream, in an order and from a starting
+    phase that change each epoch. Where a window overlaps its neighbour at an end of the stream, the targets that
     belong to the neighbour are -100.
 
     Opening reads the manifest and no tokens, however many there are. Each block of the token file is compared with its
-    hash when it is first read from, so nothing damaged gets into a batch.
+    hash when it is first read, so no damaged token gets into a batch.
 
     Args:
         dataset_dir: folder written by `prepare_dataset`.
@@ -188,8 +181,8 @@ class TokenDataset:
         bytes_per_token: raw UTF-8 bytes of this split's text per token.
 
     Raises:
-        DatasetError: if the files are missing, cut short, at odds, or shorter than one window; from a batch, if it
-            would hold damaged tokens.
+        DatasetError: if files are missing, damaged, or shorter than one window; from a batch, if it would hold damaged
+            tokens.
     """
 
     def __init__(self, dataset_dir: str | os.PathLike[str], split: str = "train", context_size: int = 1024) -> None:
@@ -210,28 +203,27 @@ class TokenDataset:
         self.n_windows = -(-self.n_targets // context_size)
 
     def _open(self) -> None:
-        """Verify and open the files of one and the same data set, though a preparation may replace it meanwhile.
+        """Verify and open the files of a data set, all of the same one, though a preparation may replace it meanwhile.
 
-        An open file stays what it is, whatever takes its name. So if the manifest is still the same after all files
-        have been opened, they belong together; if not, whatever was found is of no account.
+        An open file stays what it is, even if another file takes its name. So if the manifest is still the same after
+        all files have been opened, they belong together. If not, they are opened again.
         """
-        folder = self.path.parent
-        for _ in range(TRIES):
-            before = _stamp(folder / "meta.json")
-            found: DatasetError | None = None
+        manifest_file = self.path.with_name("meta.json")
+        unfinished = self.path.parent / ".unfinished" / "meta.json"  # a preparation moves its manifest last
+        for _ in range(ATTEMPTS):
+            before, error = _identity(manifest_file), None
             try:
                 self._open_once()
-            except (OSError, ValueError) as error:
-                found = (
-                    error if isinstance(error, DatasetError) else DatasetError(f"{self.path}: {error}; {PREPARE_AGAIN}")
-                )
-            unfinished = before is None and (folder / ".unfinished" / "meta.json").exists()  # its turn comes last
-            if before == _stamp(folder / "meta.json") and not unfinished:
-                if found:
-                    raise found
+            except DatasetError as refusal:
+                error = refusal
+            except (OSError, ValueError) as failure:
+                error = _fault(self.path, f"cannot be opened: {failure}")
+            if before == _identity(manifest_file) and not (before is None and unfinished.exists()):
+                if error is not None:
+                    raise error
                 return
             time.sleep(0.01)
-        raise DatasetError(f"{folder} is being replaced, or a preparation broke off; let it end, or {PREPARE_AGAIN}")
+        raise _fault(self.path.parent, "is being replaced, or a preparation broke off")
 
     def _open_once(self) -> None:
         self.manifest = verify_dataset(self.path.parent, [self.split], tokens=False)
@@ -243,8 +235,8 @@ class TokenDataset:
                 f"{' or raise val_fraction' if self.split == 'val' else ''}"
             )
         self.tokens = np.asarray(np.memmap(self.path, dtype=self.manifest["dtype"], mode="r"))
-        self._hashes = self.path.with_suffix(".hashes").read_bytes()
         self.offsets = np.fromfile(self.path.with_suffix(".offsets"), dtype="<u8").astype(np.int64)
+        self._hashes = self.path.with_suffix(".hashes").read_bytes()
 
     @property
     def names(self) -> list[str]:
@@ -254,21 +246,17 @@ class TokenDataset:
             DatasetError: if the manifest does not say them.
         """
         if "sources" not in self.manifest:
-            raise DatasetError(f"{self.path.with_name('meta.json')} does not name its sources; {PREPARE_AGAIN}")
-        return [source["path"] for source in self.manifest["sources"] if source["split"] in (self.split, "both")]
+            raise _fault(self.path.with_name("meta.json"), "does not name its sources")
+        return [source["path"] for source in _sources_of(self.manifest, self.split)]
 
     def texts(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> dict[str, str]:
-        """The documents' texts by name, decoded (without loss); None for all, else the first ones up to `max_tokens`.
-
-        At least one document is given, whatever its length.
+        """The documents' texts by name, decoded without loss: the first ones up to `max_tokens`, but at least one.
 
         Raises:
             DatasetError: if the data set was made with another tokenizer.
         """
         if tokenizer.fingerprint != self.manifest.get("tokenizer"):
-            raise DatasetError(
-                f"{self.path.parent} was made with another tokenizer; run 02_dataset again with this one"
-            )
+            raise DatasetError(f"{self.path.parent} was made with another tokenizer; {PREPARE_AGAIN} with this one")
         ends = self.offsets[1:]
         count = len(ends) if max_tokens is None else max(1, int((ends <= max_tokens).sum()))
         spans = itertools.pairwise(self.offsets[: count + 1])
@@ -278,7 +266,7 @@ class TokenDataset:
         }
 
     def read(self, start: int, end: int) -> NDArray[np.int64]:
-        """The ids from one place to before another, after a check of the blocks that hold them, once for each.
+        """The ids at `start` to before `end`, (tokens,). Each block that holds some is checked when first read.
 
         Raises:
             DatasetError: if a block is damaged, or holds an id that is not in the vocabulary.
@@ -289,11 +277,9 @@ class TokenDataset:
                 continue
             block = self.tokens[number * size : (number + 1) * size]
             if hashlib.sha256(block.data).digest() != self._hashes[number * 32 : (number + 1) * 32]:
-                raise DatasetError(f"{self.path} is damaged at byte {number * HASHED_BYTES} or after; {PREPARE_AGAIN}")
+                raise _fault(self.path, f"is damaged at byte {number * HASHED_BYTES} or after")
             if int(block.max()) >= self.vocab_size:
-                raise DatasetError(
-                    f"{self.path} holds the id {block.max()}, but the vocabulary has {self.vocab_size}; {PREPARE_AGAIN}"
-                )
+                raise _fault(self.path, f"holds the id {block.max()}, but the vocabulary has {self.vocab_size}")
             self._checked.add(number)
         return self.tokens[start:end].astype(np.int64)
 
@@ -305,7 +291,7 @@ class TokenDataset:
         return counts
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """The batch of a training step: a pure function of its arguments, with no state behind it.
+        """The batch of a training step: a pure function of its arguments.
 
         Args:
             step: number of the batch, from 0; the epoch follows from it.
@@ -326,11 +312,11 @@ class TokenDataset:
             yield self._windows(segments[first : first + batch_size])
 
     def _segment(self, number: int, seed: int) -> tuple[int, int]:
-        """First and last-plus-one target of a window, by its number counted over all epochs."""
+        """A window's first target and the one after its last. Windows are numbered over all epochs."""
         epoch, index = divmod(number, self.n_windows)
-        last = self.n_targets - (self.n_windows - 1) * self.context_size  # what is left over for the last window
-        first, order = _epoch(seed, epoch, self.n_windows, last, self.context_size)
-        start = int(order[index] - 1) * self.context_size + first
+        shortest = self.n_targets - (self.n_windows - 1) * self.context_size  # what full windows leave over
+        first_length, order = _epoch(seed, epoch, self.n_windows, shortest, self.context_size)
+        start = int(order[index] - 1) * self.context_size + first_length
         return max(0, start), min(start + self.context_size, self.n_targets)
 
     def _windows(self, segments: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -344,17 +330,17 @@ class TokenDataset:
         return torch.from_numpy(block[:, :-1].copy()), y
 
 
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """What tells a file from another of its name; None if there is none."""
+def _identity(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from a later one of the same name; None if there is none."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 @functools.lru_cache(maxsize=4)
 def _epoch(seed: int, epoch: int, n_windows: int, shortest: int, longest: int) -> tuple[int, NDArray[np.int64]]:
-    """Length of an epoch's first window, which shifts all others, and their order. Cached: each window asks."""
+    """Length of an epoch's first window, which shifts all others, and their order. Cached for all windows."""
     generator = np.random.default_rng((seed, epoch))
     return int(generator.integers(shortest, longest + 1)), generator.permutation(n_windows)

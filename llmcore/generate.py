@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,33 +16,68 @@ from torch import Tensor
 from llmcore.model import KVCache, Transformer
 from llmcore.tokenizer import Tokenizer
 
-PIECE_CHARACTERS = 64  # no piece is longer, in the mean of a whole context: more of a prompt need not be encoded
+# The text of a whole context has at most this many characters per token, so more of a prompt need not be encoded.
+PIECE_CHARACTERS = 64
+
+_RANGES: list[tuple[str, type, Callable[[Any], bool], str]] = [
+    ("temperature", Real, lambda value: 0 <= value < math.inf, "0 (greedy) or more"),
+    ("top_k", Integral, lambda value: value >= 1, "a whole number, 1 or more, or None"),
+    ("top_p", Real, lambda value: 0 < value <= 1, "above 0 and at most 1, or None"),
+    ("min_p", Real, lambda value: 0 <= value <= 1, "between 0 and 1, or None"),
+    ("repetition_penalty", Real, lambda value: 0 < value < math.inf, "above 0 (1 is off)"),
+]
 
 
-def check_sampling(
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-) -> None:
-    """Raise ValueError, naming the parameter and its range, for values that make no sense."""
-    wrong = []
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
-        wrong.append(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
-    if not (isinstance(temperature, Real) and 0 <= temperature < math.inf):
-        wrong.append(f"temperature={temperature!r} must be 0 (greedy) or more")
-    if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
-        wrong.append(f"top_k={top_k!r} must be a whole number, 1 or more, or None")
-    if top_p is not None and not (isinstance(top_p, Real) and 0 < top_p <= 1):
-        wrong.append(f"top_p={top_p!r} must be above 0 and at most 1, or None")
-    if min_p is not None and not (isinstance(min_p, Real) and 0 <= min_p <= 1):
-        wrong.append(f"min_p={min_p!r} must be between 0 and 1, or None")
-    if not (isinstance(repetition_penalty, Real) and 0 < repetition_penalty < math.inf):
-        wrong.append(f"repetition_penalty={repetition_penalty!r} must be above 0 (1 is off)")
-    if wrong:
-        raise ValueError("; ".join(wrong))
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0  # 0 is greedy, 1 the model's own distribution
+    top_k: int | None = None  # only the k most likely tokens
+    top_p: float | None = None  # only the most likely tokens that together have this probability
+    min_p: float | None = None  # only tokens at least this share as likely as the most likely one
+    repetition_penalty: float = 1.0  # above 1, tokens seen before become less likely
+
+    def check(self, max_new_tokens: int) -> None:
+        """Raise ValueError, naming each parameter out of range and its range."""
+        wrong = []
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+            wrong.append(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
+        for name, kind, fits, wanted in _RANGES:
+            value, optional = getattr(self, name), getattr(Sampling, name) is None
+            if not (value is None and optional) and not (isinstance(value, kind) and fits(value)):
+                wrong.append(f"{name}={value!r} must be {wanted}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """See `next_token_probabilities`."""
+        logits = logits.float()
+        if seen is not None and self.repetition_penalty != 1.0:
+            scores = logits.gather(1, seen)
+            scores = torch.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
+            logits = logits.scatter(1, seen, scores)
+
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+        # the largest becomes 0 first, so that a tiny temperature cannot overflow
+        logits = (logits - logits.amax(1, keepdim=True)) / max(self.temperature, 1e-6)
+
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            kth = logits.topk(self.top_k, dim=1).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        probabilities = logits.softmax(1)
+
+        if self.top_p is not None and self.top_p < 1:
+            ordered, ids = probabilities.sort(1, descending=True)
+            before = ordered.cumsum(1) - ordered  # probability of all tokens that are more likely
+            kept = ordered.masked_fill(before >= self.top_p, 0.0)
+            probabilities = torch.zeros_like(probabilities).scatter(1, ids, kept)
+
+        if self.min_p:
+            floor = self.min_p * probabilities.amax(1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
+        return probabilities / probabilities.sum(1, keepdim=True)
 
 
 def next_token_probabilities(
@@ -59,28 +96,7 @@ def next_token_probabilities(
     (batch, time), temperature, top-k, top-p (nucleus: Holtzman et al., arXiv:1904.09751), min-p (Nguyen et al.,
     arXiv:2407.01082). A temperature of 0 puts everything on the most likely id.
     """
-    logits = logits.float()
-    if seen is not None and repetition_penalty != 1.0:
-        scores = logits.gather(1, seen)
-        scores = torch.where(scores > 0, scores / repetition_penalty, scores * repetition_penalty)
-        logits = logits.scatter(1, seen, scores)
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
-    # the largest becomes 0 first, so that a tiny temperature cannot overflow
-    logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, 1e-6)
-    if top_k is not None and top_k < logits.shape[1]:
-        kth = logits.topk(top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.softmax(1)
-    if top_p is not None and top_p < 1:
-        ordered, ids = probabilities.sort(1, descending=True)
-        before = ordered.cumsum(1) - ordered  # mass of all that are more likely
-        kept = ordered.masked_fill(before >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(1, ids, kept)
-    if min_p:
-        floor = min_p * probabilities.amax(1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
-    return probabilities / probabilities.sum(1, keepdim=True)
+    return Sampling(temperature, top_k, top_p, min_p, repetition_penalty).probabilities(logits, seen)
 
 
 def generate_ids(
@@ -106,8 +122,9 @@ def generate_ids(
         model: the language model.
         prompts: one or more ids each.
         max_new_tokens: steps at most.
-        eos_id: a row that has produced it goes on producing it; when all have, generation ends.
+        eos_id: a row that has produced it continues to produce it; when all have, generation ends.
         vocab_size: of the tokenizer, where the model has more ids: those are never drawn. None: all may be.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
         seed: of the sampling. None: a different one each time.
 
     Yields:
@@ -116,78 +133,79 @@ def generate_ids(
     Raises:
         ValueError: for a parameter out of range or an empty prompt.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("every prompt needs at least one token")
-    if max_new_tokens:
-        yield from _generate(
-            model,
-            prompts,
-            max_new_tokens,
-            eos_id,
-            vocab_size,
-            seed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    return _generate_ids(model, prompts, max_new_tokens, sampling, seed, eos_id, vocab_size)
 
 
-def _generate(
+def _generate_ids(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    sampling: Sampling,
+    seed: int | None,
     eos_id: int | None,
     vocab_size: int | None,
-    seed: int | None,
-    **sampling: float | None,
 ) -> Iterator[list[int]]:
+    sampling.check(max_new_tokens)
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
+
     device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
     length = longest = max(map(len, prompts))
-    # all that will ever be seen, so that no token needs new memory
-    seen = torch.zeros((len(prompts), longest + max_new_tokens), dtype=torch.int64)
-    padding = torch.zeros_like(seen, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        # a padded place repeats the row's first token, so that the repetition penalty sees nothing new
-        seen[row, :longest] = torch.as_tensor([*[prompt[0]] * (longest - len(prompt)), *prompt])
-        padding[row, : longest - len(prompt)] = True
-    padded = bool(padding.any())
-    seen, padding = seen.to(device), padding.to(device)
+    seen, padding = _padded(prompts, longest + max_new_tokens, device)
+    is_padded = bool(padding.any())
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+
     start = max(0, longest - context)  # of the tokens to read next
     room = min(context, longest - start + max_new_tokens)
     cache = KVCache(model.config, len(prompts), device, model.tok_embeddings.weight.dtype, room)
     for _ in range(max_new_tokens):
-        if cache.length + length - start > context:
+        if cache.length + length - start > context:  # the window slides
             cache.length, start = 0, length - max(1, context // 2)
+
         # Not a decorator: inference mode must not leak into the caller between two yields.
         with torch.inference_mode():
-            mask = padding[:, start - cache.length : length] if padded else None
+            mask = padding[:, start - cache.length : length] if is_padded else None
             logits = model.output(model.hidden_states(seen[:, start:length], cache, mask)[:, -1])[:, :vocab_size]
-            if sampling["temperature"] == 0 and sampling["repetition_penalty"] == 1:
+            if sampling.temperature == 0 and sampling.repetition_penalty == 1:
                 new = logits.argmax(1)
             else:
-                probabilities = next_token_probabilities(logits, seen[:, :length], **sampling)  # type: ignore[arg-type]
+                probabilities = sampling.probabilities(logits, seen[:, :length])
                 new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             if eos_id is not None:
                 new = torch.where(finished, eos_id, new)
                 finished |= new == eos_id
             seen[:, length] = new
+
         start, length = length, length + 1
         yield new.tolist()
         if finished.all():
             return
 
 
+def _padded(prompts: Sequence[Sequence[int]], time: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (batch, time) that begin with the prompts, padded on the left, and where they are padded.
+
+    They have room for all tokens to come, so that no token needs new memory.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), time), dtype=torch.int64)
+    padding = torch.zeros_like(ids, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        missing = longest - len(prompt)
+        # padding repeats the prompt's first token, so that the repetition penalty sees no other ids
+        ids[row, :longest] = torch.as_tensor([*[prompt[0]] * missing, *prompt])
+        padding[row, :missing] = True
+    return ids.to(device), padding.to(device)
+
+
 def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt. An empty one starts a new document: that is what follows eos in training.
+    """Ids of a prompt. An empty one starts a new document, as an eos does in training.
 
     A prompt longer than the context is cut from the left, with a warning; of a very long one only the end is encoded.
     """
@@ -222,30 +240,16 @@ def generate(
         tokenizer: the one it was trained with.
         prompt: text, or several texts, continued together.
         max_new_tokens: tokens at most; generation ends before at eos.
-        temperature: 0 is greedy, 1 the model's own distribution.
-        top_k: only the k most likely tokens.
-        top_p: only the most likely tokens that together have this probability.
-        min_p: only tokens at least this share as likely as the most likely one.
-        repetition_penalty: above 1, tokens seen before become less likely.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
         seed: makes the result repeatable.
 
     Raises:
         ValueError: for a parameter out of range, naming it.
     """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    steps = generate_ids(
-        model,
-        [prompt_ids(model, tokenizer, text) for text in prompts],
-        max_new_tokens,
-        eos_id=tokenizer.eos_id,
-        vocab_size=tokenizer.vocab_size,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    ids = [prompt_ids(model, tokenizer, text) for text in prompts]
+    steps = _generate_ids(model, ids, max_new_tokens, sampling, seed, tokenizer.eos_id, tokenizer.vocab_size)
     rows = list(zip(*steps, strict=True)) or [() for _ in prompts]
     texts = [tokenizer.decode(row) for row in rows]
     return texts[0] if isinstance(prompt, str) else texts
@@ -267,31 +271,19 @@ def stream(
 
     Arguments and errors are those of `generate`; the pieces add up to its result.
     """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    ids = [prompt_ids(model, tokenizer, prompt)]
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for [id] in generate_ids(
-        model,
-        [prompt_ids(model, tokenizer, prompt)],
-        max_new_tokens,
-        eos_id=tokenizer.eos_id,
-        vocab_size=tokenizer.vocab_size,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    ):
-        piece = decoder.decode(tokenizer.id_to_bytes(id))
-        if piece:
+    for [id] in _generate_ids(model, ids, max_new_tokens, sampling, seed, tokenizer.eos_id, tokenizer.vocab_size):
+        if piece := decoder.decode(tokenizer.id_to_bytes(id)):
             yield piece
-    rest = decoder.decode(b"", final=True)
-    if rest:
+    if rest := decoder.decode(b"", final=True):
         yield rest
 
 
 @torch.inference_mode()
 def surprise(model: Transformer, ids: Sequence[int]) -> list[float]:
-    """Nats of surprise at each id but the first, given the ones before it in the same context window.
+    """Nats of surprise at each id but the first, given the ids before it in the same context window.
 
     Raises:
         ValueError: if there are fewer than two ids.

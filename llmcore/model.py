@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from llmcore.config import ModelConfig
 from llmcore.device import settle_cache_folder
 
-settle_cache_folder()  # before torch's compiler is imported, as the first line that mentions it does
+settle_cache_folder()  # before the first use of torch.compiler below imports the compiler
 
 
 def rope_table(head_dim: int, max_seq_len: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -35,8 +35,8 @@ def rope_table(head_dim: int, max_seq_len: int, theta: float) -> tuple[Tensor, T
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the interleaved pairs (x0, x1), (x2, x3), … of each head, in float32: (x0 + i x1) (cos + i sin).
 
-    The compiler cannot fuse complex numbers, so it gets the same product spelled out, which takes five times as long
-    uncompiled.
+    The compiler cannot fuse complex numbers, so it gets the same product in real ones. Uncompiled, that takes five
+    times as long.
 
     Args:
         x: (batch, time, heads, head_dim).
@@ -53,13 +53,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time
-CHUNK_ABOVE = 2**23  # logits in a batch from which on the loss is computed in chunks: glibc never reuses 32 MiB
+CHUNK_ABOVE = 2**23  # logits in a batch above which the loss is computed in chunks: glibc never reuses 32 MiB
 
 
 def has_chunked_operator(dtype: torch.dtype) -> bool:
-    """Whether torch itself computes the loss in chunks: torch 2.11 does not, and in float16 it is wrong.
+    """Whether torch's own chunked loss can be used: torch 2.11 has none, and in float16 it is wrong.
 
-    The operator computes gradients before the scaler has multiplied the loss; the small ones are zero in float16 then.
+    It computes gradients before the scaler has multiplied the loss, so in float16 the small ones become zero.
     """
     return hasattr(F, "linear_cross_entropy") and dtype != torch.float16
 
@@ -81,24 +81,24 @@ def _chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def _recomputed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same without torch's operator: each chunk's logits are computed once more for the backward pass."""
 
-    def summed(rows: Tensor, wanted: Tensor) -> Tensor:
+    def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
         logits = F.linear(rows, weight.to(rows.dtype))  # cast anew, so that the chunks' gradients add up in float32
         return F.cross_entropy(logits.float(), wanted, reduction="sum")
 
     size = LOSS_CHUNK // 4  # a chunk's logits exist four times: as they are, as logarithms, and the gradients of both
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    total = torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-    return total / (targets != -100).sum()  # as cross_entropy leaves it out by default
+    total = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return total / (targets != -100).sum()  # cross_entropy too leaves out -100
 
 
-SHORT_CONTEXT = 256  # tokens up to which the formula itself, compiled, is the faster attention in bf16 on a CPU
+SHORT_CONTEXT = 256  # tokens up to which the plain formula, compiled, is the faster attention in bf16 on a CPU
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q kᵀ / √head_dim) v, (batch, heads, time, head_dim), by PyTorch's fused kernels.
 
-    Training on short sequences in bf16 on a CPU spells it out instead: its products then run in bf16, in two thirds
-    of the kernels' time (forward and backward).
+    For training on short sequences in bf16 on a CPU the formula itself is used: its products then run in bf16, in two
+    thirds of the kernels' time (forward and backward).
     """
     grouped = q.shape[1] != k.shape[1]
     if causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT_CONTEXT and not grouped:
@@ -108,7 +108,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-# What selective checkpointing keeps of a block: the results that take long to compute again, and are not the largest
+# What selective checkpointing keeps of a block: results that take long to compute again and are not the largest.
 _aten = torch.ops.aten
 SAVED_OPERATIONS = [
     _aten.mm.default,
@@ -180,11 +180,11 @@ class Attention(nn.Module):
         q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        causal = mask is None and x.shape[1] > 1  # a single new token may look at everything held
+        causal = mask is None and x.shape[1] > 1  # a single new token may look at all others
         y = attend(q, k, v, mask, causal)
         return self.wo(y.transpose(1, 2).flatten(-2))
 
-    def weights(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def pattern(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The attention pattern itself, (batch, heads, time, time), for pictures: `forward` never builds it."""
         q, k, _ = self.project(x, cos, sin)
         k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
@@ -235,8 +235,8 @@ class Transformer(nn.Module):
     Attributes:
         activation_checkpointing: "none"; "full", which keeps only each block's input for the backward pass and computes
             the block again (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174); or
-            "selective", which also keeps what is dear to compute again (Korthikanti et al., "Reducing Activation
-            Recomputation in Large Transformer Models", arXiv:2205.05198).
+            "selective", which also keeps the results that take long to compute (Korthikanti et al., "Reducing
+            Activation Recomputation in Large Transformer Models", arXiv:2205.05198).
     """
 
     rope_cos: Tensor
@@ -256,14 +256,14 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def reset_rope(self) -> None:
-        """Compute the rotary table (again: after a start on the meta device it is still to be filled)."""
+        """Compute the rotary table, which a model that was built on the meta device does not have yet."""
         assert self.config.head_dim
         cos, sin = rope_table(self.config.head_dim, self.config.max_seq_len, self.config.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def init_weights(self) -> None:
-        """Normal(0, 0.02); what writes to the residual stream (wo, w2) smaller, by 1 / sqrt(2 n_layers).
+        """Normal(0, 0.02), and for the matrices that write to the residual stream (wo, w2) 1 / sqrt(2 n_layers) of it.
 
         Radford et al., "Language Models are Unsupervised Multitask Learners", section 2.3.
         """
@@ -289,16 +289,18 @@ class Transformer(nn.Module):
         Raises:
             ValueError: if the tokens do not fit into max_seq_len.
         """
-        past = cache.length if cache is not None else 0
-        time = tokens.shape[1]
+        past, time = cache.length if cache is not None else 0, tokens.shape[1]
         cos, sin = self._rope(past, time)
+
+        # which tokens each one may look at; otherwise SDPA's own causal mask is enough
         mask = None
-        if padding is not None or (past and time > 1):  # else SDPA's own causal mask serves
+        if padding is not None or (past and time > 1):
             mask = torch.ones(time, past + time, dtype=torch.bool, device=tokens.device).tril(past)
-            if padding is not None:
-                # a padding row may look at itself, lest its softmax be over nothing
+            if padding is not None:  # padding may look at itself, since a softmax over nothing is NaN
                 own = torch.eye(time, past + time, dtype=torch.bool, device=tokens.device).roll(past, 1)
                 mask = (mask & ~padding[:, None, None, :]) | own
+
+        # through the blocks
         x = self.tok_embeddings(tokens)
         for block in self.layers:
             if self.activation_checkpointing == "none" or not torch.is_grad_enabled() or cache is not None:
@@ -323,15 +325,13 @@ class Transformer(nn.Module):
             Without targets, logits (batch, time, vocab_size). With targets, the mean cross-entropy, a scalar in nats.
         """
         hidden = self.hidden_states(tokens)
-        if targets is None:
-            return self.output(hidden)
-        return self.loss(hidden, targets)
+        return self.output(hidden) if targets is None else self.loss(hidden, targets)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats from hidden states (batch, time, dim).
 
-        Large batches are computed in chunks, so that their logits, often the largest tensor of all, never exist;
-        small ones at once, which the compiler can fuse.
+        A large batch is computed in chunks, so that all its logits, often the largest tensor of a run, never exist at
+        once. A small one is computed in one piece, which the compiler can fuse.
         """
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if targets.numel() * self.config.vocab_size > CHUNK_ABOVE:
@@ -345,6 +345,6 @@ class Transformer(nn.Module):
         x, patterns = self.tok_embeddings(tokens), []
         for block in self.layers:
             assert isinstance(block, Block)
-            patterns.append(block.attention.weights(block.attention_norm(x), cos, sin))
+            patterns.append(block.attention.pattern(block.attention_norm(x), cos, sin))
             x = block(x, cos, sin)
         return torch.stack(patterns)

@@ -1,4 +1,4 @@
-"""Smaller weights to decode with on a CPU: a token costs as long as it takes to read all weights once."""
+"""Smaller weights to write with on a CPU, where each token takes about as long as reading all weights once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).double()
         with warnings.catch_warnings():
-            # PyTorch means to replace this one day; of what it has today, nothing reads the weights as fast
+            # PyTorch plans to replace this function; today it has no other that reads the weights as fast
             warnings.simplefilter("ignore", UserWarning)
             zeros = torch.zeros(len(scale), dtype=torch.int64)
             rows = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
@@ -41,9 +41,9 @@ class Int8Linear(nn.Module):
 
 
 def int8_weights(model: Transformer) -> Transformer:
-    """A copy of a model for writing on a CPU, every matrix but the embedding table in int8: a quarter of the bytes.
+    """A copy of a model for a CPU, with every matrix but the embedding table in int8: a quarter of the bytes.
 
-    An approximation (notebook 05 shows how little it changes), and for inference only.
+    It is an approximation (notebook 05 shows how small the change is), and for inference only.
 
     Raises:
         ValueError: for a model on another device: a GPU decodes faster in bfloat16, by `model.bfloat16()`.

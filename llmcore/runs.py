@@ -15,12 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from llmcore.files import display_path, resolve
-
-try:
-    import fcntl
-except ImportError:  # Windows: runs there are not kept apart
-    fcntl = None  # type: ignore[assignment]
+from llmcore.files import display_path, lock, resolve
 
 MEASURED = ("tokens", "loss", "learning_rate", "grad_norm", "seconds", "tokens_per_second")  # in every event
 OPTIONAL: dict[str, tuple[type, ...]] = {"sample": (str,), "sample_prompt": (str,)}
@@ -98,8 +93,7 @@ def nobody_at_work(run_dir: Path) -> None:
 def _lock(file: IO[str], run_dir: Path) -> None:
     """Lock a run's lock file until it is closed."""
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, wait=False)
     except BlockingIOError:
         file.seek(0)
         owner = file.read()

@@ -64,7 +64,7 @@ class Tokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size = int(self._processor.vocab_size())
-        except Exception as error:  # SentencePiece raises whatever its parser meets
+        except Exception as error:  # SentencePiece's parser raises errors of several types
             raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: {error}") from None
         if not self.vocab_size:
             raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: no pieces")
@@ -87,12 +87,13 @@ class Tokenizer:
         return piece.replace(_SPACE, " ").encode()
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Text to ids; with bos in front and eos behind on request.
+        """Text to ids, on request with bos in front and eos behind.
 
         Raises:
             ValueError: for half a surrogate pair, which no UTF-8 text can hold.
         """
-        return [*[self.bos_id] * bos, *self.encode_array(text).tolist(), *[self.eos_id] * eos]
+        before, after = [self.bos_id] if bos else [], [self.eos_id] if eos else []
+        return [*before, *self.encode_array(text).tolist(), *after]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
         """`encode` for many texts, on all cores (`num_threads=-1`) at once."""
@@ -102,7 +103,7 @@ class Tokenizer:
             return self._processor.encode(list(texts), num_threads=num_threads)
 
     def encode_array(self, text: str) -> NDArray[np.int32]:
-        """`encode` without the detour of a list: about a third faster. Other threads go on meanwhile."""
+        """`encode` to an array, about a third faster. Other threads can run meanwhile."""
         first, *rest = self._spelled.split(text)  # text, sign, text, sign, …, text
         with _surrogates_refused():
             parts = [self._processor.encode(first, out_type="numpy")]
@@ -112,11 +113,11 @@ class Tokenizer:
         return np.concatenate(parts)
 
     def inner_pairs(self) -> set[str]:
-        """Every two characters that some piece holds side by side.
+        """Every two characters that stand side by side in some piece.
 
-        A text may be cut between any other two: no piece reaches across, so its parts encode as the whole does.
-        (BPE merges only what a piece holds. Unigram adds up scores along the text, so where two segmentations tie to
-        the last bit of a float, the cut may change which one wins.)
+        A text may be cut between any other two: no piece reaches across, so its parts encode as the whole does. (BPE
+        merges only what a piece holds. Unigram adds up scores along the text, so if two segmentations have the same
+        score to the last bit of a float, the cut may change which of them is taken.)
         """
         pieces = (self.id_to_piece(id) for id in range(self.vocab_size) if not self.is_byte(id))
         return {a + b for piece in pieces for a, b in pairwise(piece.replace(_SPACE, " "))}

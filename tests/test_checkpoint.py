@@ -26,7 +26,6 @@ from llmcore.checkpoint import (
     CheckpointError,
     checkpoints,
     find_checkpoint,
-    latest_checkpoint,
     load_checkpoint,
     load_weights,
     prune_checkpoints,
@@ -163,7 +162,7 @@ def test_a_damaged_file_is_named_and_latest_falls_back(name: str, damage: Any, t
     with pytest.raises(CheckpointError, match=f"{newer.name}/{name} is (damaged|missing)"):
         load_checkpoint(newer)
     with pytest.warns(UserWarning, match=f"passed over: .*{newer.name}/{name}"):
-        assert latest_checkpoint(tmp_path) == older
+        assert find_checkpoint(tmp_path) == older
     with pytest.warns(UserWarning, match="passed over"):
         assert load_checkpoint(tmp_path).step == 1
 
@@ -176,7 +175,7 @@ def test_a_folder_without_a_whole_manifest_is_no_checkpoint(damage: Any, tmp_pat
         load_checkpoint(newer)
     assert checkpoints(tmp_path) == [older]
     with pytest.warns(UserWarning, match=r"passed over: .*step=000002.*manifest\.json"):
-        assert latest_checkpoint(tmp_path) == older
+        assert find_checkpoint(tmp_path) == older
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", '{"step": "1", "loss": 1.0, "saved_at": 1.0, "sha256": []}'])
@@ -184,7 +183,7 @@ def test_a_manifest_of_another_kind_is_no_manifest(content: str, tmp_path: Path)
     older, newer = save(tmp_path, step=1), save(tmp_path, step=2)
     (newer / "manifest.json").write_text(content)
     with pytest.warns(UserWarning, match="passed over"):
-        assert latest_checkpoint(tmp_path) == older
+        assert find_checkpoint(tmp_path) == older
 
 
 def test_a_manifest_that_leaves_out_the_weights_vouches_for_nothing(tmp_path: Path) -> None:
@@ -251,7 +250,7 @@ def test_leftovers_of_a_killed_save_are_ignored_and_then_cleaned(tmp_path: Path)
     leftover = shutil.copytree(path, tmp_path / ".step=000009_loss=1.000.12345.tmp")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert latest_checkpoint(tmp_path) == path
+        assert find_checkpoint(tmp_path) == path
     prune_checkpoints(tmp_path, 2)
     assert not leftover.exists() and path.exists()
 
@@ -365,7 +364,7 @@ def test_a_folder_of_runs_means_the_run_that_saved_last(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path) == paths[1]
 
 
-def test_which_may_name_another_folder(tmp_path: Path) -> None:
+def test_checkpoint_dir_may_name_another_folder(tmp_path: Path) -> None:
     one, other = save(tmp_path / "one"), save(tmp_path / "other", step=2)
     assert find_checkpoint(tmp_path / "one", str(other)) == other
     assert find_checkpoint(tmp_path / "one", str(tmp_path / "other")) == other
@@ -449,7 +448,7 @@ def test_an_error_while_saving_leaves_no_folder_behind(tmp_path: Path, monkeypat
             with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left on device"):
                 save(tmp_path, tiny_model(2), step=2)
     assert contents(tmp_path) == before
-    assert latest_checkpoint(tmp_path) == path
+    assert find_checkpoint(tmp_path) == path
 
 
 KILLED_WHILE_SAVING = """

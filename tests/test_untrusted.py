@@ -245,6 +245,16 @@ def test_any_one_change_to_a_checkpoint_is_refused_or_harmless(
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize(("place", "value"), [("batch_size", None), ("batch_size", "8"), ("grad_accum_steps", 1.5)])
+def test_a_training_setting_that_is_no_count_is_refused_by_name(
+    place: str, value: Any, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = checkpoint_of("muon")
+    edit_json(path / "config.json", ("train", place), value)
+    with pytest.raises(CheckpointError, match=rf"config\.json cannot be used: train\.{place}: "):
+        resumed(path, tmp_path / "new")
+
+
 WEIGHT_CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "integers": (lambda t: t.to(torch.int64), "is int64; weights must be"),
     "booleans": (lambda t: t.bool(), "is bool; weights must be"),
@@ -539,8 +549,8 @@ def offsets_file(folder: Path, offsets: list[int]) -> None:
         ([0, 67, 34, 100], "offsets must rise"),
         ([0, 34, 67, 2**63], "offsets must rise"),
         ([1, 34, 67, 100], "offsets must rise"),
-        ([0, 34, 67], "does not hold the offsets of 3 documents"),
-        ([], "does not hold the offsets of 3 documents"),
+        ([0, 34, 67], "train.offsets is damaged: it has 24 bytes, not 32"),
+        ([], "train.offsets is damaged: it has 0 bytes, not 32"),
         ([0, 33, 67, 100], "not the documents of train.offsets"),
     ],
 )

@@ -29,13 +29,8 @@ from tqdm import tqdm
 from llmcore.corpus.texts import TextFile, cut_text, survey_texts, text_blocks
 from llmcore.corpus.token_files import finish_split, publish, write_manifest
 from llmcore.dataset import FORMAT_VERSION, PREPARE_AGAIN, SPLITS, DatasetError, verify_dataset
-from llmcore.files import write_atomic
+from llmcore.files import lock, write_atomic
 from llmcore.tokenizer import Tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
 
 BLOCK = 1 << 14  # characters that are encoded in one go
 SAVED_EVERY = 1 << 24  # characters between two lines of the journal inside a long document
@@ -145,8 +140,7 @@ def _only_preparation(folder: Path) -> Iterator[None]:
     """Wait until no other process prepares this folder, and keep others waiting."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

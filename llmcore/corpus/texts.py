@@ -15,11 +15,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: what killed processes leave stays there
-    fcntl = None  # type: ignore[assignment]
-
 # What texts in Chinese, and in most others, are full of; to tell encodings apart
 FREQUENT = "，。的一是不了人我在有他这這为為们們来來个個说說国國道上大中到就那你要出也得里裡后後会會 \n"
 FREQUENT += "abcdefghijklmnopqrstuvwxyz"

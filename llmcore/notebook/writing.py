@@ -15,7 +15,7 @@ import torch
 
 from llmcore.checkpoint import CheckpointError, load_checkpoint
 from llmcore.files import display_path, one_line
-from llmcore.generate import PIECE_CHARACTERS, check_sampling, generate_ids, prompt_ids
+from llmcore.generate import PIECE_CHARACTERS, Sampling, generate_ids, prompt_ids
 from llmcore.model import Transformer
 from llmcore.notebook.dashboard import output
 from llmcore.notebook.explorers import LABELLED, WIDE, Explorer, row
@@ -224,7 +224,7 @@ class WritingPanel(Explorer):
             "min_p": self.min_p.value,
             "repetition_penalty": self.repetition_penalty.value,
         }
-        check_sampling(self.count.value, **values)
+        Sampling(**values).check(self.count.value)
         return {**values, "seed": int(seed) if seed else None}
 
     def _drafts(self) -> list[Draft]:
