@@ -23,7 +23,7 @@ from llmcore.formats.llama2c import to_llama2c
 from llmcore.generate import generate, stream
 from llmcore.notebook import widgets
 from llmcore.notebook.run_page import write_index
-from llmcore.notebook.safe_html import SHOWN, ending, escaped, visible
+from llmcore.notebook.safe_html import SHOWN, ending, html_text, visible
 from llmcore.notebook.trackers import tracker_callback
 from llmcore.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ def acts(text: str) -> set[str]:
 
 @given(ANY)
 def test_no_character_acts_in_a_shown_text_name_or_path(text: str) -> None:
-    for form in (visible(text), escaped(text), one_line(text), display_path(f"runs/{text}"), visible(ending(text))):
+    for form in (visible(text), html_text(text), one_line(text), display_path(f"runs/{text}"), visible(ending(text))):
         assert not acts(form)
         form.encode()
     assert len(one_line(text).splitlines()) <= 1 and "\t" not in one_line(text)
@@ -94,7 +94,7 @@ def test_a_prompt_of_any_length_is_written_after_its_visible_end(
 
 def test_names_of_files_are_printed_on_one_visible_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [next(line for line in cell("01_tokenize", "left out:").splitlines() if "left out:" in line)]
-    lines += [next(line for line in cell("02_dataset", "held out:").splitlines() if "held out:" in line)]
+    lines += [next(line for line in cell("02_dataset", "held_out = ").splitlines() if "held out:" in line)]
     for line in lines:
         exec(line, {"refused": {HOSTILE: "no text"}, "held_out": [HOSTILE], "one_line": one_line})
         printed = capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_an_export_that_cannot_be_written_is_left_out_with_a_word(
     (tmp_path / "outputs" / "export").write_text("a file in the way", encoding="utf-8")
     save_checkpoint(tmp_path / "run", tiny_model(vocab_size=tokenizer.vocab_size), tokenizer, step=3, loss=2.0)
     space = {"checkpoint": load_checkpoint(tmp_path / "run"), "torch": torch, "widgets": widgets}
-    space |= {name: getattr(files, name) for name in ("resolve", "shown")}
+    space |= {name: getattr(files, name) for name in ("resolve", "display_path")}
     space |= {"to_hf": to_hf, "to_llama2c": to_llama2c, "to_gguf": to_gguf}
     exec(cell("05_generate", "export_dir = "), space)
     assert space["hf_dir"] is None and "left out, since outputs/export/run" in capsys.readouterr().out

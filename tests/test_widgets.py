@@ -29,7 +29,7 @@ from llmcore.notebook import toy_reverse
 from llmcore.notebook.dashboard import TrainingDashboard, duration, run_status
 from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
 from llmcore.notebook.plots import png
-from llmcore.notebook.safe_html import boxes, escaped, piece_text, table, visible
+from llmcore.notebook.safe_html import boxes, html_text, piece_text, table, visible
 from llmcore.notebook.widgets import run_table
 from llmcore.notebook.writing import WritingPanel, odds
 from llmcore.runs import read_metrics
@@ -104,7 +104,7 @@ class Person:
 
 
 def test_nothing_from_outside_acts() -> None:
-    for shown in (escaped(HOSTILE), boxes([HOSTILE], [HOSTILE], [HOSTILE]), table([{HOSTILE: HOSTILE}], HOSTILE)):
+    for shown in (html_text(HOSTILE), boxes([HOSTILE], [HOSTILE], [HOSTILE]), table([{HOSTILE: HOSTILE}], HOSTILE)):
         assert not tags(shown) & {"script", "img"}
         assert not set(shown) & {"\x1b", "\x00", "\u202e"}
     assert "⟨1B⟩[31mred⟨1B⟩[0m" in visible(HOSTILE) and visible("一\n二\t三 ⏎ é🙂") == "一\n二\t三 ⏎ é🙂"
@@ -359,8 +359,8 @@ def test_windows_follow_one_another_and_documents_begin_where_the_data_set_says(
         begins = [int(o) for o in data.offsets[:-1] if number * 32 <= o < number * 32 + len(ids)]
         assert words(explorer.result.value).count(" begins") == len(begins)
         assert not tags(explorer.result.value) & {"script", "img"} and "\x1b" not in explorer.result.value
-        explorer.on.click()
-    explorer.on.click()
+        explorer.next_button.click()
+    explorer.next_button.click()
     assert explorer.window.value == data.n_windows - 1
     for name, offset in zip(explorer.names, data.offsets, strict=False):
         explorer.document.value = name
@@ -375,7 +375,7 @@ def test_the_jump_box_says_what_it_does_not_find_and_what_is_near(small_data: tu
     for typed, hint in (("STORY", "story-0.txt"), ("stroy-1.tx", "story-1.txt"), ("<img src=x>\x1b", "first of")):
         explorer.document.value = typed
         said = words(explorer.notice.value)
-        assert "no document" in said and hint in said and escaped(typed) in explorer.notice.value
+        assert "no document" in said and hint in said and html_text(typed) in explorer.notice.value
         assert not tags(explorer.notice.value) & {"img"}
         assert (explorer.window.value, explorer.result.value) == (place, page)
     for right in ("", f" {explorer.names[0]} "):

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from llmcore.files import display_path, write_atomic
 from llmcore.notebook import plots
 from llmcore.notebook.run_page import write_summary
-from llmcore.notebook.safe_html import escaped
+from llmcore.notebook.safe_html import html_text
 from llmcore.runs import read_metrics
 from llmcore.train import Event, Trainer
 
@@ -340,12 +340,12 @@ class TrainingDashboard:
 
     def _say(self, state: str) -> None:
         """Put the state into words, and let only those buttons be pressed that do something."""
-        self.status.value = f"<b>state: {escaped(state)}</b>"
+        self.status.value = f"<b>state: {html_text(state)}</b>"
         self.pause_button.disabled, self.resume_button.disabled = self._paused, not self._paused
 
     def _show(self, event: Event, trainer: Trainer, left: float) -> None:
         cells = "".join(
-            f'<td style="padding:0 1.2em 0 0"><small>{escaped(name)}</small><br><b>{escaped(value)}</b></td>'
+            f'<td style="padding:0 1.2em 0 0"><small>{html_text(name)}</small><br><b>{html_text(value)}</b></td>'
             for name, value in run_status(self._validated | event, trainer, left).items()
         )
         self.numbers.value = f"<table><tr>{cells}</tr></table>"
@@ -358,10 +358,10 @@ class TrainingDashboard:
         if "sample" in event:
             self.newest.value = (
                 f'<p style="white-space:pre-wrap;max-width:60em"><small>sample after step {event["step"]:,}</small><br>'
-                f"<b>{escaped(event['sample_prompt'])}</b>{escaped(event['sample'])}</p>"
+                f"<b>{html_text(event['sample_prompt'])}</b>{html_text(event['sample'])}</p>"
             )
         elif "checkpoint" in event:
-            self.status.value += f" <small>saved {escaped(display_path(event['checkpoint']))}</small>"
+            self.status.value += f" <small>saved {html_text(display_path(event['checkpoint']))}</small>"
 
     def _draw(self) -> float:
         """Draw the curves; returns the seconds it took."""

@@ -19,7 +19,7 @@ from llmcore.generate import PIECE_CHARACTERS, check_sampling, generate_ids, pro
 from llmcore.model import Transformer
 from llmcore.notebook.dashboard import output
 from llmcore.notebook.explorers import LABELLED, WIDE, Explorer, row
-from llmcore.notebook.safe_html import ending, escaped, piece_text
+from llmcore.notebook.safe_html import ending, html_text, piece_text
 from llmcore.tokenizer import Tokenizer
 
 REFRESH = 0.05  # seconds between two updates of the text
@@ -102,10 +102,10 @@ class Draft:
 
     def as_html(self, with_odds: bool = False) -> str:
         """Prompt and text; with odds, each token says its own and those of its rivals under the mouse."""
-        written = self._spans() if with_odds else escaped(self.text())
+        written = self._spans() if with_odds else html_text(self.text())
         return (
-            f'<div style="flex:1 1 20em;max-width:60em"><small>{escaped(self.name)}</small>'
-            f'<p style="white-space:pre-wrap;line-height:1.9"><b>{escaped(ending(self.prompt))}</b>{written}</p></div>'
+            f'<div style="flex:1 1 20em;max-width:60em"><small>{html_text(self.name)}</small>'
+            f'<p style="white-space:pre-wrap;line-height:1.9"><b>{html_text(ending(self.prompt))}</b>{written}</p></div>'
         )
 
     def _spans(self) -> str:
@@ -119,9 +119,9 @@ class Draft:
             least = min(least, own)
             if text := decoder.decode(tokenizer.id_to_bytes(id)):
                 line = "text-decoration:underline dotted" if least < UNLIKELY else "text-decoration:none"
-                hint = escaped("\n".join(hints))
+                hint = html_text("\n".join(hints))
                 spans.append(
-                    f'<span class="llm-token" tabindex="0" data-odds="{hint}" style="{line}">{escaped(text)}</span>'
+                    f'<span class="llm-token" tabindex="0" data-odds="{hint}" style="{line}">{html_text(text)}</span>'
                 )
                 hints, least = [], 1.0
         return "".join(spans)
@@ -211,7 +211,7 @@ class WritingPanel(Explorer):
             self.write_button.disabled, self.stop_button.disabled = False, True
 
     def _say(self, state: str) -> None:
-        self.state.value = f"state: {escaped(state)}"
+        self.state.value = f"state: {html_text(state)}"
 
     def _sampling(self) -> dict[str, Any]:
         seed = self.seed.value.strip()
