@@ -238,7 +238,7 @@ class ReversalExplorer(Explorer):
         written = html_text(toy_reverse.labels([*self._ids, toy_reverse.EOS])[row + 1])
         self.result.value = (
             f"<p>answer: <code><b>{html_text(self.answer)}</b></code> ({verdict})</p>"
-            f"<p>To write sign {self.place.value}, “{written}”, each head looks at (^ begin, | separator; the bluer, the "
-            f"more; framed: the most):</p>"
+            f"<p>To write sign {self.place.value}, “{written}”, each head looks at (^ begin, | separator; the bluer, "
+            f"the more; framed: the most):</p>"
             f"<table><tr><th></th>{head}<th></th></tr>{rows}</table>"
         )

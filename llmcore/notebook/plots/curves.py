@@ -144,7 +144,7 @@ def training_curves(
     return figure
 
 
-COSTS = {  # column of `runs.validations` -> what its axis says
+COSTS = {  # key of `compare_runs.validations` -> label of its axis
     "steps": "optimizer steps",
     "tokens": "tokens read",
     "seconds": "seconds spent in steps",
