@@ -154,7 +154,7 @@ HUGE = """
 import time
 import torch
 from llmcore.config import preset
-from llmcore.memory import check_memory
+from llmcore.measure.memory import check_memory
 from llmcore.planner import plan, resident_bytes
 from llmcore.runs import TrainingError
 model, train = preset("scifi-1.5B")
