@@ -238,7 +238,7 @@ def named_texts(documents: Documents) -> dict[str, str]:
     if not texts:
         raise ValueError("no documents to evaluate on")
     if len(texts) < len(documents):
-        raise ValueError(f"the {len(documents)} documents have only {len(texts)} names: is a file in the list twice?")
+        raise ValueError(f"the {len(documents)} documents have only {len(texts)} names: is a file named twice?")
     if empty := [name for name, text in texts.items() if not text]:
         raise ValueError(f"without text, and so without bits per byte: {', '.join(empty[:5])}; leave them out")
     return texts
