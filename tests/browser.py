@@ -246,7 +246,7 @@ def test_pages_of_a_data_set(open_notebook: Callable[[str], Notebook]) -> None:
     result = notebook.page.locator(".widget-html", has_text="val split").last
     expect(result).to_contain_text("begins")
     before = result.inner_text()
-    notebook.button("on").click()
+    notebook.button("next").click()
     expect(result).to_contain_text("window 1 of")
     assert result.inner_text() != before
     notebook.button("back").click()

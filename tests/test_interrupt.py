@@ -94,7 +94,7 @@ def printed(folder: Path) -> str:
 
 DASHBOARD = """
 from pathlib import Path
-from llmcore.widgets import TrainingDashboard
+from llmcore.notebook.widgets import TrainingDashboard
 from tests.test_train import quick, trainer
 
 one = trainer(Path("run").absolute(), quick(max_steps=10**6, schedule="plateau"))

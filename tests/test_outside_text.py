@@ -23,7 +23,7 @@ from llmcore.formats.llama2c import to_llama2c
 from llmcore.generate import generate, stream
 from llmcore.notebook import widgets
 from llmcore.notebook.run_page import write_index
-from llmcore.notebook.safe_html import SHOWN, ending, escaped, visible
+from llmcore.notebook.safe_html import SHOWN, ending, html_text, visible
 from llmcore.notebook.trackers import tracker_callback
 from llmcore.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ def acts(text: str) -> set[str]:
 
 @given(ANY)
 def test_no_character_acts_in_a_shown_text_name_or_path(text: str) -> None:
-    for form in (visible(text), escaped(text), one_line(text), display_path(f"runs/{text}"), visible(ending(text))):
+    for form in (visible(text), html_text(text), one_line(text), display_path(f"runs/{text}"), visible(ending(text))):
         assert not acts(form)
         form.encode()
     assert len(one_line(text).splitlines()) <= 1 and "\t" not in one_line(text)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from IPython.core.interactiveshell import InteractiveShell
 
 from llmcore.files import PROJECT_ROOT
 from llmcore.notebook.parameters import PARAMETERS, ParameterError, check_parameters
 
 
+def parameters_cell(*names: str) -> str:
+    return "\n".join(f"{name}: object = None  # what it is for" for name in names)
+
+
 def checked(**values: Any) -> dict[str, Any]:
-    check_parameters(values, " ".join(values))
-    return values
+    namespace = {**values, "In": ["", parameters_cell(*values), "check_parameters(globals())"]}
+    check_parameters(namespace)
+    return namespace
 
 
 @pytest.mark.parametrize(
@@ -120,13 +127,54 @@ def test_any_value_is_taken_or_refused_by_name(name: str, value: object) -> None
 
 
 def test_all_faults_are_named_at_once_with_the_nearest_known_names() -> None:
-    values: dict[str, Any] = {"vocab_size": 1, "device": "cud", "In": ["x = 1", "# Parameters\nvocab_sise = 9\n"]}
+    cells = [parameters_cell("vocab_size", "device"), "# Parameters\nvocab_sise = 9\n"]
     with pytest.raises(ParameterError) as error:
-        check_parameters(values, "vocab_size device")
+        check_parameters({"vocab_size": 1, "device": "cud", "In": cells})
     message = str(error.value)
     assert "vocab_size=1 must be between 262 and" in message
     assert "did you mean cuda" in message
     assert "unknown parameter vocab_sise: did you mean vocab_size" in message
+
+
+def test_the_latest_run_of_the_parameters_cell_counts() -> None:
+    injected = "# Parameters\nsed = 1\n"
+    cells = ["", parameters_cell("seed"), injected, "check_parameters(globals())", "%%time\nx", "seed: int = 1\nx = 2"]
+    with pytest.raises(ParameterError, match="unknown parameter sed: did you mean seed"):
+        check_parameters({"seed": 0, "In": cells})
+
+    namespace = {"seed": "0", "In": [*cells, "# Parameters\nseed = 0\n"]}  # the typing error is mended
+    check_parameters(namespace)
+    assert namespace["seed"] == 0
+
+    namespace = {"seed": "0", "device": "cpu", "In": [*cells, parameters_cell("seed", "device")]}
+    check_parameters(namespace)
+    assert namespace["seed"] == 0
+
+
+def test_parameters_of_the_readers_own_are_left_alone() -> None:
+    assert checked(seed="3", note=["mine"])["note"] == ["mine"]
+
+
+def test_without_the_parameters_cell_the_error_says_so() -> None:
+    with pytest.raises(ParameterError, match="run the cell with the parameters first"):
+        check_parameters({"In": ["", "check_parameters(globals())"]})
+
+
+def test_in_a_kernel_the_names_come_from_the_history() -> None:
+    shell = InteractiveShell()
+    for cell in ("seed: int = '7'  # of everything", "from llmcore.notebook.parameters import check_parameters"):
+        shell.run_cell(cell, store_history=True).raise_error()
+    shell.run_cell("check_parameters(globals())", store_history=True).raise_error()
+    assert shell.user_ns["seed"] == 7
+    shell.run_cell("# Parameters\nsede = 1\n", store_history=True).raise_error()
+    with pytest.raises(ParameterError, match="unknown parameter sede"):
+        shell.run_cell("check_parameters(globals())", store_history=True).raise_error()
+
+
+@pytest.mark.parametrize("file", sorted((PROJECT_ROOT / "notebooks").glob("*.py")), ids=lambda file: file.stem)
+def test_every_parameter_of_the_notebooks_is_known(file: Path) -> None:
+    source = file.read_text(encoding="utf-8").split('# %% tags=["parameters"]\n')[1].split("# %%")[0]
+    assert set(re.findall(r"^(\w+):", source, re.MULTILINE)) <= set(PARAMETERS)
 
 
 def test_a_known_corpus_need_not_exist_yet(tmp_path: Path) -> None:

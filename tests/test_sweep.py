@@ -15,7 +15,15 @@ from llmcore.config import preset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
 from llmcore.measure.compare_runs import read_run
-from llmcore.measure.sweep import SweepError, finished, isoflop_grid, run_outcome, run_sweep, scaled_to_width
+from llmcore.measure.sweep import (
+    SweepError,
+    finished,
+    isoflop_grid,
+    remove_unfinished,
+    run_outcome,
+    run_sweep,
+    scaled_to_width,
+)
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 
@@ -105,6 +113,28 @@ def test_a_finished_run_is_told_from_a_stopped_one_and_from_another(tmp_path: Pa
     assert found["flops"] == pytest.approx(events[-1]["tokens"] * tiny_config().flops_per_token())
 
 
+@pytest.mark.parametrize("file", ["notes.txt", "step=000002_loss=1.000", ".step=000002_loss=1.000"])
+def test_a_folder_with_other_files_is_left_as_it_is(file: str, tmp_path: Path) -> None:
+    """There is no checkpoint in it, but it does not only hold what an unfinished run leaves."""
+    folder = tmp_path / "run"
+    (folder / file).mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(SweepError, match=f"^run: .*{file} was not written by an unfinished run; move it"):
+        list(run_sweep({"run": {"max_steps": 2}}, tmp_path))
+    assert (folder / file).exists() and (folder / "metrics.jsonl").exists()
+
+
+def test_what_an_unfinished_run_leaves_is_removed(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=6))
+    steps = run.steps()
+    next(steps)
+    steps.close()
+    for checkpoint in (tmp_path / "run").glob("step=*"):
+        checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.7.tmp"))
+    remove_unfinished(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_sweep_leaves_finished_runs_alone_resumes_stopped_ones_and_names_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,6 +168,6 @@ def test_a_sweep_leaves_finished_runs_alone_resumes_stopped_ones_and_names_a_fai
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == written
     with pytest.raises(SweepError, match="^bad: "):
         list(run_sweep({"bad": {"max_steps": -1}}, runs, notebook=tmp_path / "train.ipynb"))
-    with pytest.raises(SweepError, match="new is of another sweep"):
+    with pytest.raises(SweepError, match="new belongs to another sweep"):
         list(run_sweep({"fresh": {"max_steps": 2}, "new": {"max_steps": 9}}, runs, notebook=tmp_path / "train.ipynb"))
     assert not (runs / "fresh").exists()

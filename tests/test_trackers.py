@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llmcore.notebook.trackers import tracker_callback
+from llmcore.notebook.trackers import check_tracker, tracker_callback
 from llmcore.runs import read_metrics
 from llmcore.train import Trainer
 
@@ -60,7 +60,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 from tests.test_trackers import trained
-from llmcore.trackers import tracker_callback
+from llmcore.notebook.trackers import tracker_callback
 run = Path({str(tmp_path / "run")!r})
 trained(run, tracker_callback("wandb", "novels", run, {{"dim": 32}}))
 """
@@ -99,11 +99,14 @@ def test_a_tracker_that_fails_is_named_once_and_training_goes_on(begins: bool, t
 
 def test_names_and_packages_are_checked_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="tracker='tensorbord': did you mean tensorboard"):
+        check_tracker("tensorbord")
+    with pytest.raises(ValueError, match="tracker='tensorbord': did you mean tensorboard"):
         tracker_callback("tensorbord", "p", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ModuleNotFoundError, match=r"tracker='wandb' is not installed; run: pip install 'llmcore\[wandb"
     ):
-        tracker_callback("wandb", "p", tmp_path)
+        check_tracker("wandb")
+    check_tracker(None)
     tracker_callback(None, "p", tmp_path)({"step": 1})
     assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ from llmcore.notebook import toy_reverse
 from llmcore.notebook.dashboard import TrainingDashboard, duration, run_status
 from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
 from llmcore.notebook.plots import png
-from llmcore.notebook.safe_html import boxes, escaped, piece_text, table, visible
+from llmcore.notebook.safe_html import boxes, html_text, piece_text, table, visible
 from llmcore.notebook.widgets import run_table
 from llmcore.notebook.writing import WritingPanel, odds
 from llmcore.runs import read_metrics
@@ -104,7 +104,7 @@ class Person:
 
 
 def test_nothing_from_outside_acts() -> None:
-    for shown in (escaped(HOSTILE), boxes([HOSTILE], [HOSTILE], [HOSTILE]), table([{HOSTILE: HOSTILE}], HOSTILE)):
+    for shown in (html_text(HOSTILE), boxes([HOSTILE], [HOSTILE], [HOSTILE]), table([{HOSTILE: HOSTILE}], HOSTILE)):
         assert not tags(shown) & {"script", "img"}
         assert not set(shown) & {"\x1b", "\x00", "\u202e"}
     assert "⟨1B⟩[31mred⟨1B⟩[0m" in visible(HOSTILE) and visible("一\n二\t三 ⏎ é🙂") == "一\n二\t三 ⏎ é🙂"
@@ -223,14 +223,22 @@ def test_a_paused_run_saves_and_samples_at_once(tmp_path: Path, watched: None, s
             (lambda: run.step >= 2, lambda: board.pause_button.click()),
             (person.says("paused at step"), ask),
             (
-                lambda: "操曹" in board.newest.value and bool(checkpoints(run.run_dir)),
+                lambda: "操曹" in board.sample.value and bool(checkpoints(run.run_dir)),
                 lambda: board.stop_button.click(),
             ),
         )
     )
     assert checkpoint_step(run) == run.step, "stop took a step although the run was paused"
-    assert not tags(board.newest.value) & {"script", "img"} and "\x1b" not in board.newest.value
-    assert "<b>曹操" in words(board.newest.value)
+    assert not tags(board.sample.value) & {"script", "img"} and "\x1b" not in board.sample.value
+    assert "<b>曹操" in words(board.sample.value)
+
+
+def test_of_a_long_prompt_the_dashboard_shows_the_end(tmp_path: Path, watched: None, screen: Screen) -> None:
+    config = quick(max_steps=2, sample_interval=1, sample_prompt="曹" * 200_000 + "操")
+    board = TrainingDashboard()
+    asyncio.run(board.run(trainer(tmp_path / "run", config, sampler=lambda prompt: "written")))
+    shown = words(board.sample.value)
+    assert "characters) …曹" in shown and "操 written" in shown and len(board.sample.value) < 2000
 
 
 def test_a_prompt_that_cannot_be_sampled_is_said_and_the_run_goes_on(
@@ -248,7 +256,7 @@ def test_a_prompt_that_cannot_be_sampled_is_said_and_the_run_goes_on(
     asyncio.run(
         person.act(
             (lambda: run.step >= 2, ask),
-            (lambda: told in words(board.newest.value), lambda: board.stop_button.click()),
+            (lambda: told in words(board.sample.value), lambda: board.stop_button.click()),
         )
     )
     assert [event for event in read_metrics(run.run_dir) if told in event.get("sample", "")]
@@ -359,8 +367,8 @@ def test_windows_follow_one_another_and_documents_begin_where_the_data_set_says(
         begins = [int(o) for o in data.offsets[:-1] if number * 32 <= o < number * 32 + len(ids)]
         assert words(explorer.result.value).count(" begins") == len(begins)
         assert not tags(explorer.result.value) & {"script", "img"} and "\x1b" not in explorer.result.value
-        explorer.on.click()
-    explorer.on.click()
+        explorer.next_button.click()
+    explorer.next_button.click()
     assert explorer.window.value == data.n_windows - 1
     for name, offset in zip(explorer.names, data.offsets, strict=False):
         explorer.document.value = name
@@ -375,7 +383,7 @@ def test_the_jump_box_says_what_it_does_not_find_and_what_is_near(small_data: tu
     for typed, hint in (("STORY", "story-0.txt"), ("stroy-1.tx", "story-1.txt"), ("<img src=x>\x1b", "first of")):
         explorer.document.value = typed
         said = words(explorer.notice.value)
-        assert "no document" in said and hint in said and escaped(typed) in explorer.notice.value
+        assert "no document" in said and hint in said and html_text(typed) in explorer.notice.value
         assert not tags(explorer.notice.value) & {"img"}
         assert (explorer.window.value, explorer.result.value) == (place, page)
     for right in ("", f" {explorer.names[0]} "):
@@ -386,15 +394,8 @@ def test_the_jump_box_says_what_it_does_not_find_and_what_is_near(small_data: tu
 @pytest.fixture
 def toy() -> Transformer:
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": toy_reverse.VOCAB_SIZE,
-        "dim": 32,
-        "n_layers": 2,
-        "n_heads": 3,
-        "head_dim": 8,
-        "hidden_dim": 48,
-    }
-    return Transformer(ModelConfig(**shape, max_seq_len=80))
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 3, "head_dim": 8, "hidden_dim": 48}
+    return Transformer(ModelConfig(vocab_size=toy_reverse.VOCAB_SIZE, max_seq_len=80, **shape))
 
 
 def test_each_head_is_shown_where_it_looks_most(toy: Transformer) -> None:

@@ -1,4 +1,4 @@
-"""Runs side by side: their validations, what each cost, and a table of them."""
+"""Compare runs: their validations, what each run cost, and a table of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ from llmcore.config import PRESETS, ModelConfig
 from llmcore.files import display_path, read_json, resolve
 from llmcore.runs import read_metrics
 
-try:
-    import fcntl
-except ImportError:  # Windows: runs there are not kept apart
-    fcntl = None  # type: ignore[assignment]
-
-
-# Runs side by side
-
-LARGEST_CONFIG = 10_000_000  # bytes of a config.json; what is larger was not written here
+LARGEST_CONFIG = 10_000_000  # bytes of a config.json; this package writes no larger ones
 _COUNT = {"type": "integer", "minimum": 1, "maximum": 10**15}
 CONFIG_SCHEMA = {
     "type": "object",
@@ -51,9 +43,9 @@ COLUMNS = (
 
 
 def find_runs(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The run folders below a folder, at any depth, in order of their names: those with metrics and a configuration."""
-    walk = os.walk(resolve(output_dir))
-    return sorted(Path(folder) for folder, inner, files in walk if {"metrics.jsonl", "config.json"} <= {*inner, *files})
+    """The run folders in a folder, at any depth, sorted by name: folders with metrics and a configuration."""
+    needed = {"metrics.jsonl", "config.json"}
+    return sorted(Path(folder) for folder, inner, files in os.walk(resolve(output_dir)) if needed <= {*inner, *files})
 
 
 def read_run(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -61,108 +53,116 @@ def read_run(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: naming the field, if it is not what this version writes.
+        ValueError: naming the field, if it does not have the form that this version writes.
     """
     file = resolve(run_dir) / "config.json"
-    if not file.is_file() or file.stat().st_size > LARGEST_CONFIG:  # a pipe would wait for ever
+    if not file.is_file() or file.stat().st_size > LARGEST_CONFIG:  # reading a pipe would wait for ever
         raise ValueError(f"{display_path(file)} cannot be used: it is no file of at most {LARGEST_CONFIG // 10**6} MB")
     config = read_json(file, CONFIG_SCHEMA)
-    ModelConfig.from_dict(config["model"])
+    ModelConfig.from_dict(config["model"])  # raises if the values do not fit together
     return config
 
 
 def read_events(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """A run's events, each with the numbers that tables and figures need; what lacks them is left out.
+    """A run's events. Those without the numbers that tables and figures need are left out.
 
     Raises:
-        OSError: if they cannot be read.
-        ValueError: if there is something, and no event in it.
+        OSError: if the file cannot be read.
+        ValueError: if the file is missing, or is not empty and holds no event.
     """
     file = resolve(run_dir) / "metrics.jsonl"
     if not file.is_file():
         raise ValueError(f"{display_path(file)} cannot be used: it is no file")
-    events = [event for event in read_metrics(run_dir) if isinstance(event, dict) and _usable(event)]
+    events = [event for event in read_metrics(run_dir) if _usable(event)]
     if not events and file.stat().st_size:
         raise ValueError(f"{display_path(file)} cannot be used: it holds no whole event of a run")
     return events
 
 
 def _usable(event: dict[str, Any]) -> bool:
-    needed: list[Any] = [event.get(name) for name in ("step", "tokens", "seconds")]
-    measured = [event[name] for name in ("val_loss", "val_bits_per_byte") if name in event]  # may be infinite, or NaN
-    return all(type(value) in (int, float) and abs(value) < 1e18 for value in needed) and all(
-        type(value) is float or (type(value) is int and abs(value) < 1e18) for value in measured
-    )
+    """Whether an event's counts are numbers in a sensible range. A validation's may also be infinite or NaN."""
+
+    def in_range(value: Any) -> bool:
+        return type(value) in (int, float) and abs(value) < 1e18
+
+    counts = [event.get(name) for name in ("step", "tokens", "seconds")]
+    validation = [event[name] for name in ("val_loss", "val_bits_per_byte") if name in event]
+    return all(map(in_range, counts)) and all(type(value) is float or in_range(value) for value in validation)
 
 
 def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """A run's validations, and what each had cost by then.
+    """A run's validations, and what the run had cost by then.
 
     Returns:
-        For each: val_loss (nats per token) and, where the data knows, val_bits_per_byte; steps, tokens, seconds (spent
-        in steps, without validation and samples) and flops (forward and backward).
+        For each: val_loss (nats per token) and, if the data set knows its bytes, val_bits_per_byte; steps, tokens,
+        seconds (spent in steps, without validation and samples) and flops (forward and backward).
 
     Raises:
         OSError, ValueError: if the run cannot be read, with the reason.
     """
     model = ModelConfig.from_dict(read_run(run_dir)["model"])
-    found, seconds = [], 0.0
+    points, seconds = [], 0.0
     for event in read_events(run_dir):
         seconds += event["seconds"]
         if "val_loss" in event:
             point: dict[str, float] = {k: event[k] for k in ("val_loss", "val_bits_per_byte") if k in event}
             costs = {"seconds": seconds, "flops": event["tokens"] * model.flops_per_token()}
-            found.append({**point, "steps": event["step"], "tokens": event["tokens"], **costs})
-    return found
+            points.append({**point, "steps": event["step"], "tokens": event["tokens"], **costs})
+    return points
 
 
 def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]]:
-    """Runs as rows of a table, values as words: what each was, what it cost and how good it became.
+    """Runs as rows of a table, values as text: what each run is, what it cost and how good it became.
 
-    "differs in" names the training settings that are not the same in all of them. A run that cannot be read says so,
-    and why, in the place of its preset: what lies in a folder may be broken, of a newer version, or no run at all.
+    "differs in" has the training settings that are not the same in all runs. The row of a run that cannot be read has
+    the reason in place of the preset: the files in a folder may be broken, of a newer version, or not of a run.
     """
-    read = [_readable(resolve(folder)) for folder in run_dirs]
-    settings = [found[0]["train"] for found in read if not isinstance(found, str)]
-    varied = [name for name in (settings[0] if settings else {}) if len({str(each.get(name)) for each in settings}) > 1]
+    folders = [resolve(folder) for folder in run_dirs]
+    records = [_read_or_reason(folder) for folder in folders]
+    settings = [record[0]["train"] for record in records if not isinstance(record, str)]
+    names = list(settings[0]) if settings else []
+    varied = [name for name in names if len({str(train.get(name)) for train in settings}) > 1]
+
     rows = []
-    for folder, found in zip(map(resolve, run_dirs), read, strict=True):
-        if isinstance(found, str):
-            rows.append({"run": folder.name, "preset": f"unreadable: {found}", **dict.fromkeys(COLUMNS[2:], "–")})
-            continue
-        config, events, measured = found
-        last = measured[-1] if measured else {}
-        best = min(measured, key=lambda point: point["val_loss"], default={})
-        reached = events[-1]["step"] if events else 0
-        model, train = ModelConfig.from_dict(config["model"]), config["train"]
-        seconds = sum(event["seconds"] for event in events)
-        rows.append(
-            {
-                "run": folder.name,
-                "preset": preset_of(model),
-                "parameters": f"{model.n_params() / 1e6:,.1f} M",
-                "steps": f"{reached:,} of {train['max_steps']:,}",
-                "tokens": f"{events[-1]['tokens'] if events else 0:,}",
-                "validation (nats/token)": _measured(last, "val_loss", reached),
-                "best": _measured(best, "val_loss", reached),
-                "bits per byte": _measured(last, "val_bits_per_byte", reached),
-                "time": f"{seconds / 60:,.1f} min",
-                "device": f"{config['device']}, {config['precision']}",
-                "differs in": ", ".join(f"{name}={train.get(name)}" for name in varied) or "–",
-            }
-        )
+    for folder, record in zip(folders, records, strict=True):
+        if isinstance(record, str):
+            rows.append({"run": folder.name, "preset": f"unreadable: {record}", **dict.fromkeys(COLUMNS[2:], "–")})
+        else:
+            rows.append({"run": folder.name, **_row(*record, varied)})
     return rows
 
 
-def _measured(point: Mapping[str, float], name: str, reached: int) -> str:
-    """A validation's figure in words, with its step where the run has gone on since; "–" for none."""
+def _row(
+    config: dict[str, Any], events: list[dict[str, Any]], points: list[dict[str, float]], varied: Sequence[str]
+) -> dict[str, str]:
+    """A run's row of the table, without its name."""
+    model, train = ModelConfig.from_dict(config["model"]), config["train"]
+    last = points[-1] if points else {}
+    best = min(points, key=lambda point: point["val_loss"], default={})
+    step = events[-1]["step"] if events else 0
+    return {
+        "preset": preset_of(model),
+        "parameters": f"{model.n_params() / 1e6:,.1f} M",
+        "steps": f"{step:,} of {train['max_steps']:,}",
+        "tokens": f"{events[-1]['tokens'] if events else 0:,}",
+        "validation (nats/token)": _with_step(last, "val_loss", step),
+        "best": _with_step(best, "val_loss", step),
+        "bits per byte": _with_step(last, "val_bits_per_byte", step),
+        "time": f"{sum(event['seconds'] for event in events) / 60:,.1f} min",
+        "device": f"{config['device']}, {config['precision']}",
+        "differs in": ", ".join(f"{name}={train.get(name)}" for name in varied) or "–",
+    }
+
+
+def _with_step(point: Mapping[str, float], name: str, last_step: int) -> str:
+    """A value of a validation as text, with its step if that is not the run's last; "–" without the value."""
     if name not in point:
         return "–"
-    return f"{point[name]:.3f}" + (f" at step {point['steps']:,}" if point["steps"] != reached else "")
+    return f"{point[name]:.3f}" + (f" at step {point['steps']:,}" if point["steps"] != last_step else "")
 
 
-def _readable(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, float]]] | str:
-    """A run's configuration, events and validations; or why it has none."""
+def _read_or_reason(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, float]]] | str:
+    """A run's configuration, events and validations; or the reason why it cannot be read."""
     try:
         return read_run(folder), read_events(folder), validations(folder)
     except OSError as error:
@@ -172,9 +172,9 @@ def _readable(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[
 
 
 def preset_of(model: ModelConfig) -> str:
-    """The preset whose shape a model has, whatever its vocabulary and context; "–" for a shape of one's own."""
+    """The name of the preset with a model's shape, whatever the vocabulary and context; "–" if there is none."""
     shape = ("dim", "n_layers", "n_heads", "hidden_dim")
-    same = (
-        name for name, (preset, _) in PRESETS.items() if all(getattr(preset, s) == getattr(model, s) for s in shape)
-    )
-    return next(same, "–")
+    for name, (preset, _) in PRESETS.items():
+        if all(getattr(preset, field) == getattr(model, field) for field in shape):
+            return name
+    return "–"

@@ -1,4 +1,4 @@
-"""How good is a model: whole documents in bits per byte, with an interval, and a compressor to lay beside it."""
+"""How good a model is: bits per byte on whole documents, with a confidence interval, and a compressor to compare."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from llmcore.corpus.texts import read_text
@@ -23,20 +25,20 @@ from llmcore.files import display_path
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-MIN_DOCUMENTS = 5  # documents for an interval: fewer cannot show how much documents differ
+MIN_DOCUMENTS = 5  # for an interval: fewer do not show how much documents differ
 RESAMPLES = 10_000  # of the bootstrap
 Documents = Mapping[str, str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one document, or several together, cost.
+    """A model's score on a document, or on several together.
 
     Attributes:
         name: of the document.
         bytes: of its text in UTF-8.
         characters: of its text.
-        tokens: scored: those of its text, and the end of the document.
+        tokens: the tokens of its text and the end of the document.
         nats: sum of -ln p over these tokens.
     """
 
@@ -67,8 +69,8 @@ class Evaluation:
     """A model's scores on some documents.
 
     Attributes:
-        documents: one score each, in the order given.
-        total: of all documents together, so a long one weighs more.
+        documents: a score for each document, in the order given.
+        total: of all documents together, so a long document weighs more.
         interval: 95% confidence interval of the total's bits per byte, see `bootstrap_interval`; None for fewer than
             5 documents.
     """
@@ -79,7 +81,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, documents: Sequence[Score], seed: int = 0) -> Evaluation:
-        """Sum up the scores of one or more documents."""
+        """Add up the scores of one or more documents."""
         total = Score(
             name=f"{len(documents)} document{'s' if len(documents) > 1 else ''}",
             bytes=sum(score.bytes for score in documents),
@@ -93,11 +95,11 @@ class Evaluation:
         return cls(tuple(documents), total, interval)
 
     def __str__(self) -> str:
-        found = f"{self.total.bits_per_byte:.3f} bits per byte of {self.total.name}"
+        score = f"{self.total.bits_per_byte:.3f} bits per byte of {self.total.name}"
         if self.interval is None:
-            return f"{found} (too few for an interval)"
+            return f"{score} (too few for an interval)"
         low, high = self.interval
-        return f"{found} (95% interval {low:.3f} to {high:.3f})"
+        return f"{score} (95% interval {low:.3f} to {high:.3f})"
 
 
 def evaluate(
@@ -113,20 +115,20 @@ def evaluate(
 ) -> Evaluation:
     """Score whole documents with windows of the model's context, each token exactly once.
 
-    A document stands alone: it is read after one eos, as a document in training comes after the eos of the one
-    before, and its own eos is scored too, since a text is only told when its end is. The bytes are those of the text
-    in UTF-8, as `read_text` gives it: without a byte order mark, a line end being one byte.
+    A document is read after an eos, as in training, where the eos of another document comes before. Its own eos is
+    scored too: the model must also predict where a text ends. The bytes are those of the text in UTF-8, as `read_text`
+    gives it: without a byte order mark, and a line end is one byte.
 
-    A window begins `stride` tokens after the last and scores only what that one has not. So a token has at least
-    context - stride others before it, except at the beginning of its document: a smaller stride costs context /
-    stride times the work and gives a lower figure, closer to what the model can do. Say which it was when you quote
-    it: Press et al., "Shortformer", arXiv:2012.15832, section 2.
+    Each window begins `stride` tokens after the one before, and scores only the tokens that no earlier window has
+    scored. So a token has at least context - stride others before it, except at the beginning of its document. A
+    smaller stride costs context / stride times the work and gives a lower result, which is closer to what the model can
+    do: Press et al., "Shortformer", arXiv:2012.15832, section 2. Always give the stride with the result.
 
     Args:
         model: on its device, as from `load_checkpoint`.
         tokenizer: the one it was trained with.
         documents: texts by name (as of `TokenDataset.texts`), or a list of texts and of paths to text files.
-        stride: tokens between windows, from 1 to the context; None: the context, so that windows do not overlap.
+        stride: tokens between the beginnings of windows, 1 to the context; None: the context, without overlap.
         batch_size: windows at once; changes speed and memory only.
         precision: "auto", "fp32", "bf16" or "fp16", as in training.
         seed: of the interval's resampling.
@@ -135,9 +137,9 @@ def evaluate(
     Raises:
         ValueError: before any work, for a stride out of range, no documents, a document without text, or a tokenizer
             with more ids than the model.
-        TrainingError: for a precision that the device has not.
+        TrainingError: for a precision that the device does not have.
     """
-    context, device = model.config.max_seq_len, model.tok_embeddings.weight.device
+    context = model.config.max_seq_len
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise ValueError(f"stride={stride} must be from 1 to the model's context of {context} tokens")
@@ -147,38 +149,48 @@ def evaluate(
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only vocab_size={model.config.vocab_size}"
         )
-    precision = pick_precision(precision, device)
+    precision = pick_precision(precision, model.tok_embeddings.weight.device)
+
+    # cut every document into windows; the longest come first, so that a batch has little padding
     texts = named_texts(documents)
     streams = [torch.tensor([tokenizer.eos_id, *tokenizer.encode(text, eos=True)]) for text in texts.values()]
-    rows = [(number, *row) for number, ids in enumerate(streams) for row in windows(len(ids) - 1, context, stride)]
-    rows.sort(key=lambda row: row[1] - row[3])  # longest first, so that a batch has little padding
+    spans = [
+        Span(document, *window)
+        for document, stream in enumerate(streams)
+        for window in windows(len(stream) - 1, context, stride)
+    ]
+    spans.sort(key=lambda span: span.start - span.end)
+
+    # add up the nats of each document
     nats = np.zeros(len(streams))
-    bar = tqdm(total=len(rows), unit="window", desc="evaluate", disable=not progress, leave=False)
+    bar = tqdm(total=len(spans), unit="window", desc="evaluate", disable=not progress, leave=False)
     model.eval()
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        x = torch.full((len(batch), batch[0][3] - batch[0][1]), tokenizer.eos_id)
-        y = torch.full_like(x, IGNORED)
-        for line, (number, start, scored, end) in enumerate(batch):
-            x[line, : end - start] = streams[number][start:end]
-            y[line, scored - start : end - start] = streams[number][scored + 1 : end + 1]
-        counted = y != IGNORED
-        with torch.no_grad(), autocast(precision, device):
-            hidden = model.hidden_states(x.to(device))[counted.to(device)]
-            surprise = F.cross_entropy(model.output(hidden).float(), y[counted].to(device), reduction="none")
-        owner = np.repeat([row[0] for row in batch], counted.sum(1).numpy())
-        nats += np.bincount(owner, surprise.double().cpu().numpy(), len(streams))
+    for first in range(0, len(spans), batch_size):
+        batch = spans[first : first + batch_size]
+        x, y = _batch(batch, streams, padding=tokenizer.eos_id)
+        owners = np.repeat([span.document for span in batch], (y != IGNORED).sum(1).numpy())
+        nats += np.bincount(owners, _surprise(model, x, y, precision), len(streams))
         bar.update(len(batch))
     bar.close()
+
     scores = [
-        Score(name, len(text.encode()), len(text), len(ids) - 1, float(sum_of_nats))
-        for (name, text), ids, sum_of_nats in zip(texts.items(), streams, nats, strict=True)
+        Score(name, len(text.encode()), len(text), len(stream) - 1, float(document_nats))
+        for (name, text), stream, document_nats in zip(texts.items(), streams, nats, strict=True)
     ]
     return Evaluation.of(scores, seed)
 
 
+class Span(NamedTuple):
+    """A window over a document's inputs: from `start` to `end`. Its targets from `scored` on count."""
+
+    document: int
+    start: int
+    scored: int
+    end: int
+
+
 def windows(targets: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over a document's inputs, one for each target: (first input, first one scored, end)."""
+    """Windows over a document's inputs, one input for each target: (first input, first one scored, end)."""
     start = scored = 0
     while scored < targets:
         end = min(start + context, targets)
@@ -186,8 +198,28 @@ def windows(targets: int, context: int, stride: int) -> Iterator[tuple[int, int,
         start, scored = start + stride, end
 
 
+def _batch(batch: Sequence[Span], streams: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:
+    """x and y, int64 (windows, time), the first window being the longest. y is `IGNORED` where nothing is scored."""
+    x = torch.full((len(batch), batch[0].end - batch[0].start), padding)
+    y = torch.full_like(x, IGNORED)
+    for row, (document, start, scored, end) in enumerate(batch):
+        x[row, : end - start] = streams[document][start:end]
+        y[row, scored - start : end - start] = streams[document][scored + 1 : end + 1]
+    return x, y
+
+
+@torch.no_grad()
+def _surprise(model: Transformer, x: Tensor, y: Tensor, precision: str) -> NDArray[np.float64]:
+    """-ln p of every target that is not `IGNORED`, row by row, (targets,)."""
+    device, counted = model.tok_embeddings.weight.device, y != IGNORED
+    with autocast(precision, device):
+        hidden = model.hidden_states(x.to(device))[counted.to(device)]
+        surprise = F.cross_entropy(model.output(hidden).float(), y[counted].to(device), reduction="none")
+    return surprise.double().cpu().numpy()
+
+
 def named_texts(documents: Documents) -> dict[str, str]:
-    """Texts by name, files read.
+    """Texts by name. Files are read.
 
     Raises:
         ValueError: if there are none, one holds no text, two files have one name, or a file is not UTF-8.
@@ -197,12 +229,12 @@ def named_texts(documents: Documents) -> dict[str, str]:
     if isinstance(documents, Mapping):
         texts = dict(documents)
     else:
-        texts = {
-            f"text {number}" if isinstance(document, str) else display_path(document): document
-            if isinstance(document, str)
-            else read_text(Path(document))
-            for number, document in enumerate(documents, 1)
-        }
+        texts = {}
+        for number, document in enumerate(documents, 1):
+            if isinstance(document, str):
+                texts[f"text {number}"] = document
+            else:
+                texts[display_path(document)] = read_text(Path(document))
     if not texts:
         raise ValueError("no documents to evaluate on")
     if len(texts) < len(documents):
@@ -215,16 +247,16 @@ def named_texts(documents: Documents) -> dict[str, str]:
 def bootstrap_interval(amounts: ArrayLike, sizes: ArrayLike, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Confidence interval of sum(amounts) / sum(sizes) over documents drawn at random.
 
-    It says how far off the figure may be for all texts of this kind, not how far another training would be from it.
-    The bootstrap draws whole documents, since the tokens of one are alike. Its percentiles are set wider for few
-    documents, as Student's t is: the expanded interval of Hesterberg, "What Teachers Should Know about the
+    The interval is for all texts of this kind. It does not say how much another training run would differ.
+    The bootstrap draws whole documents, since the tokens of a document are not independent. For few documents its
+    percentiles are wider, as Student's t is: the expanded interval of Hesterberg, "What Teachers Should Know about the
     Bootstrap", The American Statistician 69 (2015), arXiv:1411.5279.
 
     Args:
-        amounts: (documents,) as bits.
-        sizes: (documents,) as bytes.
-        seed: of the drawing.
-        level: chance that such an interval holds the true value.
+        amounts: (documents,) such as bits.
+        sizes: (documents,) such as bytes.
+        seed: of the bootstrap.
+        level: probability that such an interval contains the true value.
 
     Raises:
         ValueError: for fewer than 5 documents.
@@ -233,39 +265,43 @@ def bootstrap_interval(amounts: ArrayLike, sizes: ArrayLike, seed: int = 0, leve
     n = len(amounts)
     if n < MIN_DOCUMENTS:
         raise ValueError(f"an interval needs {MIN_DOCUMENTS} documents or more, not {n}")
+
+    # Student's t, from the normal's z by Abramowitz and Stegun, 26.7.5
     normal = statistics.NormalDist()
     z, freedom = normal.inv_cdf((1 + level) / 2), n - 1
-    # Student's t by the normal's z: Abramowitz and Stegun, 26.7.5
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
     tail = normal.cdf(-math.sqrt(n / (n - 1)) * t)
+
     generator = np.random.default_rng(seed)
     ratios = []
-    for _ in range(10):  # at a time, lest thousands of documents need gigabytes
-        times = generator.multinomial(n, np.full(n, 1 / n), RESAMPLES // 10)  # each document is drawn, row by row
+    for _ in range(10):  # in ten parts: with thousands of documents the whole table would need gigabytes
+        times = generator.multinomial(n, np.full(n, 1 / n), RESAMPLES // 10)  # how often each document is drawn
         ratios.append(times @ amounts / (times @ sizes))
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def paired_difference(one: Evaluation, other: Evaluation, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
-    """How many bits per byte more one model needs than another on the same documents, and its 95% interval.
+def paired_difference(first: Evaluation, second: Evaluation, seed: int = 0) -> tuple[float, tuple[float, float] | None]:
+    """How many bits per byte more the first model needs than the second on the same documents, with a 95% interval.
 
-    Documents that are hard for one are hard for the other, so this tells apart what the two intervals cannot.
+    A document that is hard for one model is hard for the other too. So this interval is narrower than those of the two
+    models, and shows smaller differences.
 
     Raises:
         ValueError: if they were evaluated on different documents.
     """
-    pairs = list(zip(one.documents, other.documents, strict=False))
-    if len(one.documents) != len(other.documents) or any((a.name, a.bytes) != (b.name, b.bytes) for a, b in pairs):
+    keys = [[(score.name, score.bytes) for score in evaluation.documents] for evaluation in (first, second)]
+    if keys[0] != keys[1]:
         raise ValueError("the two evaluations are not of the same documents")
-    between = Evaluation.of([replace(a, nats=a.nats - b.nats) for a, b in pairs], seed)
-    return between.total.bits_per_byte, between.interval
+    pairs = zip(first.documents, second.documents, strict=True)
+    difference = Evaluation.of([replace(a, nats=a.nats - b.nats) for a, b in pairs], seed)
+    return difference.total.bits_per_byte, difference.interval
 
 
 def xz_bits_per_byte(known: str, text: str) -> float:
-    """What `xz -9e` needs for a text, in bits per UTF-8 byte, when it has already read the known text.
+    """How many bits per UTF-8 byte `xz -9e` needs for a text after it has compressed the known text.
 
-    That is the growth of the compressed file when the text is appended; with nothing known, its plain size.
+    This is the growth of the compressed file when the text is appended to the known text, which may be empty.
     """
 
     def size(content: str) -> int:

@@ -1,4 +1,4 @@
-"""What a run will cost before it starts: memory, compute, time and disk, counted from the shapes or measured."""
+"""What a run will cost, before it starts: memory, compute, time and disk, counted from the shapes or measured."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from llmcore.measure.memory import available_memory, predict_memory
 from llmcore.model import Transformer
 from llmcore.train import TrainData, Trainer
 
-RETURN_FREED_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": "65536"
-}  # for a process whose memory is measured: glibc keeps nothing larger
+# for a process whose memory is measured: glibc returns freed blocks of this size and more to the system
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 TOKENS_PER_PARAMETER = 20  # compute-optimal, by Hoffmann et al., "Chinchilla", arXiv:2203.15556, table 3
 
 
@@ -38,13 +37,13 @@ class Plan:
         parameters: exact.
         tokens: seen in training.
         flops: forward and backward, of the whole run, without recomputation.
-        memory: bytes at the fullest moment, by what they are for, and "total" (`memory.predict_memory`).
+        memory: bytes at the moment that needs most, by what they are for, and "total" (`memory.predict_memory`).
         available: bytes free on the device.
-        largest_batch: windows per forward pass that would fit, 0 if not even one.
+        largest_batch: windows per forward pass that would fit, 0 if one does not fit.
         disk: bytes of the checkpoints that are kept.
-        best_size_for_compute: compute-optimal for these FLOPs, C = 6 N D and D = 20 N.
+        best_size_for_compute: compute-optimal parameters for these FLOPs, with C = 6 N D and D = 20 N.
         tokens_per_second: measured, or assumed, or None.
-        speed_is: where it comes from, in words.
+        speed_is: where the speed comes from, in words.
     """
 
     parameters: int
@@ -60,25 +59,25 @@ class Plan:
 
     @property
     def best_tokens_for_compute(self) -> float:
-        """Tokens that `best_size_for_compute` are best trained on."""
+        """Compute-optimal tokens for `best_size_for_compute` parameters."""
         return TOKENS_PER_PARAMETER * self.best_size_for_compute
 
     @property
     def best_tokens_for_size(self) -> int:
-        """Tokens that this plan's own parameters are best trained on."""
+        """Compute-optimal tokens for this plan's own parameters."""
         return TOKENS_PER_PARAMETER * self.parameters
 
     @property
     def hours(self) -> float | None:
-        """Of training, without validation and samples."""
+        """Hours of training, without validation and samples; None if the speed is not known."""
         return self.tokens / self.tokens_per_second / 3600 if self.tokens_per_second else None
 
     def epochs(self, tokens: int) -> float:
-        """How often the run reads a corpus of so many tokens."""
+        """How often the run reads a corpus of `tokens` tokens."""
         return self.tokens / tokens
 
     def rows(self) -> dict[str, str]:
-        """The plan as a table: what, and how much of it."""
+        """The plan as rows of a table: names and values, both as text."""
         memory = {f"memory: {part}": f"{size / 1e6:,.0f} MB" for part, size in self.memory.items()}
         speed = "–" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens per second"
         hours = "–" if self.hours is None else f"{self.hours:,.2f} hours"
@@ -106,15 +105,15 @@ def plan(
     peak_flops: float | None = None,
     mfu: float = 0.4,
 ) -> Plan:
-    """Plan a run; nothing of the model is built unless the speed is to be measured.
+    """Plan a run. The model is built only to measure the speed.
 
     Args:
         model: the shape.
         train: how to train.
         device: "auto", "cpu", "cuda" or "mps".
-        data: to measure the speed on, by a few steps of a throw-away model.
-        peak_flops: instead, operations per second that the device's maker promises (an H100: 989e12 in bf16).
-        mfu: the share of them assumed to be used (PaLM, arXiv:2204.02311, reports 0.46).
+        data: measure the speed on it, with a few steps of a throw-away model.
+        peak_flops: without data: operations per second that the device's maker states (an H100: 989e12 in bf16).
+        mfu: the share of `peak_flops` that training is assumed to reach (PaLM, arXiv:2204.02311, reports 0.46).
     """
     device = pick_device(device).type
     context = train.context_size or model.max_seq_len
@@ -122,11 +121,13 @@ def plan(
     tokens = train.max_steps * train.grad_accum_steps * train.batch_size * context
     optimal = math.sqrt(tokens * per_token / (6 * TOKENS_PER_PARAMETER))
     memory, available = predict_memory(model, train, device), available_memory(device)
+
     speed, speed_is = None, "not measured"
     if data is not None:
         speed, speed_is = measure_speed(model, train, data, device)["tokens_per_second"], "measured"
     elif peak_flops is not None:
         speed, speed_is = mfu * peak_flops / per_token, f"assumed: {mfu:.0%} of {peak_flops:.3g} FLOP/s"
+
     return Plan(
         parameters=parameters,
         tokens=tokens,
@@ -134,7 +135,7 @@ def plan(
         memory=memory,
         available=available,
         largest_batch=largest_batch(model, train, available, device),
-        disk=(train.keep_checkpoints + 1) * (4 * parameters + memory["optimizer"]),  # the newest, and the best
+        disk=(train.keep_checkpoints + 1) * (4 * parameters + memory["optimizer"]),  # the newest ones, and the best
         best_size_for_compute=optimal,
         tokens_per_second=speed,
         speed_is=speed_is,
@@ -142,7 +143,7 @@ def plan(
 
 
 def largest_batch(model: ModelConfig, train: TrainConfig, memory: int, device: str = "cpu") -> int:
-    """The largest batch_size whose estimated need fits into so many bytes; 0 if not even one window does."""
+    """The largest batch_size whose estimated need fits into `memory` bytes; 0 if one window does not fit."""
     low, high = 0, 1
     while predict_memory(model, train.replace(batch_size=high), device)["total"] <= memory:
         low, high = high, 2 * high
@@ -156,7 +157,7 @@ def largest_batch(model: ModelConfig, train: TrainConfig, memory: int, device: s
 def measure_speed(
     model: ModelConfig, train: TrainConfig, data: TrainData, device: str = "auto", steps: int = 5
 ) -> dict[str, Any]:
-    """Train a throw-away model for a few steps, as the run itself would.
+    """Train a throw-away model for a few steps, as in the run itself.
 
     Returns:
         tokens_per_second (median of the steps after the first) and start_seconds (the first step, which compiles).
@@ -169,7 +170,7 @@ def measure_speed(
 
 
 class RandomTokens:
-    """Batches of random ids: what they say changes neither memory nor speed."""
+    """Batches of random ids. Memory and speed do not depend on the ids."""
 
     def __init__(self, model: ModelConfig, context: int | None = None) -> None:
         self.vocab_size, self.context = model.vocab_size, context or model.max_seq_len
@@ -185,19 +186,19 @@ def measure_memory(model: ModelConfig, train: TrainConfig, device: str = "auto")
     """Take two training steps of a throw-away model in a fresh process.
 
     The process first trains a tiny model, so that the code of torch and its libraries is loaded and not counted. On a
-    CPU, glibc is told to give what a tensor frees back to the system at once. A training run, for speed, does without
-    that; between its tensors there are gaps then, in a model of a few million parameters nearly as large as they are.
+    CPU, glibc is told to return freed memory to the system at once. A training run does not do that, because it is
+    slow. Its memory then has gaps: for a model of a few million parameters they are nearly as large as the tensors.
 
     Returns:
-        peak_bytes (beyond what the process held before it built the model; on CUDA, what PyTorch allocated),
-        base_bytes (held before) and seconds (of the second step).
+        peak_bytes (more than the process held before it built the model; on CUDA, what PyTorch allocated), base_bytes
+        (held before) and seconds (of the second step).
 
     Raises:
-        RuntimeError: with the process's last words, if it failed.
+        RuntimeError: with the end of the process's error output, if it failed.
     """
     request = json.dumps({"model": model.to_dict(), "train": train.to_dict(), "device": pick_device(device).type})
-    done = subprocess.run(
-        [sys.executable, "-c", "from llmcore.measure.planner import _measured; _measured()"],
+    process = subprocess.run(
+        [sys.executable, "-c", "from llmcore.measure.planner import _measure_here; _measure_here()"],
         input=request,
         capture_output=True,
         text=True,
@@ -205,14 +206,14 @@ def measure_memory(model: ModelConfig, train: TrainConfig, device: str = "auto")
         env={**os.environ, **RETURN_FREED_MEMORY},
         check=False,
     )
-    if done.returncode:
-        last = visible(done.stderr.strip()[-500:])
+    if process.returncode:
+        last = visible(process.stderr.strip()[-500:])
         raise RuntimeError(f"measuring memory failed (a notebook with thorough=False does without): {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def _measured() -> None:
-    """In the fresh process: read what to measure, print what was found."""
+def _measure_here() -> None:
+    """In the fresh process: read from standard input what to measure, and print the result as JSON."""
     request = json.loads(sys.stdin.read())
     model, train = ModelConfig.from_dict(request["model"]), TrainConfig.from_dict(request["train"])
     device = request["device"]
@@ -235,9 +236,9 @@ def _two_steps(model: ModelConfig, train: TrainConfig, device: str) -> float:
 
 
 def resident_bytes() -> tuple[int, int]:
-    """This process's resident memory in bytes: now, and at most since it began.
+    """This process's resident memory in bytes: now, and the largest since it began.
 
-    Linux says both in /proc; `ru_maxrss`, which elsewhere has to serve for both, there counts the parent's memory too.
+    Linux has both in /proc. Elsewhere `ru_maxrss` stands for both; on Linux it would include the parent's memory.
     """
     status = Path("/proc/self/status")
     if not status.exists():

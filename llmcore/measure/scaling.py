@@ -1,9 +1,10 @@
-"""A scaling law: the loss as a function of parameters and tokens, fitted to small runs and asked about a larger one.
+"""A scaling law: the loss as a function of parameters and tokens, fitted to small runs, to predict a larger one.
 
     L(N, D) = E + A / N^alpha + B / D^beta
 
-E is what no model can know of the text, the second term what N parameters are too few for, the third what D tokens are
-too few to teach. Hoffmann et al., "Training compute-optimal large language models" (Chinchilla), arXiv:2203.15556,
+E is the loss that remains for any model. The second term is there because the model has only N parameters, the third
+because it was trained on only D tokens. Hoffmann et al., "Training compute-optimal large language models" (Chinchilla),
+arXiv:2203.15556,
 section 3.3 and appendix D.3.
 """
 
@@ -16,28 +17,31 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-MIN_RUNS = 6  # runs: one more than there are numbers to fit
-HUBER = 1e-2  # in log loss: runs further off than 1% pull with constant force (Hoffmann: 1e-3, with 400 runs)
-STEPS = 150  # of the descent
-START = np.array([0.2, 0.5, 1.0])  # exponents to start from
+MIN_RUNS = 6  # one more than the law has numbers
+HUBER_DELTA = 1e-2  # in log loss: beyond 1% a residual's cost grows linearly (Hoffmann: 1e-3, with 400 runs)
+GAUSS_NEWTON_STEPS = 150
+START_EXPONENTS = np.array([0.2, 0.5, 1.0])
+# bounds of log E, log A, log B, alpha and beta
 LOW, HIGH = np.array([-10.0, -10.0, -10.0, 0.02, 0.02]), np.array([5.0, 5.0, 5.0, 3.0, 3.0])
 
 
 class ScalingError(ValueError):
-    """These runs do not determine a law. The message says what is missing."""
+    """The runs do not determine a law. The message says what is missing."""
 
 
 def isoflop_minimum(parameters: ArrayLike, losses: ArrayLike) -> float | None:
-    """The size at the bottom of the parabola in log N through runs of equal compute.
+    """The size at the minimum of the parabola in log N through runs of equal compute.
 
-    None if there are fewer than three, or the bottom does not lie between the sizes tried.
+    None for fewer than three runs, or if the minimum does not lie between the sizes of the runs.
     """
     n, loss = np.asarray(parameters, float), np.asarray(losses, float)
     if n.size < 3:
         return None
-    bend, slope, _ = map(float, np.polyfit(np.log(n), loss, 2))
-    bottom = float(np.exp(-slope / (2 * bend))) if bend > 0 else 0.0
-    return bottom if n.min() <= bottom <= n.max() else None
+    curvature, slope, _ = map(float, np.polyfit(np.log(n), loss, 2))
+    if curvature <= 0:
+        return None
+    minimum = float(np.exp(-slope / (2 * curvature)))
+    return minimum if n.min() <= minimum <= n.max() else None
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class ScalingLaw:
     """The five numbers of a law, or arrays of them for many laws at once.
 
     Attributes:
-        E: nats per token that remain with endless parameters and tokens.
-        A: with N = 1, nats per token that parameters are too few for.
-        B: with D = 1, nats per token that tokens are too few for.
+        E: nats per token that remain with infinitely many parameters and tokens.
+        A: the second term at N = 1, nats per token.
+        B: the third term at D = 1, nats per token.
         alpha: exponent of the parameters.
         beta: exponent of the tokens.
     """
@@ -64,7 +68,7 @@ class ScalingLaw:
         return self.E + self.A * n**-self.alpha + self.B * d**-self.beta
 
     def optimum(self, flops: ArrayLike) -> tuple[Floats, Floats]:
-        """Parameters and tokens that a budget is best spent on, where it costs 6 N D FLOPs (Hoffmann, equation 4)."""
+        """Parameters and tokens with the lowest loss for a budget of 6 N D FLOPs (Hoffmann, equation 4)."""
         product = np.asarray(flops, float) / 6
         ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         parameters = ratio * product ** (self.beta / (self.alpha + self.beta))
@@ -73,11 +77,11 @@ class ScalingLaw:
 
 @dataclass(frozen=True)
 class ScalingFit:
-    """A law with what the runs leave open of it.
+    """A law, and how uncertain it is.
 
     Attributes:
         law: the best fit to all runs.
-        resampled: the best fits to runs drawn again with replacement, as one law of arrays (resamples,).
+        resampled: the best fits to runs drawn with replacement (bootstrap), as a law of arrays (resamples,).
         residuals: log of measured over fitted loss for each run, (runs,).
     """
 
@@ -86,7 +90,7 @@ class ScalingFit:
     residuals: Floats
 
     def interval(self, name: str, share: float = 0.9) -> tuple[float, float]:
-        """Where the middle `share` of the resampled fits have one of the law's numbers."""
+        """The interval of one of the law's numbers that holds the middle `share` of the resampled fits."""
         low, high = _middle(getattr(self.resampled, name), share)
         return low, high
 
@@ -95,8 +99,8 @@ class ScalingFit:
     ) -> tuple[float, float, float]:
         """The loss of a run that was not fitted, and the band that holds it with probability `share`.
 
-        The band adds up two things: how the law changes with the runs it was fitted to, and how far single runs lie
-        from it, which is taken from the residuals, made larger for the five numbers that they were fitted with.
+        The band has two parts: how much the law changes with the runs that it was fitted to, and how far a single run
+        lies from the law. The second comes from the residuals, which are made larger because five numbers were fitted.
 
         Returns:
             Prediction, lower and upper end, nats per token.
@@ -111,103 +115,114 @@ class ScalingFit:
 def fit_scaling(
     parameters: ArrayLike, tokens: ArrayLike, losses: ArrayLike, resamples: int = 1000, seed: int = 0
 ) -> ScalingFit:
-    """Fit the law to the last losses of runs, and once more to each of many resamples of the runs (bootstrap).
+    """Fit the law to the last losses of runs, and again to many resamples of the runs (bootstrap).
 
     Args:
         parameters: of each run's model, (runs,).
         tokens: that each run was trained on, (runs,).
-        losses: nats per token, each from a schedule that ended at that run's last token, (runs,).
-        resamples: how many.
+        losses: nats per token, (runs,). Each run's schedule must have ended at its last token.
+        resamples: number of resamples.
         seed: of the resampling.
 
     Raises:
-        ScalingError: if the runs are too few, or too much alike, or a value is not above 0.
+        ScalingError: if there are too few runs, or they are too similar, or a value is not above 0.
     """
     n, d, loss = (np.asarray(values, float) for values in (parameters, tokens, losses))
-    for name, values in (("parameters", n), ("tokens", d), ("losses", loss)):
-        if values.shape != (n.size,) or not (np.isfinite(values) & (values > 0)).all():
-            raise ScalingError(f"{name} must be {n.size} finite numbers above 0, one a run")
-    for name, values, fewest in (
-        ("runs", np.arange(n.size), MIN_RUNS),
-        ("sizes of model", n, 3),
-        ("token counts", d, 3),
-    ):
-        if len(np.unique(values)) < fewest:
-            raise ScalingError(f"{len(np.unique(values))} {name} do not determine the law: {fewest} or more do")
+    _check_runs(n, d, loss)
     counts = _resample(n, d, resamples, np.random.default_rng(seed))
-    middle = np.exp(np.log(n).mean()), np.exp(np.log(d).mean())
-    x, y, target = np.log(n / middle[0]), np.log(d / middle[1]), np.log(loss)
-    terms = [[np.log(loss.min() * e), np.log(loss.min() * (1 - e) / 2)] for e in (0.3, 0.6, 0.9)]
-    starts = np.array([[e, rest, rest, a, b] for e, rest in terms for a in START for b in START])
-    ends, cost = _descend(starts, np.ones((len(starts), n.size)), x, y, target)
-    best = ends[cost.argmin()]
-    again, _ = _descend(np.tile(best, (resamples, 1)), counts, x, y, target)
+
+    # fit in logs, with N and D relative to the middle of the runs: there A and B depend little on the exponents
+    middle_n, middle_d = np.exp(np.log(n).mean()), np.exp(np.log(d).mean())
+    x, y, target = np.log(n / middle_n), np.log(d / middle_d), np.log(loss)
+    terms = [[np.log(loss.min() * share), np.log(loss.min() * (1 - share) / 2)] for share in (0.3, 0.6, 0.9)]
+    starts = np.array([[e, rest, rest, a, b] for e, rest in terms for a in START_EXPONENTS for b in START_EXPONENTS])
+    ends, costs = _descend(starts, np.ones((len(starts), n.size)), x, y, target)
+    best = ends[costs.argmin()]
+    resampled, _ = _descend(np.tile(best, (resamples, 1)), counts, x, y, target)
 
     def law(theta: Floats) -> ScalingLaw:
         e, a, b, alpha, beta = theta.T
-        return ScalingLaw(np.exp(e), np.exp(a) * middle[0] ** alpha, np.exp(b) * middle[1] ** beta, alpha, beta)
+        return ScalingLaw(np.exp(e), np.exp(a) * middle_n**alpha, np.exp(b) * middle_d**beta, alpha, beta)
 
-    return ScalingFit(law(best), law(again), target - np.log(law(best).loss(n, d)))
+    return ScalingFit(law(best), law(resampled), target - np.log(law(best).loss(n, d)))
+
+
+def _check_runs(n: Floats, d: Floats, loss: Floats) -> None:
+    """Refuse runs that do not determine a law. Raises ScalingError."""
+    for name, values in (("parameters", n), ("tokens", d), ("losses", loss)):
+        if values.shape != (n.size,) or not (np.isfinite(values) & (values > 0)).all():
+            raise ScalingError(f"{name} must be {n.size} finite numbers above 0, one for each run")
+    for name, number, needed in (
+        ("runs", n.size, MIN_RUNS),
+        ("sizes of model", len(np.unique(n)), 3),
+        ("token counts", len(np.unique(d)), 3),
+    ):
+        if number < needed:
+            raise ScalingError(f"{number} {name} do not determine the law: {needed} or more are needed")
 
 
 def _resample(n: Floats, d: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """How often each run is in each resample, (resamples, runs); only draws that could determine a law."""
-    drawn: list[Floats] = []
-    while len(drawn) < resamples:
-        chosen = rng.integers(n.size, size=n.size)
-        if len(np.unique(chosen)) >= MIN_RUNS and min(len(np.unique(v[chosen])) for v in (n, d)) >= 3:
-            drawn.append(np.bincount(chosen, minlength=n.size).astype(float))
-    return np.array(drawn)
+    """How often each run is in each resample, (resamples, runs). Draws that do not determine a law are left out."""
+    counts: list[Floats] = []
+    while len(counts) < resamples:
+        drawn = rng.integers(n.size, size=n.size)
+        if len(np.unique(drawn)) >= MIN_RUNS and min(len(np.unique(values[drawn])) for values in (n, d)) >= 3:
+            counts.append(np.bincount(drawn, minlength=n.size).astype(float))
+    return np.array(counts)
 
 
 def _descend(theta: Floats, counts: Floats, x: Floats, y: Floats, target: Floats) -> tuple[Floats, Floats]:
     """Lower Huber's loss of the log residuals from many starts at once, by damped Gauss-Newton steps.
 
     Args:
-        theta: (starts, 5): log of E, of A and B in the middle of the runs, alpha, beta. Logs keep them above 0.
+        theta: (starts, 5): logs of E, and of A and B in the middle of the runs; alpha, beta.
         counts: the weight of each run for each start, (starts, runs).
         x: log parameters, from the middle of the runs, (runs,).
         y: log tokens, likewise.
         target: log loss, (runs,).
 
     Returns:
-        theta at the end of each, and Huber's loss there.
+        theta at each end, (starts, 5), and Huber's loss there, (starts,).
     """
 
     def terms(theta: Floats) -> Floats:
+        """The law's three terms for each run."""
         e, a, b, alpha, beta = theta.T[..., None]
         return np.exp(np.stack([e + 0 * x, a - alpha * x, b - beta * y]))  # (3, starts, runs)
 
     def huber(residual: Floats) -> Floats:
         size = np.abs(residual)
-        return (counts * np.where(size < HUBER, size**2 / 2, HUBER * (size - HUBER / 2))).sum(1)
+        return (counts * np.where(size < HUBER_DELTA, size**2 / 2, HUBER_DELTA * (size - HUBER_DELTA / 2))).sum(1)
 
     damping = np.full(len(theta), 1e-2)
     parts = terms(theta)
     residual = np.log(parts.sum(0)) - target
     cost = huber(residual)
-    for _ in range(STEPS):
+    for _ in range(GAUSS_NEWTON_STEPS):
+        # the step: slopes of the log loss in theta, and weights that make a square of Huber's loss
         shares = parts / parts.sum(0)
         slope = np.stack([*shares, -x * shares[1], -y * shares[2]], axis=-1)  # (starts, runs, 5)
-        weight = (counts * np.minimum(1, HUBER / np.maximum(np.abs(residual), 1e-12)))[..., None]
+        weight = (counts * np.minimum(1, HUBER_DELTA / np.maximum(np.abs(residual), 1e-12)))[..., None]
         curvature = slope.mT @ (weight * slope)
         gradient = slope.mT @ (weight * residual[..., None])
         ridge = np.einsum("sii->si", curvature) + 1e-9
         step = np.linalg.solve(curvature + np.eye(5) * (damping[:, None] * ridge)[:, None], gradient)[..., 0]
+
+        # keep it where it lowers the cost, with less damping next time; elsewhere try a shorter one
         trial = np.clip(theta - step, LOW, HIGH)
         trial_parts = terms(trial)
         trial_residual = np.log(trial_parts.sum(0)) - target
         trial_cost = huber(trial_residual)
         better = trial_cost < cost
-        theta, cost = np.where(better[:, None], trial, theta), np.where(better, trial_cost, cost)
-        parts, residual = (
-            np.where(better[:, None], trial_parts, parts),
-            np.where(better[:, None], trial_residual, residual),
-        )
+        theta = np.where(better[:, None], trial, theta)
+        parts = np.where(better[:, None], trial_parts, parts)
+        residual = np.where(better[:, None], trial_residual, residual)
+        cost = np.where(better, trial_cost, cost)
         damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-6, 1e6)
     return theta, cost
 
 
 def _middle(values: Floats, share: float) -> tuple[float, float]:
+    """The ends of the middle `share` of the values."""
     low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)

@@ -1,6 +1,6 @@
-"""Many runs of one notebook, each by papermill in a process of its own; what is finished is not run again.
+"""Many runs of one notebook, each by papermill in its own process. Finished runs are not run again.
 
-First which runs a scaling law needs, then how they are run, and what came of each.
+First which runs a scaling law needs, then how to run them, and how each ended.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from llmcore.files import display_path, resolve, visible
 from llmcore.measure.compare_runs import read_events, read_run, validations
 from llmcore.runs import only_run
 
+# what a run writes into its folder before its first checkpoint
+UNFINISHED = ("metrics.jsonl", "config.json", ".lock", "curves.png", "summary.md", ".step=*.tmp", ".llmcore-*.tmp")
+UNFINISHED += ("tensorboard", "wandb", "wandb-id.txt")
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_scifi_train.ipynb"
 
 
@@ -30,16 +33,16 @@ class SweepError(RuntimeError):
 
 
 def scaled_to_width(base: ModelConfig, dim: int) -> ModelConfig:
-    """A model of another width and the depth that goes with it: a block and a head for every 32 of width.
+    """A model of another width, with a block and a head for every 32 of width, and at least 2 blocks.
 
     Raises:
-        ConfigError: if the width does not divide by that number of heads.
+        ConfigError: if the width is not a multiple of the number of heads.
     """
     return base.replace(dim=dim, n_layers=max(2, dim // 32), n_heads=max(1, dim // 32))
 
 
 def planned_run(model: ModelConfig, tokens: float, batch_size: int) -> dict[str, Any]:
-    """Notebook 4's parameters for a run of about so many tokens."""
+    """Notebook 4's parameters for a run on about `tokens` tokens."""
     steps = max(1, round(tokens / batch_size / model.max_seq_len))
     shape = {"dim": model.dim, "n_layers": model.n_layers, "n_heads": model.n_heads}
     return {**shape, "max_steps": steps, "batch_size": batch_size}
@@ -48,14 +51,13 @@ def planned_run(model: ModelConfig, tokens: float, batch_size: int) -> dict[str,
 def isoflop_grid(
     models: Iterable[ModelConfig], budgets: Iterable[float], batch_size: int, fewest_tokens: float, most_tokens: float
 ) -> dict[str, dict[str, Any]]:
-    """Runs that spend the same compute on models of different sizes (Hoffmann, section 3.2).
+    """Runs that spend the same compute on models of different sizes (Hoffmann et al., arXiv:2203.15556, section 3.2).
 
     Args:
         models: of different sizes.
         budgets: FLOPs of a run, forward and backward.
         batch_size: windows of the model's context in a step.
-        fewest_tokens: a model that a budget would train on less is left out there,
-        most_tokens: and on more, too.
+        fewest_tokens, most_tokens: a run on fewer or on more tokens is left out.
 
     Returns:
         Notebook 4's parameters by name of the run, `<parameters>_<tokens>`.
@@ -63,7 +65,8 @@ def isoflop_grid(
     runs = {}
     for budget in budgets:
         for model in models:
-            if fewest_tokens <= (tokens := budget / model.flops_per_token()) <= most_tokens:
+            tokens = budget / model.flops_per_token()
+            if fewest_tokens <= tokens <= most_tokens:
                 runs[f"{model.n_params() // 1000}k_{round(tokens / 1000)}k"] = planned_run(model, tokens, batch_size)
     return runs
 
@@ -76,8 +79,8 @@ def run_sweep(
 ) -> Iterator[Path]:
     """Train every run that is not finished, a few at a time, and yield the folder of each as it ends.
 
-    Processes share the cores evenly: two of one thread each do more work than two that compete for both. One that was
-    stopped goes on from its last checkpoint; one without a checkpoint starts afresh.
+    The processes share the cores evenly: two with one thread each do more work than two that compete for both cores.
+    A stopped run goes on from its last checkpoint. A run without a checkpoint starts again.
 
     Args:
         runs: the parameters of each run's notebook, by the name of its folder.
@@ -86,8 +89,8 @@ def run_sweep(
         notebook: executed by papermill; it must train to `max_steps` into `<output_dir>/<project>`.
 
     Raises:
-        SweepError: before anything is started, if a folder holds a run with other parameters; later, if one failed.
-            Others under way are finished first.
+        SweepError: before any run is started, if a folder holds a run with other parameters; later, if a run failed or
+            its folder holds files that are not of a run. The runs that have started are finished first.
         TrainingError: if another process is at work in one of the folders.
     """
     folder = resolve(output_dir)
@@ -104,15 +107,15 @@ def run_sweep(
             for job in as_completed(jobs):
                 job.result()
                 yield folder / jobs[job]
-        finally:  # after an interrupt, which the processes get too: they save and end
+        finally:  # also after an interrupt: the processes get it too, save and end
             pool.shutdown(cancel_futures=True)
 
 
 def finished(run_dir: Path, parameters: Mapping[str, Any]) -> bool:
-    """Whether a folder holds a run with these parameters that was trained and validated to its end.
+    """Whether a folder holds a run with these parameters that was trained to its end and validated there.
 
     Raises:
-        SweepError: if it holds a run with others, or one that cannot be read.
+        SweepError: if it holds a run with other parameters, or a run that cannot be read.
     """
     if not (run_dir / "config.json").exists():
         return False
@@ -121,7 +124,7 @@ def finished(run_dir: Path, parameters: Mapping[str, Any]) -> bool:
         events = read_events(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     except (OSError, ValueError) as error:
         raise SweepError(
-            f"{display_path(run_dir)} is no run that can be read ({error}); choose another output_dir"
+            f"{display_path(run_dir)} holds a run that cannot be read ({error}); choose another output_dir"
         ) from None
     settings = {**config["model"], **config["train"], "context_size": config["model"]["max_seq_len"]}
     differing = [
@@ -131,18 +134,18 @@ def finished(run_dir: Path, parameters: Mapping[str, Any]) -> bool:
     ]
     if differing:
         raise SweepError(
-            f"{display_path(run_dir)} is of another sweep ({'; '.join(differing)}); choose another output_dir"
+            f"{display_path(run_dir)} belongs to another sweep ({'; '.join(differing)}); choose another output_dir"
         )
     last = events[-1] if events else {}
     return last.get("step") == config["train"]["max_steps"] and "val_loss" in last
 
 
 def run_outcome(run_dir: Path) -> dict[str, float]:
-    """How a finished run ended.
+    """What a finished run was, what it cost and how good it became.
 
     Returns:
-        parameters, and without_tables (the embedding and output matrices); tokens and flops; loss of the last
-        validation and train_loss, the mean of the last tenth of the steps, nats per token.
+        parameters; without_tables: parameters without the embedding and output matrices; tokens; flops; loss: of the
+        last validation; train_loss: the mean over the last tenth of the steps. Losses are in nats per token.
     """
     model, last = ModelConfig.from_dict(read_run(run_dir)["model"]), validations(run_dir)[-1]
     sizes = {"parameters": model.n_params(), "without_tables": model.n_params(embeddings=False)}
@@ -152,19 +155,39 @@ def run_outcome(run_dir: Path) -> dict[str, float]:
 
 
 def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any], threads: int) -> None:
-    given = {**parameters, "output_dir": str(folder), "project": name}
+    """Execute the notebook for one run.
+
+    Raises:
+        SweepError: if the run failed, or its folder holds files that are not of a run.
+    """
     run_dir = folder / name
+    notebook_parameters = {**parameters, "output_dir": str(folder), "project": name}
     if run_dir.exists():
         with only_run(run_dir):
             try:
-                given["checkpoint_dir"] = str(find_checkpoint(run_dir))
-            except CheckpointError:  # it was killed before its first
-                shutil.rmtree(run_dir)
-    command = [sys.executable, "-m", "papermill", "--engine", "llmcore", "--no-progress-bar", "-y", json.dumps(given)]
+                notebook_parameters["checkpoint_dir"] = str(find_checkpoint(run_dir))
+            except CheckpointError:  # the run was killed before its first checkpoint
+                remove_unfinished(run_dir)
+
+    command = [sys.executable, "-m", "papermill", "--engine", "llmcore", "--no-progress-bar"]
+    command += ["-y", json.dumps(notebook_parameters), str(notebook), str(folder / f"{name}.ipynb")]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "LLM_WORKBOOK_WATCHED": "0"}
-    done = subprocess.run(
-        [*command, str(notebook), str(folder / f"{name}.ipynb")], env=environment, capture_output=True, text=True
-    )
-    if done.returncode or not finished(run_dir, parameters):
-        reason = visible((done.stderr.strip().splitlines() or ["it was stopped"])[-1])
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode or not finished(run_dir, parameters):
+        reason = visible((process.stderr.strip().splitlines() or ["it was stopped"])[-1])
         raise SweepError(f"{name}: {reason}. Its notebook: {display_path(folder / name)}.ipynb")
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove the folder of a run that has no checkpoint.
+
+    Raises:
+        SweepError: if it holds other files, which would be lost.
+    """
+    others = [path for path in run_dir.iterdir() if not any(path.match(pattern) for pattern in UNFINISHED)]
+    if others:
+        raise SweepError(
+            f"{run_dir.name}: {display_path(min(others))} was not written by an unfinished run; move it, or choose "
+            "another output_dir"
+        )
+    shutil.rmtree(run_dir)

@@ -1,9 +1,9 @@
 """A papermill engine that ends a notebook in order: `papermill --engine llmcore notebook.ipynb out.ipynb`.
 
-On SIGTERM papermill itself dies at once and the run is lost; on SIGINT it gives the kernel two seconds. With this
-engine either signal, whenever it comes, ends the notebook: no other cell is begun, and the cell that is running is
-interrupted and waited for, however long that takes: a training cell finishes its step and saves. Then the kernel is
-shut down, the notebook is written, and papermill exits with 128 + the signal's number. A second signal does not wait.
+On SIGTERM papermill itself dies at once and the run is lost. On SIGINT it gives the kernel two seconds. With this
+engine both signals end the notebook in order, at any time. No other cell begins. The running cell is interrupted, and
+papermill waits until it ends: a training cell finishes its step and saves. Then the kernel is shut down, the notebook
+is written, and papermill exits with 128 + the signal's number. A second signal ends the wait.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class InterruptibleClient(PapermillNotebookClient):
     """
 
     caught: signal.Signals | None = None
-    _begun = False  # the kernel has begun the cell, and takes an interrupt for it: before, it would not heed one
+    _begun = False  # the kernel has begun the cell; before that it would ignore an interrupt
     _interrupted = False
 
     def execute(self, **kwargs: Any) -> Any:
@@ -46,12 +46,12 @@ class InterruptibleClient(PapermillNotebookClient):
             try:
                 return super().execute(**kwargs)
             finally:
-                if self.caught is not None:  # whatever else went wrong then
+                if self.caught is not None:  # also after an error that the interrupt caused
                     self.nb.metadata.papermill["stopped_by"] = self.caught.name
                     raise SystemExit(128 + self.caught)
 
     def papermill_execute_cells(self) -> None:
-        """Execute one cell after another; none is begun after a signal."""
+        """Execute one cell after another. After a signal no other cell begins."""
         for index, cell in enumerate(self.nb.cells):
             if self.caught is not None:
                 break
@@ -67,18 +67,18 @@ class InterruptibleClient(PapermillNotebookClient):
                 self.nb_man.cell_complete(cell, cell_index=index)
 
     def process_message(self, message: Any, *args: Any, **kwargs: Any) -> Any:
-        """Look for the cell's begin and end among the kernel's messages."""
+        """Watch the kernel's messages for the beginning and the end of the cell."""
         if message["msg_type"] == "execute_input":
             self._begun = True
             if self.caught is not None:
                 self._interrupt()
         elif message["content"].get("execution_state") == "idle" and self._interrupted:
-            # an interrupt that comes just as a cell ends may cost the kernel its reply
+            # the kernel may send no reply if the interrupt comes just as the cell ends: do not wait for ever
             asyncio.get_running_loop().call_later(REPLY_PATIENCE, self.task_poll_for_reply.cancel)
         return super().process_message(message, *args, **kwargs)
 
     def _interrupt(self) -> None:
-        """Interrupt the kernel once, and the processes that it has started: to a run, a second one means haste."""
+        """Interrupt the kernel and the processes that it has started, once: a second interrupt would stop a save."""
         if not self._interrupted:
             self._interrupted = True
             with contextlib.suppress(ProcessLookupError):
@@ -86,7 +86,7 @@ class InterruptibleClient(PapermillNotebookClient):
 
     @contextlib.contextmanager
     def _signals_end_it(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the notebook. Only the main thread may set handlers."""
+        """Let SIGINT and SIGTERM end the notebook. Only a main thread may set signal handlers."""
         if threading.current_thread() is not threading.main_thread() or os.name != "posix":
             yield
             return
@@ -95,8 +95,8 @@ class InterruptibleClient(PapermillNotebookClient):
             if self.caught is not None:
                 raise KeyboardInterrupt
             self.caught = signal.Signals(number)
-            words = f"{self.caught.name}: waiting for the running cell; a second one does not wait\n"
-            os.write(2, words.encode())  # a logger may be in the middle of a line
+            message = f"{self.caught.name}: waiting for the running cell; a second one does not wait\n"
+            os.write(2, message.encode())  # not by the logger, which may be in the middle of a line
             if self._begun:
                 self._interrupt()
 
@@ -104,7 +104,7 @@ class InterruptibleClient(PapermillNotebookClient):
         try:
             yield
         finally:
-            # the command has only the notebook left to write; a program goes on
+            # the command only has to write the notebook; a program that called papermill goes on
             command = click.get_current_context(silent=True) is not None
             for number, handler in previous.items():
                 signal.signal(number, signal.SIG_IGN if command else handler)

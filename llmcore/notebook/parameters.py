@@ -1,8 +1,8 @@
-"""Notebook parameters: one table of names, kinds and ranges, checked in the cell after they are set.
+"""Notebook parameters: one table of names, kinds and ranges, checked in the cell after the parameters cell.
 
-papermill passes `3e-4` from a YAML file as a string, `-p flag true` as the word, `-p project 2024` as a number, and
-only warns of a name that the notebook does not know. Here what is clearly meant is taken, and wrong values and unknown
-names end the run in its first seconds.
+papermill passes `3e-4` from a YAML file as a string, `-p flag true` as the word "true" and `-p project 2024` as a
+number. It only warns of a name that the notebook does not know. Here such values get the type that is meant. Wrong
+values and unknown names end the run in its first seconds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import os
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,27 @@ from llmcore.corpus.sources import CORPORA
 from llmcore.files import resolve
 from llmcore.notebook.trackers import TRACKERS
 
-LONGEST_NAME = 200  # bytes of a folder's name; 255 is the most, and endings are added
-RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255, and endings such as ".ipynb" are added
+WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
 class ParameterError(ValueError):
-    """Notebook parameters that cannot work; the message names each one."""
+    """Notebook parameters that cannot work. The message names each of them."""
 
 
 @dataclass(frozen=True)
 class Kind:
     """What a parameter may be: a number in a range, a text, one of some choices, a folder's name, or a path.
 
-    Many numbers are a list, or words in one text, as a command line has them. A path may have to exist, or may not be
-    a file because it is a folder, made where it is missing. A name is one part of a path, on any system.
+    Attributes:
+        type: int, float, bool, str or Path.
+        low, high: the range of a number, both ends included.
+        choices: the texts that are allowed; for a path, words that are allowed besides.
+        optional: None is allowed.
+        must_exist: the path must exist.
+        folder: the path must be a folder, or not exist yet.
+        many: several numbers, as a list or as one text with spaces, as on a command line.
+        is_name: the text must be able to name a folder on any system.
     """
 
     type: type
@@ -47,101 +54,112 @@ class Kind:
     is_name: bool = False
 
     def read(self, name: str, value: Any) -> Any:
-        """The value in its right type. Raises ValueError with a sentence about it."""
+        """The value in its right type.
+
+        Raises:
+            ValueError: with a sentence that names the parameter and its value.
+        """
         if value is None or (isinstance(value, str) and value.strip().lower() == "none" and self.optional):
             if self.optional:
                 return None
-            raise ValueError(f"{name} must be set" + (" (papermill's -r takes the word None as text)" * self.is_text))
-        if self.is_text and isinstance(value, int | float):  # papermill's -p makes numbers of such words
+            hint = " (papermill's -r takes the word None as text)" if self.is_text else ""
+            raise ValueError(f"{name} must be set{hint}")
+        if self.is_text and isinstance(value, int | float):  # papermill's -p turns "2024" into a number
             value = str(value)
+
         if self.type is Path:
             return self._read_path(name, value)
         if self.type is str:
             return self._read_text(name, value)
         if self.many:
-            several = value.split() if isinstance(value, str) else value
-            if not isinstance(several, list | tuple) or not several:
-                raise ValueError(f"{name}={_said(value)} must be numbers with spaces between them")
-            return [self._read_number(name, each) for each in several]
+            numbers = value.split() if isinstance(value, str) else value
+            if not isinstance(numbers, list | tuple) or not numbers:
+                raise ValueError(f"{name}={_quoted(value)} must be numbers with spaces between them")
+            return [self._read_number(name, number) for number in numbers]
         return self._read_number(name, value)
 
     @property
     def is_text(self) -> bool:
-        """Whether a number can only be meant as the word that it was."""
+        """Whether the parameter is a text or a path, so that a number given for it is meant as text."""
         return self.type in (str, Path)
 
     def _read_text(self, name: str, value: Any) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"{name}={_said(value)} must be text")
+            raise ValueError(f"{name}={_quoted(value)} must be text")
         if self.choices and value not in self.choices:
-            raise ValueError(f"{name}={_said(value)}: {nearest(value[:100], self.choices)}")
+            raise ValueError(f"{name}={_quoted(value)}: {nearest(value[:100], self.choices)}")
         if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{name}={_said(value)} holds half a surrogate, which is no character; leave it out")
-        if self.is_name and (reason := _no_name(value)):
-            raise ValueError(f"{name}={_said(value)} must be the name of a folder, without a path: {reason}")
+            raise ValueError(f"{name}={_quoted(value)} holds half of a surrogate pair, not a character; remove it")
+        if self.is_name and (reason := _why_not_a_name(value)):
+            raise ValueError(f"{name}={_quoted(value)} must be the name of a folder, without a path: {reason}")
         return value
 
     def _read_path(self, name: str, value: Any) -> Path | str:
         if not isinstance(value, str | os.PathLike) or not os.fspath(value).strip() or "\0" in os.fspath(value):
-            raise ValueError(f"{name}={_said(value)} must be a path")
+            raise ValueError(f"{name}={_quoted(value)} must be a path")
         if value in self.choices:
             return value
-        said = _said(os.fspath(value))
+        given = f"{name}={_quoted(os.fspath(value))}"
+
         try:
-            os.fsencode(path := resolve(value))
-            there, last = path.exists(), next(folder for folder in (path, *path.parents) if folder.exists())
-        except (OSError, RuntimeError, ValueError) as error:  # too long, forbidden, ~nobody, no text of this system
-            raise ValueError(f"{name}={said} cannot be used: {getattr(error, 'strerror', None) or error}") from None
-        if self.must_exist and not there and path.name not in CORPORA:
+            path = resolve(value)
+            os.fsencode(path)
+            exists = path.exists()
+            nearest_folder = next(folder for folder in (path, *path.parents) if folder.exists())
+        except (OSError, RuntimeError, ValueError) as error:  # too long, forbidden, ~nobody, not encodable here
+            raise ValueError(f"{given} cannot be used: {getattr(error, 'strerror', None) or error}") from None
+
+        if self.must_exist and not exists and path.name not in CORPORA:
             start = "" if Path(value).is_absolute() else " (relative paths start at the project's folder)"
-            raise ValueError(f"{name}={said} does not exist: looked for {_said(str(path))}{start}")
-        if self.folder and there and not path.is_dir():
-            raise ValueError(f"{name}={said} is a file; it must be a folder")
-        if self.folder and not last.is_dir():
-            raise ValueError(f"{name}={said} cannot be made: {_said(str(last))} is a file")
+            raise ValueError(f"{given} does not exist: looked for {_quoted(str(path))}{start}")
+        if self.folder and exists and not path.is_dir():
+            raise ValueError(f"{given} is a file; it must be a folder")
+        if self.folder and not nearest_folder.is_dir():
+            raise ValueError(f"{given} cannot be made: {_quoted(str(nearest_folder))} is a file")
         return path
 
     def _read_number(self, name: str, value: Any) -> int | float | bool:
         if self.type is bool:
-            words = {"true": True, "false": False}
-            value = words.get(value.lower(), value) if isinstance(value, str) else value
+            if isinstance(value, str):
+                value = {"true": True, "false": False}.get(value.lower(), value)
             if not isinstance(value, bool):
-                raise ValueError(f"{name}={_said(value)} must be True or False")
+                raise ValueError(f"{name}={_quoted(value)} must be True or False")
             return value
-        kind = "a whole number" if self.type is int else "a number"
+
         try:
-            number = float(value)
-            wrong = isinstance(value, bool) or not math.isfinite(number) or (self.type is int and number % 1 != 0)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
-            wrong = True
-        if wrong:
-            raise ValueError(f"{name}={_said(value)} must be {kind}")
+            number = math.nan
+        if not math.isfinite(number) or (self.type is int and number % 1 != 0):
+            kind = "a whole number" if self.type is int else "a number"
+            raise ValueError(f"{name}={_quoted(value)} must be {kind}")
         if not self.low <= number <= self.high:
-            raise ValueError(f"{name}={_said(value)} must be between {self.low:g} and {self.high:g}")
+            raise ValueError(f"{name}={_quoted(value)} must be between {self.low:g} and {self.high:g}")
         return int(number) if self.type is int else number
 
 
-def _said(value: object) -> str:
-    """A value as an error shows it: no character of it acts, and not all of a long one."""
+def _quoted(value: object) -> str:
+    """A value as an error message shows it: control characters escaped, and the middle of a long value left out."""
     try:
-        words = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python writes
         return "(a very long number)"
-    return words if len(words) <= 200 else f"{words[:100]}…{words[-60:]}"
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-60:]}"
 
 
-def _no_name(value: str) -> str | None:
-    """Why a text cannot name a folder here or on another system; None if it can."""
+def _why_not_a_name(value: str) -> str | None:
+    """Why a text cannot name a folder on this or another system; None if it can."""
     if not value.strip() or value in (".", ".."):
-        return "it is none"
-    if odd := sorted({character for character in value if character in '/\\<>:"|?*' or not character.isprintable()}):
-        return f"it holds {', '.join(map(repr, odd[:5]))}"
+        return "it is empty or means a folder that exists"
+    forbidden = sorted({character for character in value if character in '/\\<>:"|?*' or not character.isprintable()})
+    if forbidden:
+        return f"it holds {', '.join(map(repr, forbidden[:5]))}"
     if len(value.encode()) > LONGEST_NAME:
-        return f"it has {len(value.encode())} bytes, and {LONGEST_NAME} are the most"
+        return f"it has {len(value.encode())} bytes; at most {LONGEST_NAME} are allowed"
     if value != value.strip() or value.endswith("."):
         return "it begins or ends with a space, or ends with a dot"
-    if value.split(".")[0].strip().upper() in RESERVED:
-        return "Windows keeps it for a device"
+    if value.split(".")[0].strip().upper() in WINDOWS_DEVICES:
+        return "Windows reserves it for a device"
     return None
 
 
@@ -191,32 +209,51 @@ PARAMETERS: dict[str, Kind] = {
 }
 
 
-def check_parameters(namespace: MutableMapping[str, Any], names: str) -> None:
+def check_parameters(namespace: MutableMapping[str, Any], names: str | None = None) -> None:
     """Check a notebook's parameters and put the values, in their right types, back into its namespace.
 
-    Paths become absolute, from the project's root. Parameters that papermill injected must be among the names.
+    Paths become absolute, from the project's root. The names are those that the parameters cell assigns. papermill may
+    inject values for these and no others.
 
     Args:
-        namespace: the notebook's `globals()`.
-        names: its parameters, separated by spaces.
+        namespace: the notebook's `globals()`. IPython keeps the source of all cells that were run in its `In`.
+        names: not used any more.
 
     Raises:
         ParameterError: listing every parameter that is wrong or unknown.
     """
+    known, injected = _parameter_names(namespace.get("In", []))
     wrong = []
-    known = names.split()
     for name in known:
-        try:
-            namespace[name] = PARAMETERS[name].read(name, namespace[name])
-        except ValueError as error:
-            wrong.append(str(error))
-    wrong += [f"unknown parameter {name}: {nearest(name, known)}" for name in _injected(namespace) if name not in known]
+        if name in PARAMETERS:  # a reader may add parameters of their own
+            try:
+                namespace[name] = PARAMETERS[name].read(name, namespace[name])
+            except ValueError as error:
+                wrong.append(str(error))
+    wrong += [f"unknown parameter {name}: {nearest(name, known)}" for name in injected if name not in known]
     if wrong:
         raise ParameterError("; ".join(wrong))
 
 
-def _injected(namespace: MutableMapping[str, Any]) -> list[str]:
-    """Names set in the cell that papermill injects, which begins with `# Parameters`."""
-    cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
-    assigned = (node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign))
-    return [target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)]
+def _parameter_names(cells: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names that the parameters cell assigns, and those that papermill's cell assigns after it.
+
+    The parameters cell consists of annotated assignments, `name: type = value`. papermill's cell begins with
+    `# Parameters`. In JupyterLab cells are run again and again: the latest run of each counts.
+
+    Raises:
+        ParameterError: if the parameters cell was not run.
+    """
+    injected: list[str] = []
+    for cell in reversed(cells):
+        try:
+            body = ast.parse(cell).body
+        except SyntaxError:
+            continue
+        if cell.startswith("# Parameters\n") and not injected:
+            targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+            injected = [target.id for target in targets if isinstance(target, ast.Name)]
+        elif body and all(isinstance(node, ast.AnnAssign) for node in body):
+            targets = [node.target for node in body if isinstance(node, ast.AnnAssign)]
+            return [target.id for target in targets if isinstance(target, ast.Name)], injected
+    raise ParameterError("run the cell with the parameters first")

@@ -1,4 +1,4 @@
-"""The experiment log: a page for each run, in its folder, and a list of all. Markdown, read from the run's files."""
+"""The experiment log: a page for each run, in its folder, and a list of all runs. Both are Markdown files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from llmcore.files import resolve, write_atomic
@@ -26,52 +27,66 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
     """
     folder = resolve(run_dir)
     config, events = read_run(folder), read_events(folder)
-    row = summarize([folder])[0]
-    facts = {name: row[name] for name in ("preset", "parameters", "steps", "tokens")}
-    skipped = events[-1].get("skipped", 0) if events else 0
-    at_end = bool(events) and events[-1]["step"] >= config["train"]["max_steps"]
-    facts |= {"state": "finished" if at_end else "not at its end"}
-    facts |= {name: row[name] for name in ("validation (nats/token)", "best", "bits per byte", "time", "device")}
-    facts |= {"steps skipped": str(skipped), "data set": _fingerprint((config.get("data") or {}).get("train"))}
-    facts |= {"tokenizer": _fingerprint(config.get("tokenizer"))}
-    facts |= {name: str(value) for name, value in config.get("environment", {}).items() if value is not None}
-    parts = [f"# {_plain(folder.name)}", _table([{"what": name, "value": value} for name, value in facts.items()])]
+    parts = [f"# {markdown_text(folder.name)}", _overview(folder, config, events)]
+
     if (folder / "curves.png").exists():
         parts.append("![Training curves](curves.png)")
-    if measured := validations(folder):
-        shown = measured[:: max(1, len(measured) // 10)]
-        shown += [] if shown[-1] is measured[-1] else [measured[-1]]
-        rows = [
+    if points := validations(folder):
+        parts += ["## Validation", _validation_table(points)]
+
+    samples = [event for event in events if "sample" in event][-SAMPLES:]
+    if samples:
+        parts.append("## Samples")
+    for event in samples:
+        prompt = ending(str(event.get("sample_prompt", "")))
+        parts += [f"After step {event['step']:,}:", _fenced(prompt + str(event["sample"]))]
+
+    if config.get("history"):
+        steps = ", ".join(f"{entry['step']:,}" for entry in config["history"])
+        parts.append(f"Stopped, and resumed at step {steps}.")
+    settings = json.dumps({"model": config["model"], "train": config["train"]}, indent=1, ensure_ascii=False)
+    parts += ["## Configuration", _fenced(settings, "json")]
+
+    write_atomic(folder / "summary.md", "\n\n".join(parts) + "\n")
+    return folder / "summary.md"
+
+
+def _overview(folder: Path, config: dict[str, Any], events: list[dict[str, Any]]) -> str:
+    """The table at the top of a run's page: what the run is, how it stands, and what it was made with."""
+    row = summarize([folder])[0]
+    at_end = bool(events) and events[-1]["step"] >= config["train"]["max_steps"]
+    values = {name: row[name] for name in ("preset", "parameters", "steps", "tokens")}
+    values["state"] = "finished" if at_end else "not at its end"
+    values |= {name: row[name] for name in ("validation (nats/token)", "best", "bits per byte", "time", "device")}
+    values["steps skipped"] = str(events[-1].get("skipped", 0) if events else 0)
+    values["data set"] = _fingerprint((config.get("data") or {}).get("train"))
+    values["tokenizer"] = _fingerprint(config.get("tokenizer"))
+    values |= {name: str(value) for name, value in config.get("environment", {}).items() if value is not None}
+    return _text_table([{"what": name, "value": value} for name, value in values.items()])
+
+
+def _validation_table(points: list[dict[str, float]]) -> str:
+    """About ten of a run's validations, the last one among them."""
+    selected = points[:: max(1, len(points) // 10)]
+    if selected[-1] is not points[-1]:
+        selected.append(points[-1])
+    return _text_table(
+        [
             {
                 "step": f"{point['steps']:,}",
                 "tokens": f"{point['tokens']:,}",
                 "nats per token": f"{point['val_loss']:.4f}",
                 "bits per byte": f"{point['val_bits_per_byte']:.4f}" if "val_bits_per_byte" in point else "–",
             }
-            for point in shown
+            for point in selected
         ]
-        parts += ["## Validation", _table(rows)]
-    samples = [event for event in events if "sample" in event][-SAMPLES:]
-    if samples:
-        parts.append("## Samples")
-    for event in samples:
-        parts += [
-            f"After step {event['step']:,}:",
-            _fenced(ending(str(event.get("sample_prompt", ""))) + str(event["sample"])),
-        ]
-    if config.get("history"):
-        steps = ", ".join(f"{entry['step']:,}" for entry in config["history"])
-        parts.append(f"Stopped, and resumed at step {steps}.")
-    settings = json.dumps({"model": config["model"], "train": config["train"]}, indent=1, ensure_ascii=False)
-    parts += ["## Configuration", _fenced(settings, "json")]
-    write_atomic(folder / "summary.md", "\n\n".join(parts) + "\n")
-    return folder / "summary.md"
+    )
 
 
 def write_index(output_dir: str | os.PathLike[str]) -> Path:
     """Write `index.md`, a table of all runs with links to their pages.
 
-    It lists the project's whole `outputs` if the folder lies in there, else the folder. A run that cannot be read is
+    If the folder lies in the project's `outputs`, the table is of all runs in `outputs`. A run that cannot be read is
     listed with the reason.
 
     Raises:
@@ -79,36 +94,35 @@ def write_index(output_dir: str | os.PathLike[str]) -> Path:
     """
     folder, outputs = resolve(output_dir), resolve("outputs")
     folder = outputs if folder.is_relative_to(outputs) else folder
-    found = find_runs(folder)
-    rows = []
-    for run, words in zip(found, summarize(found), strict=True):
+    runs, rows = find_runs(folder), []
+    for run, row in zip(runs, summarize(runs), strict=True):
         path = run.relative_to(folder).as_posix()
         page = f"{path}/summary.md" if (run / "summary.md").exists() else path
-        rows.append(
-            {"run": f"[{_plain(path)}]({quote(os.fsencode(page))})", **{name: _plain(words[name]) for name in COLUMNS}}
-        )
+        link = f"[{markdown_text(path)}]({quote(os.fsencode(page))})"
+        rows.append({"run": link, **{name: markdown_text(row[name]) for name in COLUMNS}})
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "index.md", "# Runs\n\n" + (_rows(rows) if rows else "None yet.") + "\n")
+    write_atomic(folder / "index.md", "# Runs\n\n" + (_table(rows) if rows else "None yet.") + "\n")
     return folder / "index.md"
 
 
-def _plain(text: str) -> str:
-    """Text from outside on one line of Markdown: no markup, tag or column begins in it."""
+def markdown_text(text: str) -> str:
+    """Text from outside on one line of Markdown: nothing in it acts as markup, as a tag or as a column."""
     line = " ".join(visible(text).split())
     return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(line, quote=False))
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """Text as it is, in a fence longer than any row of backticks in it."""
+    """Text as a code block. Its fence is longer than any row of backticks in the text."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}{language}\n{visible(text)}\n{ticks}"
 
 
+def _text_table(rows: list[dict[str, str]]) -> str:
+    return _table([{name: markdown_text(value) for name, value in row.items()} for row in rows])
+
+
 def _table(rows: list[dict[str, str]]) -> str:
-    return _rows([{name: _plain(value) for name, value in row.items()} for row in rows])
-
-
-def _rows(rows: list[dict[str, str]]) -> str:
+    """A Markdown table of rows with the same keys; the values are Markdown."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,6 +1,7 @@
 """HTML for text that nobody has checked: corpora, prompts and models may hold tags and terminal escapes.
 
-Everything that comes from outside goes through `visible` (for a terminal or a figure) or `escaped` (for HTML).
+Everything that comes from outside goes through `visible` (for a terminal), `html_text` (for HTML),
+`run_page.markdown_text` (for Markdown) or `plots.style.figure_text` (for a figure).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from llmcore.files import visible as visible
 from llmcore.tokenizer import Tokenizer
 
-SHOWN = 400  # characters of a long text that are worth showing
+SHOWN = 400  # characters of a long prompt that are shown
 
 BOX = (
     "display:inline-block;padding:1px 4px;margin:1px 0;border:1px solid #888;border-radius:4px;color:#000;"
@@ -22,12 +23,12 @@ COLORS = ("#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6")  # pale, so that black tex
 
 
 def ending(text: str, most: int = SHOWN) -> str:
-    """The end of a text, from where a model goes on, and in words how much stands before: for prompts of any length."""
+    """The end of a prompt, where the model goes on. Of a long prompt the beginning is replaced by its length."""
     return text if len(text) <= most else f"({len(text) - most:,} characters) …{text[-most:]}"
 
 
-def escaped(text: object) -> str:
-    """Text for an HTML page, as content or as an attribute in quotes: no tag, entity or control character acts."""
+def html_text(text: object) -> str:
+    """Text for an HTML page, as content or as a quoted attribute. Tags, entities and control characters do not act."""
     return html.escape(visible(str(text)))
 
 
@@ -40,35 +41,37 @@ def piece_text(tokenizer: Tokenizer, id: int) -> str:
 
 
 def boxes(pieces: Sequence[str], notes: Sequence[str] = (), hints: Sequence[str] = ()) -> str:
-    """Pieces as boxes with an edge, in alternating colours; a box with "⏎" ends its line.
+    """Pieces as boxes with an edge, in alternating colours. A box with "⏎" ends its line.
 
-    Code hosts drop every style: the spaces between the boxes then part the pieces.
+    Code hosts remove all styles. There the spaces between the boxes separate the pieces.
 
     Args:
         pieces: the texts.
-        notes: small print below each.
-        hints: what each says when the mouse rests on it.
+        notes: small print below each piece.
+        hints: what each piece shows when the mouse rests on it.
     """
-    made = []
+    spans = []
     for number, piece in enumerate(pieces):
-        note = f' <small style="display:block">{escaped(notes[number])}</small>' if notes else ""
-        hint = f' title="{escaped(hints[number])}"' if hints else ""
+        note = f' <small style="display:block">{html_text(notes[number])}</small>' if notes else ""
+        hint = f' title="{html_text(hints[number])}"' if hints else ""
         style = f"background:{COLORS[number % len(COLORS)]};{BOX}"
-        made.append(f'<span{hint} style="{style}">{escaped(piece)}{note}</span>' + ("<br>" if "⏎" in piece else ""))
-    return f"<div>{' '.join(made)}</div>"
+        spans.append(f'<span{hint} style="{style}">{html_text(piece)}{note}</span>' + ("<br>" if "⏎" in piece else ""))
+    return f"<div>{' '.join(spans)}</div>"
 
 
 def table(rows: Iterable[Mapping[str, object]], caption: str = "") -> str:
-    """Rows with the same keys as a table: the keys above, one row each; numbers to the right."""
+    """Rows with the same keys as an HTML table: the keys are its head, numbers are aligned to the right."""
     rows = list(rows)
     if not rows:
         return "<p>nothing yet</p>"
-    head = "".join(f'<th scope="col" style="text-align:left">{escaped(name)}</th>' for name in rows[0])
+    head = "".join(f'<th scope="col" style="text-align:left">{html_text(name)}</th>' for name in rows[0])
     body = ""
     for row in rows:
-        cells = [(escaped(value), re.match(r"[\d.,]+( |$)", str(value))) for value in row.values()]
-        right, left = "text-align:right;white-space:nowrap", "text-align:left"
-        body += "<tr>" + "".join(f'<td style="{right if n else left}">{v}</td>' for v, n in cells)
+        body += "<tr>"
+        for value in row.values():
+            is_number = re.match(r"[\d.,]+( |$)", str(value))
+            style = "text-align:right;white-space:nowrap" if is_number else "text-align:left"
+            body += f'<td style="{style}">{html_text(value)}</td>'
         body += "</tr>"
-    title = f"<caption>{escaped(caption)}</caption>" if caption else ""
+    title = f"<caption>{html_text(caption)}</caption>" if caption else ""
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,4 +1,4 @@
-"""What a person watching can touch, in one place for the notebooks.
+"""The panels that a person can use, and the functions that show text and tables, in one place for the notebooks.
 
 `dashboard.py` watches training, `explorers.py` looks at tokens, data and attention, `writing.py` lets a model write.
 """
@@ -29,5 +29,5 @@ __all__ = [
 
 
 def run_table(run_dirs: Sequence[str | os.PathLike[str]]) -> HTML:
-    """Runs side by side, a row each: see `runs.summarize`."""
+    """A table of runs, one row a run: see `compare_runs.summarize`."""
     return HTML(table(summarize(run_dirs), "Runs, one a row"))

@@ -15,7 +15,7 @@ import tempfile
 from llmcore import config
 from llmcore.model import Transformer
 from llmcore.train import Trainer
-from llmcore.planner import RandomTokens
+from llmcore.measure.planner import RandomTokens
 shape, how = config.preset("scifi-mini")
 with tempfile.TemporaryDirectory() as folder:
     Trainer(Transformer(shape), RandomTokens(shape), None, how.replace(max_steps=2), folder).fit()

@@ -1,4 +1,4 @@
-"""Figures for the notebooks: each function takes data and returns a matplotlib Figure."""
+"""Figures for the notebooks. Each function takes data and returns a matplotlib Figure."""
 
 from llmcore.notebook.plots.corpus import (
     compression,

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from llmcore.files import one_line, resolve
 from llmcore.measure.compare_runs import validations
@@ -38,26 +39,19 @@ from llmcore.notebook.plots.style import (
 def memory_against_batch(
     predicted: Mapping[str, Mapping[int, float]], measured: Mapping[str, Mapping[int, float]], title: str
 ) -> Figure:
-    """Bytes at the fullest moment of a step, by policy of activation checkpointing and batch size.
+    """Bytes at the moment of a step that needs most, by policy of activation checkpointing and batch size.
 
     Args:
-        predicted: policy -> batch size -> bytes: a line each.
-        measured: the same, drawn as points of the line's colour.
+        predicted: policy -> batch size -> bytes; a line for each policy.
+        measured: the same, drawn as points in the line's colour.
         title: the finding.
     """
     figure, [axes] = new_figure(7, 3.4)
     for (policy, line), color, marker in zip(predicted.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
         axes.plot(list(line), [size / 1e6 for size in line.values()], color=color, label=f"{policy}, predicted")
-        points = measured.get(policy, {})
-        if points:
-            axes.plot(
-                list(points),
-                [size / 1e6 for size in points.values()],
-                marker,
-                color=color,
-                markersize=7,
-                label=f"{policy}, measured",
-            )
+        if points := measured.get(policy):
+            sizes = [size / 1e6 for size in points.values()]
+            axes.plot(list(points), sizes, marker, color=color, markersize=7, label=f"{policy}, measured")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
@@ -78,9 +72,9 @@ def training_curves(
     Args:
         events: one a step, as in `metrics.jsonl`.
         title: of the whole picture.
-        metric: what to draw beside the training loss: "val_loss", or "exact_match", which gets an axis of its own.
+        metric: what to draw beside the training loss: "val_loss", or "exact_match", which gets its own axis.
         metric_label: its name and unit.
-        log_x: draw steps on a logarithmic axis, which gives the early ones room.
+        log_x: draw steps on a logarithmic axis, which gives the early steps more room.
     """
     figure = Picture(figsize=(10, 4.6), dpi=100)
     # margins by hand: a layout engine would take most of a live drawing's time
@@ -88,63 +82,92 @@ def training_curves(
     figure.subplots_adjust(left=0.065, right=0.985, top=0.93, bottom=0.11, wspace=gap, hspace=0.25)
     axes = figure.subplot_mosaic([["loss", "loss", "rate"], ["loss", "loss", "norm"], ["loss", "loss", "speed"]])
     events = list(events)
-    thin = events[:: max(1, len(events) // 2000)]
-    steps = np.array([event["step"] for event in thin])
+    drawn = events[:: max(1, len(events) // 2000)]
 
-    def series(name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array([event[name] for event in thin], dtype=float)
-
-    loss = series("loss") if thin else np.array([])
-    axes["loss"].plot(steps, loss, color=SKY, linewidth=0.8, alpha=0.7, label="training, each step")
-    if len(loss) > 20:
-        axes["loss"].plot(steps, smoothed(loss, len(loss) / 50), color=BLUE, linewidth=2, label="training, smoothed")
-    marked = [(event["step"], event[metric]) for event in events if metric in event]
-    target = axes["loss"]
-    if metric != "val_loss":
-        target = axes["loss"].twinx()
-        target.set(ylabel=metric_label, ylim=(0, 1.03))
-        target.yaxis.set_major_formatter(PercentFormatter(1.0))
-        target.grid(False)
-        target.spines["right"].set_visible(True)
-    if marked:
-        label = f"{metric_label}: {marked[-1][1]:{'.4g' if metric == 'val_loss' else '.2%'}}"
-        label += f" at step {marked[-1][0]:,}" if marked[-1][0] != events[-1]["step"] else ""
-        target.plot(*zip(*marked, strict=True), color=RED, marker="o", markersize=4, label=label)
-    finite = loss[np.isfinite(loss)]
-    if len(finite):
-        axes["loss"].set_ylim(min(0.0, finite.min()) if finite.min() < 1 else finite.min() * 0.95, finite.max() * 1.02)
-    counts = [(event["step"], event.get("skipped", 0)) for event in events]
-    skipped = [step for (_, before), (step, now) in itertools.pairwise(counts) if now > before]
-    if skipped:
-        place = np.full(len(skipped), 0.985)
-        down = axes["loss"].get_xaxis_transform()  # x in steps, y in heights of the axes
-        axes["loss"].plot(skipped, place, "kx", transform=down, label=f"skipped: {len(skipped)}")
-    lines = [*axes["loss"].get_lines(), *(target.get_lines() if target is not axes["loss"] else [])]
-    frame: dict[str, Any] = {"frameon": True, "framealpha": 0.8, "edgecolor": "none"}  # readable over the curves
-    axes["loss"].legend(handles=lines, loc="upper right" if metric == "val_loss" else "center right", **frame)
+    _draw_losses(axes["loss"], events, drawn, metric, metric_label)
     name_axes(axes["loss"], title, "optimizer step", "loss (nats per token)")
-    for name, key, label, color in (
-        ("rate", "learning_rate", "learning rate", GREEN),
-        ("norm", "grad_norm", "gradient norm", PURPLE),
-        ("speed", "tokens_per_second", "tokens per second", GREY),
-    ):
-        axes[name].plot(steps, series(key) if thin else [], color=color, linewidth=1.2)
-        axes[name].set_ylabel(label, fontsize=8)
-        axes[name].tick_params(labelsize=8, labelbottom=name == "speed")
-    axes["speed"].yaxis.set_major_formatter(EngFormatter(sep=" "))
-    if thin:
-        norm = series("grad_norm")
-        axes["norm"].set_ylim(0, 1.2 * float(np.nanpercentile(norm[np.isfinite(norm)], 98)) if len(finite) else None)
-        axes["speed"].set_ylim(0, 1.2 * float(np.percentile(series("tokens_per_second"), 98)))
-    axes["speed"].set_xlabel("optimizer step", fontsize=8)
+    _draw_small_panels(axes["rate"], axes["norm"], axes["speed"], drawn)
     if log_x:
-        for each in figure.axes:
-            each.set_xscale("log")
+        for panel in figure.axes:
+            panel.set_xscale("log")
         axes["loss"].set_xlabel("optimizer step (log scale)")
     return figure
 
 
-COSTS = {  # column of `runs.validations` -> what its axis says
+def _series(events: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
+    return np.array([event[name] for event in events], dtype=float)
+
+
+def _draw_losses(
+    axes: Axes,
+    events: Sequence[Mapping[str, Any]],
+    drawn: Sequence[Mapping[str, Any]],
+    metric: str,
+    metric_label: str,
+) -> None:
+    """Training loss, the metric of the validations, and marks for skipped steps.
+
+    Args:
+        axes: to draw into.
+        events: all of the run.
+        drawn: those whose training loss is drawn.
+        metric, metric_label: as in `training_curves`.
+    """
+    steps, loss = _series(drawn, "step"), _series(drawn, "loss")
+    axes.plot(steps, loss, color=SKY, linewidth=0.8, alpha=0.7, label="training, each step")
+    if len(loss) > 20:
+        axes.plot(steps, smoothed(loss, len(loss) / 50), color=BLUE, linewidth=2, label="training, smoothed")
+    finite = loss[np.isfinite(loss)]
+
+    # validations, on the same axis or, as a share, on another one
+    metric_axes = axes
+    if metric != "val_loss":
+        metric_axes = axes.twinx()
+        metric_axes.set(ylabel=metric_label, ylim=(0, 1.03))
+        metric_axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        metric_axes.grid(False)
+        metric_axes.spines["right"].set_visible(True)
+    points = [(event["step"], event[metric]) for event in events if metric in event]
+    if points:
+        step, value = points[-1]
+        label = f"{metric_label}: {value:{'.4g' if metric == 'val_loss' else '.2%'}}"
+        label += f" at step {step:,}" if step != events[-1]["step"] else ""
+        metric_axes.plot(*zip(*points, strict=True), color=RED, marker="o", markersize=4, label=label)
+    if len(finite):
+        axes.set_ylim(min(0.0, finite.min()) if finite.min() < 1 else finite.min() * 0.95, finite.max() * 1.02)
+
+    # skipped steps, at the upper edge
+    counts = [(event["step"], event.get("skipped", 0)) for event in events]
+    skipped = [step for (_, before), (step, now) in itertools.pairwise(counts) if now > before]
+    if skipped:
+        edge = axes.get_xaxis_transform()  # x in steps, y as a share of the height
+        axes.plot(skipped, np.full(len(skipped), 0.985), "kx", transform=edge, label=f"skipped: {len(skipped)}")
+
+    lines = [*axes.get_lines(), *(metric_axes.get_lines() if metric_axes is not axes else [])]
+    frame: dict[str, Any] = {"frameon": True, "framealpha": 0.8, "edgecolor": "none"}  # readable over the curves
+    axes.legend(handles=lines, loc="upper right" if metric == "val_loss" else "center right", **frame)
+
+
+def _draw_small_panels(rate: Axes, norm: Axes, speed: Axes, events: Sequence[Mapping[str, Any]]) -> None:
+    """Learning rate, gradient norm and speed. Outliers of the last two do not set the scale."""
+    steps = _series(events, "step")
+    for axes, name, label, color in (
+        (rate, "learning_rate", "learning rate", GREEN),
+        (norm, "grad_norm", "gradient norm", PURPLE),
+        (speed, "tokens_per_second", "tokens per second", GREY),
+    ):
+        axes.plot(steps, _series(events, name), color=color, linewidth=1.2)
+        axes.set_ylabel(label, fontsize=8)
+        axes.tick_params(labelsize=8, labelbottom=axes is speed)
+    speed.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    speed.set_xlabel("optimizer step", fontsize=8)
+    if events:
+        norms, finite = _series(events, "grad_norm"), np.isfinite(_series(events, "loss")).any()
+        norm.set_ylim(0, 1.2 * float(np.nanpercentile(norms[np.isfinite(norms)], 98)) if finite else None)
+        speed.set_ylim(0, 1.2 * float(np.percentile(_series(events, "tokens_per_second"), 98)))
+
+
+COSTS = {  # key of `compare_runs.validations` -> label of its axis
     "steps": "optimizer steps",
     "tokens": "tokens read",
     "seconds": "seconds spent in steps",
@@ -156,29 +179,35 @@ COSTS = {  # column of `runs.validations` -> what its axis says
 def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") -> Figure:
     """Validation loss of several runs against steps, tokens, time and compute, one panel each.
 
-    Bits per byte where every run has them, so that vocabularies compare; else nats per token. Runs differ in colour,
-    marker and dashes. Those without a validation, or unreadable, are left out, and named in the title.
+    In bits per byte if every run has them, so that runs with different vocabularies compare; else in nats per token.
+    Runs differ in colour, marker and dashes. Runs without a validation, or unreadable, are only named in the title.
 
     Args:
-        run_dirs: folders of runs, as `runs.find_runs` finds them.
+        run_dirs: folders of runs, as from `measure.compare_runs.find_runs`.
         title: what to see; empty: which run ends lowest.
     """
-    runs, unreadable = [], []
+    drawn: list[tuple[str, list[dict[str, float]]]] = []
+    left_out: dict[str, list[str]] = {"not validated yet": [], "unreadable": []}
     for folder in map(resolve, run_dirs):
+        name = one_line(folder.name)
         try:
-            runs.append((one_line(folder.name), validations(folder)))
+            points = validations(folder)
         except (OSError, ValueError):
-            unreadable.append(one_line(folder.name))
-    silent = [name for name, found in runs if not found]
-    drawn = [(name, found) for name, found in runs if found]
-    in_bits = all("val_bits_per_byte" in point for _, found in drawn for point in found)
+            left_out["unreadable"].append(name)
+            continue
+        if points:
+            drawn.append((name, points))
+        else:
+            left_out["not validated yet"].append(name)
+    in_bits = all("val_bits_per_byte" in point for _, points in drawn for point in points)
     measure, unit = ("val_bits_per_byte", "bits per byte") if in_bits else ("val_loss", "nats per token")
+
     figure, panels = new_figure(10, 6.2, 2, 2)
     for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
-        for number, (name, found) in enumerate(drawn):
+        for number, (name, points) in enumerate(drawn):
             axes.plot(
-                [point[cost] for point in found],
-                [point[measure] for point in found],
+                [point[cost] for point in points],
+                [point[measure] for point in points],
                 marker="os^Dv*"[number % 6],
                 linestyle=("-", "--", "-.", ":")[number // 6 % 4],
                 markersize=4,
@@ -186,20 +215,25 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
             )
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         name_axes(axes, "", label, f"validation ({unit})")
+
     if drawn:
         widest = max(cells(figure_text(name, LABEL)) for name, _ in drawn)
-        columns = max(1, min(4, 120 // (widest + 8)))  # of the 120 letters that fit side by side
+        columns = max(1, min(4, 120 // (widest + 8)))  # about 120 letters fit side by side
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
-        end, lowest = min((found[-1][measure], name) for name, found in drawn)
-        words = f"{lowest} ends lowest of {len(drawn)} runs," if len(drawn) > 1 else f"{lowest} ends"
-        title = title or f"{words} at {end:.3f} {unit}"
-    else:
-        title = title or "No run has been validated yet"
-    for why, names in (("not validated yet", silent), ("unreadable", unreadable)):
+    title = title or _lowest(drawn, measure, unit)
+    for reason, names in left_out.items():
         if names:
-            title += f" ({why}: {', '.join(names)})"
+            title += f" ({reason}: {', '.join(names)})"
     head(figure, title)
     return figure
+
+
+def _lowest(runs: Sequence[tuple[str, Sequence[Mapping[str, float]]]], measure: str, unit: str) -> str:
+    """A title that names the run with the lowest last validation."""
+    if not runs:
+        return "No run has been validated yet"
+    end, name = min((points[-1][measure], name) for name, points in runs)
+    return f"{name} ends{f' lowest of {len(runs)} runs,' if len(runs) > 1 else ''} at {end:.3f} {unit}"
 
 
 @styled
@@ -208,12 +242,12 @@ def isoflop_curves(
     title: str,
     optima: Mapping[float, float] | None = None,
 ) -> Figure:
-    """Loss against parameters, one curve for each compute budget, with the parabola in log N that lies nearest.
+    """Loss against parameters, one curve for each compute budget, with the parabola in log N that fits best.
 
     Args:
-        curves: by FLOPs of a run: parameters and losses (nats per token) of the runs that spent them.
+        curves: FLOPs of a run -> parameters and losses (nats per token) of the runs that cost so much.
         title: what to see.
-        optima: parameters that a fitted law would choose, by FLOPs; marked on the axis.
+        optima: FLOPs -> parameters that a fitted law would choose; drawn as vertical lines.
     """
     figure, [axes] = new_figure(8, 4.2)
     for number, (flops, (parameters, losses)) in enumerate(sorted(curves.items())):
@@ -240,8 +274,8 @@ def scaling_fit(
 
     Args:
         measured: losses of the runs that were fitted, nats per token, (runs,).
-        fitted: what the law says of them, (runs,).
-        flops: what each had cost, (runs,).
+        fitted: losses of the same runs by the law, (runs,).
+        flops: what each run cost, (runs,).
         title: what to see.
         held_back: flops, measured, predicted, low and high of a run that was not fitted.
     """
@@ -250,6 +284,7 @@ def scaling_fit(
     left.plot(flops, fitted, "x", color=ORANGE, label="runs, by the law")
     right.plot(fitted, measured, "o", color=BLUE)
     ends = [*np.atleast_1d(measured), *np.atleast_1d(fitted)]
+
     if held_back:
         place, middle = held_back["flops"], held_back["predicted"]
         reach = [[middle - held_back["low"]], [held_back["high"] - middle]]
@@ -259,6 +294,7 @@ def scaling_fit(
             )
             axes.plot(x, held_back["measured"], "*", color=RED, markersize=11, label="held back, measured")
         ends += [middle, held_back["measured"]]
+
     right.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, linestyle="--", linewidth=1)
     left.set_xscale("log")
     left.legend()
@@ -268,13 +304,13 @@ def scaling_fit(
     return figure
 
 
-def smoothed(values: ArrayLike, span: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Exponential moving average over about `span` values, without the usual pull towards the first one."""
+def smoothed(values: ArrayLike, span: float) -> NDArray[np.float64]:
+    """Exponential moving average over about `span` values, without a bias towards the first value."""
     keep = 1 - 1 / max(1.0, span)
     total = weight = 0.0
-    out = []
+    averages = []
     for value in np.asarray(values, dtype=float):
         if math.isfinite(value):
             total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight if weight else math.nan)
-    return np.array(out)
+        averages.append(total / weight if weight else math.nan)
+    return np.array(averages)
