@@ -22,8 +22,7 @@ from llmcore.measure.planner import measure_speed
 from llmcore.runs import TrainingError
 from llmcore.train import Trainer
 
-from .helpers import Batches, quick, tiny_config, tiny_model
-from .test_train import ROOT, assert_same_tensors, numbers, state
+from .helpers import ROOT, Batches, assert_same_tensors, numbers, quick, state, tiny_config, tiny_model
 
 LONG = {"max_steps": 10**7, "schedule": "wsd"}  # worth compiling
 

@@ -32,8 +32,7 @@ from llmcore.measure.ngram import NGram, evaluate_ngram
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import quick, tiny_model
-from .test_train import trainer
+from .helpers import quick, tiny_model, trainer
 
 VOCABULARY = 330
 

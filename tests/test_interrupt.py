@@ -25,14 +25,14 @@ from papermill.execute import execute_notebook as papermill_in_process
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.runs import read_metrics
 
-from .test_train import quick, trainer
+from .helpers import quick, trainer
 
 ROOT = Path(__file__).parents[1]
 TRAIN = """
 import os, time
 from pathlib import Path
 import llmcore.checkpoint
-from tests.test_train import quick, trainer
+from tests.helpers import quick, trainer
 
 Path("kernel").write_text(str(os.getpid()))
 disk = llmcore.checkpoint.fsync
@@ -95,7 +95,7 @@ def printed(folder: Path) -> str:
 DASHBOARD = """
 from pathlib import Path
 from llmcore.widgets import TrainingDashboard
-from tests.test_train import quick, trainer
+from tests.helpers import quick, trainer
 
 one = trainer(Path("run").absolute(), quick(max_steps=10**6, schedule="plateau"))
 """

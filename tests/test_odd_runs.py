@@ -17,8 +17,7 @@ from llmcore.notebook import plots
 from llmcore.notebook.run_page import write_index
 from llmcore.notebook.widgets import run_table
 
-from .helpers import quick
-from .test_train import trainer
+from .helpers import quick, trainer
 
 
 @pytest.fixture(scope="module")

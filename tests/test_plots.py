@@ -24,8 +24,7 @@ from llmcore.notebook import plots
 from llmcore.notebook.plots import style
 from llmcore.runs import read_metrics
 
-from .helpers import quick, tiny_config
-from .test_train import trainer
+from .helpers import quick, tiny_config, trainer
 
 
 def events(steps: int) -> list[dict[str, float]]:

@@ -19,13 +19,11 @@ from llmcore.measure.sweep import SweepError, finished, isoflop_grid, run_outcom
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import quick, tiny_config
-from .test_train import trainer
+from .helpers import quick, tiny_config, trainer
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 TRAINS = """
-from tests.test_train import trainer
-from tests.helpers import quick
+from tests.helpers import quick, trainer
 trainer(f"{output_dir}/{project}", quick(max_steps=max_steps), resume=checkpoint_dir).fit()
 """
 

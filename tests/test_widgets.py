@@ -36,8 +36,7 @@ from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Event, Trainer
 
-from .helpers import quick, tiny_model
-from .test_train import trainer
+from .helpers import quick, tiny_model, trainer
 
 HOSTILE = "<script>window.owned = true</script> \x1b[31mred\x1b[0m <img src=x onerror=alert(1)> \u202eback & \x00 $x$"
 
