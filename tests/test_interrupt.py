@@ -94,7 +94,7 @@ def printed(folder: Path) -> str:
 
 DASHBOARD = """
 from pathlib import Path
-from llmcore.widgets import TrainingDashboard
+from llmcore.notebook.widgets import TrainingDashboard
 from tests.helpers import quick, trainer
 
 one = trainer(Path("run").absolute(), quick(max_steps=10**6, schedule="plateau"))
@@ -215,9 +215,8 @@ def test_after_a_stop_no_cell_trains_by_itself(watched: bool, kernel: Kernel) ->
 
 @pytest.mark.slow
 def test_after_a_stop_a_person_runs_any_cell(kernel: Kernel) -> None:
-    kernel.run(
-        DASHBOARD + "import llmcore.notebook.dashboard\nllmcore.dashboard.BY_HAND = 0"
-    )  # whoever comes is a person
+    anybody = "import llmcore.notebook.dashboard\nllmcore.notebook.dashboard.BY_HAND = 0"  # whoever comes is a person
+    assert kernel.run(DASHBOARD + anybody)["status"] == "ok"
     running = kernel.client.execute(FIRST)
     kernel.wait_until_trained()
     kernel.manager.interrupt_kernel()
@@ -282,7 +281,7 @@ def test_a_second_view_finds_the_run_that_is_going_on(kernel: Kernel) -> None:
     kernel.wait_until_trained()
     client.control_channel.send(client.session.msg("create_subshell_request"))
     subshell = client.get_control_msg(timeout=60)["content"]["subshell_id"]
-    code = "TrainingDashboard.attach()\nprint(board.panel.model_id)\nboard.stop.click()"
+    code = "TrainingDashboard.attach()\nprint(board.panel.model_id)\nboard.stop_button.click()"
     request = client.session.msg("execute_request", {"code": code, "silent": False})
     request["header"]["subshell_id"] = subshell
     client.shell_channel.send(request)

@@ -154,8 +154,8 @@ HUGE = """
 import time
 import torch
 from llmcore.config import preset
-from llmcore.memory import check_memory
-from llmcore.planner import plan, resident_bytes
+from llmcore.measure.memory import check_memory
+from llmcore.measure.planner import plan, resident_bytes
 from llmcore.runs import TrainingError
 model, train = preset("scifi-1.5B")
 before, started = resident_bytes()[0], time.process_time()

@@ -125,7 +125,7 @@ def test_an_export_that_cannot_be_written_is_left_out_with_a_word(
     (tmp_path / "outputs" / "export").write_text("a file in the way", encoding="utf-8")
     save_checkpoint(tmp_path / "run", tiny_model(vocab_size=tokenizer.vocab_size), tokenizer, step=3, loss=2.0)
     space = {"checkpoint": load_checkpoint(tmp_path / "run"), "torch": torch, "widgets": widgets}
-    space |= {name: getattr(files, name) for name in ("resolve", "shown")}
+    space |= {name: getattr(files, name) for name in ("resolve", "display_path")}
     space |= {"to_hf": to_hf, "to_llama2c": to_llama2c, "to_gguf": to_gguf}
     exec(cell("05_generate", "export_dir = "), space)
     assert space["hf_dir"] is None and "left out, since outputs/export/run" in capsys.readouterr().out

@@ -331,7 +331,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from typing import Any
-from llmcore.prepare import prepare_dataset
+from llmcore.corpus.prepare import prepare_dataset
 from llmcore.tokenizer import Tokenizer
 
 prepare_dataset(Path(sys.argv[1]), Tokenizer(sys.argv[2]), Path(sys.argv[3]), progress=False)

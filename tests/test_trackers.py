@@ -60,7 +60,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 from tests.test_trackers import trained
-from llmcore.trackers import tracker_callback
+from llmcore.notebook.trackers import tracker_callback
 run = Path({str(tmp_path / "run")!r})
 trained(run, tracker_callback("wandb", "novels", run, {{"dim": 32}}))
 """
