@@ -169,6 +169,7 @@ def test_validation_agrees_where_windows_make_no_difference(
     assert event["val_bits_per_byte"] == pytest.approx(stretched / math.log(2) / exact.bytes, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interval_covers_at_about_its_rate() -> None:
     generator = np.random.default_rng(0)
     for documents in (6, 30):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -925,6 +926,8 @@ class LlamaCpp:
         settings.cache_type_k = settings.cache_type_v = types.GGML_TYPE_F32
         settings.flash_attn_type = self.xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = self.xllamacpp.Server(settings)
+        # never deleted: its destructor now and then waits for a thread that waits for a client, and so forever
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.server))
 
     def ask(self, what: str, **question: Any) -> Any:
         url, body = f"{self.server.listening_address}/{what}", json.dumps(question).encode()
