@@ -240,7 +240,7 @@ def test_any_damage_is_an_error_or_none(
         assert all(same.values()) or (signed and name == "model.safetensors")
 
 
-def test_a_step_that_the_manifest_and_the_configuration_tell_apart_is_damage(tmp_path: Path) -> None:
+def test_a_step_unlike_the_manifests_is_damage(tmp_path: Path) -> None:
     path = save(tmp_path)
     edit_manifest(path, step=7)
     with pytest.raises(CheckpointError, match=r"manifest.json is damaged: its step or loss"):
@@ -402,9 +402,7 @@ def test_a_full_disk_loses_nothing(limit: int, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_everything_is_on_disk_before_the_name_and_the_name_before_the_return(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save_fsyncs_files_then_renames_then_fsyncs_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str | int] = []
     fsync, rename = os.fsync, os.rename
 
@@ -485,7 +483,7 @@ assert sorted(p.name[:11] for p in run.iterdir()) == ["step=000001", "step=00000
 
 
 @pytest.mark.slow
-def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)],
         capture_output=True,

@@ -241,7 +241,7 @@ def test_odd_files_are_read_or_refused_by_name(tokenizer: Tokenizer, tmp_path: P
     assert sorted(stored) == sorted("玄德\n孔\n明\n曹关公张飞")
 
 
-def test_files_that_cannot_be_read_are_all_named_or_left_out_on_request(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_unreadable_files_are_all_named_or_left_out_on_request(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder, out = corpus(tmp_path / "t", one="玄德", two="孔明", three="关公"), tmp_path / "d"
     before = prepare_dataset(folder, tokenizer, out, 0.4, progress=False)
     (folder / "gbk.txt").write_bytes(b"abc" + "曹操".encode("gbk"))

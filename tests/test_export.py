@@ -223,9 +223,7 @@ TEXT = st.text(
 @example(text="  两个空格  \n\n 行首 \t制表　全角\r\n")
 @example(text="▁a ▁ b▁")
 @example(text="aaaaaaaaaaaa 啊啊啊啊啊啊啊 the the the")
-def test_transformers_cuts_text_into_the_same_ids_and_puts_it_together_again(
-    text: str, pairs: list[tuple[Tokenizer, Any]]
-) -> None:
+def test_transformers_encodes_and_decodes_text_the_same(text: str, pairs: list[tuple[Tokenizer, Any]]) -> None:
     for ours, theirs in pairs:
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids
@@ -398,7 +396,7 @@ def rewritten(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*no SentencePiece")
-def test_an_output_matrix_of_its_own_opens_untied_whatever_config_says(tmp_path: Path) -> None:
+def test_a_separate_output_matrix_opens_untied_whatever_config_says(tmp_path: Path) -> None:
     theirs = theirs_saved(tmp_path)
     changed(tmp_path, tie_word_embeddings=True)
     with pytest.warns(UserWarning, match=r"tie_word_embeddings=true, but lm_head\.weight is not the embedding"):

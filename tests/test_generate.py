@@ -310,7 +310,7 @@ def test_nothing_is_asked_nothing_comes(tokenizer: Tokenizer) -> None:
     assert list(stream(model, tokenizer, "a", 0)) == []
 
 
-def test_a_prompt_longer_than_the_context_is_cut_from_the_left_with_a_warning(tokenizer: Tokenizer) -> None:
+def test_a_prompt_beyond_the_context_loses_its_start_with_a_warning(tokenizer: Tokenizer) -> None:
     model = tiny_model(vocab_size=tokenizer.vocab_size, std=0.3)
     long = "曹操刘备孙权诸葛亮" * 20
     ids = tokenizer.encode(long)

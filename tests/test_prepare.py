@@ -148,7 +148,7 @@ def test_a_text_in_many_blocks_is_its_whole_encoding(
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 5), min_size=1), min_size=2, max_size=4))
 @example([{"a": 1}, {"a": 1, "b": 1}, {"b": 1}, {"b": 1, "c": 2, "d": 2}])
-def test_only_what_is_new_is_encoded_and_the_result_is_that_of_a_fresh_start(
+def test_only_new_files_are_encoded_and_the_result_is_as_if_fresh(
     tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, steps: list[dict[str, int]]
 ) -> None:
     """Each step is a folder: which file holds which text. Text 0 is empty."""
@@ -428,7 +428,7 @@ def test_many_files_with_odd_names_are_all_there(tokenizer: Tokenizer, tmp_path:
     assert not expected
 
 
-def test_a_sample_of_texts_is_all_of_a_few_and_bounded_for_many_or_a_large_one(tmp_path: Path) -> None:
+def test_a_sample_of_texts_is_whole_if_small_and_bounded_if_large(tmp_path: Path) -> None:
     for number in range(50):
         (tmp_path / f"{number:02d}.txt").write_text(f"{number:02d}" * 1000)
     files = find_texts(tmp_path)

@@ -117,7 +117,7 @@ print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in one.model.pa
 
 
 @pytest.mark.slow
-def test_compiled_and_on_many_threads_one_seed_gives_one_result_stopped_or_not(tmp_path: Path) -> None:
+def test_compiled_on_many_threads_a_stopped_run_gives_the_same_result(tmp_path: Path) -> None:
     def run(folder: str, stop: int = 0) -> str:
         with start(SEEDED, tmp_path / folder, stop) as process:
             return process.communicate()[0]
@@ -141,7 +141,7 @@ trainer(Path(sys.argv[1]), config, callbacks=[lambda e: print(e["step"], flush=T
 
 
 @pytest.mark.slow
-def test_a_killed_run_keeps_others_out_while_it_lives_and_resumes_exactly_when_dead(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly_and_is_locked_while_it_lives(tmp_path: Path) -> None:
     with start(KILLED, tmp_path / "killed") as process:
         read_until(process, "8")
         with pytest.raises(TrainingError, match=f"in use by a run of process {process.pid};"):
@@ -205,7 +205,7 @@ def test_resume_takes_the_older_checkpoint_when_the_newest_is_damaged(tmp_path: 
     assert [event["step"] for event in read_metrics(tmp_path / "b")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_a_kill_left_after_the_last_save_is_deleted_by_the_next_run(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_deleted_by_the_next_run(tmp_path: Path) -> None:
     last = trainer(tmp_path, quick(checkpoint_interval=1, keep_checkpoints=9), val=False).fit().checkpoint
     saved = checkpoints(tmp_path)
     assert last and len(saved) == 6  # as if killed before the deletion, and here in its middle:

@@ -104,7 +104,7 @@ def test_a_finished_run_is_told_from_a_stopped_one_and_from_another(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_sweep_leaves_finished_runs_alone_resumes_stopped_ones_and_names_a_failure(
+def test_a_sweep_skips_finished_runs_resumes_stopped_names_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))

@@ -85,7 +85,7 @@ def test_one_batch_is_learned_by_heart(optimizer: str, tmp_path: Path) -> None:
     assert events[0]["loss"] > 3 and events[-1]["loss"] < 0.1
 
 
-def test_validation_counts_every_target_once_and_converts_to_bits_per_byte(tmp_path: Path) -> None:
+def test_validation_counts_each_target_once_and_gives_bits_per_byte(tmp_path: Path) -> None:
     model, data = tiny_model(std=0.2), Batches(windows=7)
     found = trainer(tmp_path, quick(batch_size=3), model)
     found.val_data = data
@@ -207,7 +207,7 @@ def test_every_line_is_on_disk_when_its_event_is_out(tmp_path: Path) -> None:
         assert read_metrics(tmp_path)[-1]["step"] == event["step"]
 
 
-def test_checkpoints_are_written_when_due_or_asked_for_and_old_ones_go(tmp_path: Path) -> None:
+def test_checkpoints_are_written_when_due_or_requested_and_pruned(tmp_path: Path) -> None:
     one = trainer(tmp_path, quick(max_steps=7, checkpoint_interval=2), val=False)
     saved = []
     for event in one.steps():

@@ -595,9 +595,7 @@ def test_a_data_set_replaced_while_it_is_opened_is_one_or_the_other(tmp_path: Pa
         assert len(data.offsets) == data.manifest["splits"]["train"]["documents"] + 1 == len(data.names) + 1
 
 
-def test_a_data_set_replaced_between_reading_and_opening_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_replaced_while_it_is_opened_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, real = data_set(tmp_path / "d", np.arange(100)), llmcore.dataset.verify_dataset
     data_set(folder / ".unfinished", np.arange(300) + 100, 5, "that")
 

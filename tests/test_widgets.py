@@ -116,7 +116,7 @@ def test_nothing_from_outside_acts() -> None:
 # The dashboard
 
 
-def test_headless_prints_a_line_at_each_validation_and_leaves_one_picture(
+def test_headless_prints_each_validation_and_leaves_one_picture(
     tmp_path: Path, headless: None, screen: Screen, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trainer(tmp_path / "run", quick(max_steps=6, eval_interval=2))
@@ -344,7 +344,7 @@ def small_data(english: Path, tmp_path: Path) -> tuple[TokenDataset, Tokenizer]:
     return TokenDataset(tmp_path / "data", "train", 32), tok
 
 
-def test_windows_follow_one_another_and_documents_begin_where_the_data_set_says(
+def test_windows_and_documents_begin_where_the_data_set_says(
     small_data: tuple[TokenDataset, Tokenizer],
 ) -> None:
     data, tok = small_data
