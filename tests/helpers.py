@@ -25,6 +25,11 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 
 
+def examples(number: int) -> int:
+    """How many examples hypothesis tries: all of them in `make test`, a fifth in `make test-fast`."""
+    return number // 5 if os.environ.get("FEW_EXAMPLES") else number
+
+
 def tiny_config(**changes: Any) -> ModelConfig:
     shape: dict[str, Any] = {"vocab_size": 37, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
     return ModelConfig(**{**shape, "max_seq_len": 24, **changes})

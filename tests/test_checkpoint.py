@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -36,7 +36,7 @@ from llmcore.checkpoint import (
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import random_ids, tiny_model
+from .helpers import examples, random_ids, tiny_model
 
 FILES = ["config.json", "model.safetensors", "trainer_state.json", "trainer_state.safetensors"]
 
@@ -209,7 +209,14 @@ def test_every_bit_of_a_checkpoint_matters(tmp_path: Path) -> None:
     load_checkpoint(path)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A checkpoint, and what its files hold."""
+    path = save(tmp_path_factory.mktemp("whole"))
+    return path, {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@settings(deadline=None, max_examples=examples(300))
 @given(
     name=st.sampled_from([*FILES, "manifest.json"]),
     place=st.integers(0, 2**17),
@@ -217,14 +224,16 @@ def test_every_bit_of_a_checkpoint_matters(tmp_path: Path) -> None:
     signed=st.booleans(),
 )
 def test_any_damage_is_an_error_or_none(
-    tmp_path: Path, name: str, place: int, damage: bytes | None, signed: bool
+    whole: tuple[Path, dict[str, bytes]], name: str, place: int, damage: bytes | None, signed: bool
 ) -> None:
     """A file cut short, or with other bytes in it: never other weights, never another kind of error.
 
     Signed by a forger, damage to the tensors themselves cannot be seen; then it loads as what it says.
     """
-    path = save(tmp_path)
-    content = bytearray((path / name).read_bytes())
+    path, originals = whole
+    for file, original in originals.items():
+        (path / file).write_bytes(original)
+    content = bytearray(originals[name])
     place %= len(content)
     content[place:] = damage + content[place + len(damage) :] if damage else b""
     (path / name).write_bytes(content)
@@ -233,7 +242,7 @@ def test_any_damage_is_an_error_or_none(
     try:
         loaded = load_checkpoint(path)
     except CheckpointError as error:
-        assert str(tmp_path) in str(error)
+        assert str(path.parent) in str(error)
     else:
         assert loaded.step == 1
         same = {name: torch.equal(t, loaded.model.state_dict()[name]) for name, t in tiny_model(1).state_dict().items()}

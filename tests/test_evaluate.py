@@ -32,7 +32,7 @@ from llmcore.measure.ngram import NGram, evaluate_ngram
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import quick, tiny_model, trainer
+from .helpers import examples, quick, tiny_model, trainer
 
 VOCABULARY = 330
 
@@ -54,7 +54,7 @@ def one_forward_per_token(model: Transformer, ids: list[int], stride: int) -> fl
     return nats
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     st.lists(st.text("abcdeth .é三", min_size=1, max_size=40), min_size=1, max_size=4),
     st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda sizes: sizes[1] <= sizes[0]),
@@ -229,7 +229,7 @@ def kneser_ney(stream: list[int], order: int, vocab_size: int, context: tuple[in
     return probability(context)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     st.lists(st.lists(st.integers(0, 3), max_size=25), min_size=1, max_size=4),
     st.lists(st.integers(0, 3), max_size=12),

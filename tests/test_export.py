@@ -44,7 +44,7 @@ from llmcore.formats.shared import FormatError
 from llmcore.generate import generate_ids
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import random_ids, tiny_model
+from .helpers import examples, random_ids, tiny_model
 
 # tied or not, grouped queries or not, weights in float32 or bfloat16
 MATRIX = [
@@ -217,7 +217,7 @@ TEXT = st.text(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=examples(400))
 @given(text=TEXT)
 @example(text="<s></s><unk><pad><0x0A>")
 @example(text="  两个空格  \n\n 行首 \t制表　全角\r\n")
@@ -565,7 +565,7 @@ def test_a_shard_that_is_missing_or_a_pipe_is_refused(tmp_path: Path) -> None:
         from_hf(tmp_path)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(data=st.data())
 def test_a_damaged_weights_file_never_ends_in_anything_but_words(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -956,7 +956,7 @@ def test_llama_cpp_computes_and_writes_the_same(
     assert answer["tokens"] == greedy(ours, prompt, 64)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(text=TEXT)
 @example(text="<s></s><unk><pad><0x0A>")
 @example(text="  两个空格  \n\n 行首 \t制表　全角\r\n")

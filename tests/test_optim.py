@@ -20,13 +20,14 @@ from llmcore.train import Trainer
 
 from .helpers import (
     Batches,
+    examples,
     quick,
     tiny_model,
     trainer,
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(
     schedule=st.sampled_from(["cosine", "wsd", "plateau"]),
     max_steps=st.integers(1, 300),

@@ -26,6 +26,8 @@ from llmcore.corpus.train_tokenizer import sentences, train_tokenizer
 from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
 from llmcore.tokenizer import Tokenizer
 
+from .helpers import examples
+
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILL_ROUNDS", "8"))
 
@@ -69,7 +71,7 @@ def spaced(english: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer
     return train_tokenizer(find_texts(english), tmp_path_factory.mktemp("spaced") / "t", 500, progress=False)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.data(), st.integers(1, 9), st.sampled_from(["tokenizer", "unigram", "spaced"]))
 def test_blocks_encode_as_the_whole_text_does(
     request: pytest.FixtureRequest, data: st.DataObject, size: int, which: str
@@ -474,7 +476,7 @@ def test_the_chapter_held_out_of_six_stays_so_when_a_seventh_comes(tokenizer: To
     assert prepare.held_out_share(manifest) == pytest.approx(1 / 7)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.data())
 def test_what_was_held_out_is_never_trained_on(
     tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -629,7 +631,7 @@ def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path: Path, raw: bytes,
         read_text(tmp_path / "a.txt")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.binary(max_size=300))
 def test_any_bytes_are_text_or_an_error_in_words(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     file = tmp_path_factory.mktemp("bytes") / "a.txt"

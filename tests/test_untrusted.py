@@ -32,7 +32,7 @@ from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import SAVED, Trainer
 
-from .helpers import Batches, quick, tiny_config, tiny_model
+from .helpers import Batches, examples, quick, tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[1]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
@@ -505,7 +505,7 @@ def reseal(folder: Path, manifest: dict[str, Any]) -> None:
     write_manifest(folder, {key: value for key, value in manifest.items() if key != "sha256"})
 
 
-@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(120), suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_one_change_to_a_data_set_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
     folder = data_set(tmp_path / "d", np.arange(100) + 5)
