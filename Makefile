@@ -33,9 +33,9 @@ test: $(TEST_READY)
 	$(PY) -m pytest -m slow
 	$(PY) -m tests.tools.run_nbval
 
-# Only what takes seconds.
+# Only what takes seconds, with a fifth of hypothesis's examples: less than a minute.
 test-fast: $(TEST_READY)
-	$(PY) -m pytest -m "not slow"
+	FEW_EXAMPLES=1 $(PY) -m pytest -m "not slow"
 
 # A real JupyterLab in headless Chromium: the widgets are used, screenshots go to outputs/screenshots/.
 test-browser: $(TEST_READY)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.dataset import IGNORED
 from llmcore.model import Transformer
+from llmcore.runs import read_metrics
+from llmcore.train import Event, Trainer
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+
+
+def examples(number: int) -> int:
+    """How many examples hypothesis tries: all of them in `make test`, a fifth in `make test-fast`."""
+    return number // 5 if os.environ.get("FEW_EXAMPLES") else number
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -66,3 +80,45 @@ def quick(**changes: Any) -> TrainConfig:
     few: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2}
     still = {"eval_interval": 0, "checkpoint_interval": 0, "compile": "off", "precision": "fp32"}
     return TrainConfig(**{**few, **still, **changes})
+
+
+def trainer(
+    run: Path, config: TrainConfig, model: Transformer | None = None, val: bool = True, **options: Any
+) -> Trainer:
+    data = Batches()
+    return Trainer(model or tiny_model(), data, data if val else None, config, run, device="cpu", **options)
+
+
+def state(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, the optimizer's and the random state included."""
+    return load_file(path / "model.safetensors") | load_file(path / "trainer_state.safetensors")
+
+
+def numbers(run: Path) -> list[Event]:
+    """The metrics, without what the clock says."""
+    return [{k: v for k, v in e.items() if k not in ("seconds", "tokens_per_second")} for e in read_metrics(run)]
+
+
+def assert_same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def weights(model: Transformer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def start(script: str, *arguments: Path | int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def read_until(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None
+    assert line in map(str.strip, process.stdout), "it ended before"

@@ -22,8 +22,7 @@ from llmcore.measure.planner import measure_speed
 from llmcore.runs import TrainingError
 from llmcore.train import Trainer
 
-from .helpers import Batches, quick, tiny_config, tiny_model
-from .test_train import ROOT, assert_same_tensors, numbers, state
+from .helpers import ROOT, Batches, assert_same_tensors, numbers, quick, state, tiny_config, tiny_model
 
 LONG = {"max_steps": 10**7, "schedule": "wsd"}  # worth compiling
 
@@ -49,6 +48,7 @@ COMPILERS: dict[str, Callable[..., Any]] = {  # that fail when asked for a compi
     "forward": functools.partial(torch.compile, backend=fails),
     "backward": functools.partial(torch.compile, backend=aot_autograd(fw_compiler=as_it_is, bw_compiler=fails)),
 }
+WHEN = ["at once", *(pytest.param(when, marks=pytest.mark.slow) for when in ("forward", "backward"))]
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def stopped_at_three(run: Path, resume: str | None = None, **changes: Any) -> No
     one.fit()
 
 
-@pytest.mark.parametrize("when", COMPILERS)
+@pytest.mark.parametrize("when", WHEN)
 def test_a_run_that_cannot_be_compiled_is_the_uncompiled_one(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,14 +80,14 @@ def test_a_run_that_cannot_be_compiled_is_the_uncompiled_one(
     assert_same_tensors(state(find_checkpoint(tmp_path / "tried")), state(find_checkpoint(tmp_path / "plain")))
 
 
-@pytest.mark.parametrize("when", COMPILERS)
+@pytest.mark.parametrize("when", WHEN)
 def test_compile_on_says_why_it_cannot_be(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", COMPILERS[when])
     with pytest.raises(TrainingError, match=r"compile='on', but .*the disk. Mend that, or set compile='auto' or 'off'"):
         stopped_at_three(tmp_path, compile="on")
 
 
-@pytest.mark.parametrize("when", COMPILERS)
+@pytest.mark.parametrize("when", WHEN)
 def test_a_speed_that_is_measured_does_without_a_compiler(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", COMPILERS[when])
     with pytest.warns(UserWarning, match="uncompiled"):

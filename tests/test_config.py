@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmcore.config import PRESETS, ConfigError, ModelConfig, TrainConfig, preset
 from llmcore.model import Transformer
 
-from .helpers import tiny_config
+from .helpers import examples, tiny_config
 
 SIZES = {"scifi-117M": (116.6e6, 0.05e6), "scifi-1.5B": (1.504e9, 0.5e6), "zhwiki-2.46B": (2.46e9, 5e6)}
 
@@ -158,7 +158,7 @@ ANYTHING = st.one_of(
 
 
 @pytest.mark.parametrize("kind", [ModelConfig, TrainConfig])
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(data=st.data())
 def test_any_values_construct_or_raise_config_error(kind: type[ModelConfig | TrainConfig], data: st.DataObject) -> None:
     names = [f.name for f in dataclasses.fields(kind)]
@@ -171,7 +171,7 @@ def test_any_values_construct_or_raise_config_error(kind: type[ModelConfig | Tra
     assert kind.from_dict(json.loads(config.to_json())) == config
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(
     dim=st.integers(1, 24),
     n_heads=st.integers(1, 6),

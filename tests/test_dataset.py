@@ -21,6 +21,8 @@ from llmcore.corpus.texts import find_texts
 from llmcore.dataset import IGNORED, DatasetError, TokenDataset, verify_dataset
 from llmcore.tokenizer import Tokenizer
 
+from .helpers import examples
+
 HASHED = {"sha256": "bin", "offsets_sha256": "offsets", "hashes_sha256": "hashes"}
 BLOCK = 1 << 16  # bytes of a token file that have one hash
 
@@ -59,7 +61,7 @@ def corpus(folder: Path, **texts: str) -> Path:
     return folder
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=examples(80))
 @given(st.integers(2, 90), st.integers(1, 20), st.integers(1, 7), st.integers(0, 3), st.integers(0, 2))
 def test_an_epoch_sees_every_target_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, n_tokens: int, context: int, batch_size: int, epoch: int, seed: int
@@ -80,7 +82,7 @@ def test_an_epoch_sees_every_target_exactly_once(
     assert torch.equal(data.batch(0, batch_size, seed)[0], torch.cat(rows))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(st.integers(2, 60), st.integers(1, 20), st.integers(1, 5))
 def test_validation_reads_every_target_once_in_order(
     tmp_path_factory: pytest.TempPathFactory, n_tokens: int, context: int, batch_size: int
@@ -123,7 +125,7 @@ def test_token_files_hold_the_documents_each_ended_by_eos(tokenizer: Tokenizer, 
         assert data.bytes_per_token == counts["bytes"] / len(data.tokens)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(st.sets(st.text(min_size=1, max_size=8), min_size=40, max_size=60), st.sets(st.text(min_size=1, max_size=8)))
 def test_adding_files_moves_none_of_the_old_ones(old: set[str], new: set[str]) -> None:
     before, after = _held_out(sorted(old), 0.3), _held_out(sorted(old | new), 0.3)
@@ -203,7 +205,7 @@ def test_damaged_token_files_are_refused(tmp_path: Path) -> None:
         TokenDataset(folder, "train", 8)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["meta.json", "train.bin", "train.offsets", "train.hashes"]),
     place=st.integers(0, 700),
@@ -241,7 +243,7 @@ def test_odd_files_are_read_or_refused_by_name(tokenizer: Tokenizer, tmp_path: P
     assert sorted(stored) == sorted("玄德\n孔\n明\n曹关公张飞")
 
 
-def test_files_that_cannot_be_read_are_all_named_or_left_out_on_request(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_unreadable_files_are_all_named_or_left_out_on_request(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder, out = corpus(tmp_path / "t", one="玄德", two="孔明", three="关公"), tmp_path / "d"
     before = prepare_dataset(folder, tokenizer, out, 0.4, progress=False)
     (folder / "gbk.txt").write_bytes(b"abc" + "曹操".encode("gbk"))

@@ -32,8 +32,7 @@ from llmcore.measure.ngram import NGram, evaluate_ngram
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import quick, tiny_model
-from .test_train import trainer
+from .helpers import examples, quick, tiny_model, trainer
 
 VOCABULARY = 330
 
@@ -55,7 +54,7 @@ def one_forward_per_token(model: Transformer, ids: list[int], stride: int) -> fl
     return nats
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     st.lists(st.text("abcdeth .é三", min_size=1, max_size=40), min_size=1, max_size=4),
     st.tuples(st.integers(1, 9), st.integers(1, 9)).filter(lambda sizes: sizes[1] <= sizes[0]),
@@ -170,6 +169,7 @@ def test_validation_agrees_where_windows_make_no_difference(
     assert event["val_bits_per_byte"] == pytest.approx(stretched / math.log(2) / exact.bytes, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interval_covers_at_about_its_rate() -> None:
     generator = np.random.default_rng(0)
     for documents in (6, 30):
@@ -229,7 +229,7 @@ def kneser_ney(stream: list[int], order: int, vocab_size: int, context: tuple[in
     return probability(context)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     st.lists(st.lists(st.integers(0, 3), max_size=25), min_size=1, max_size=4),
     st.lists(st.integers(0, 3), max_size=12),

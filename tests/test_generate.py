@@ -19,7 +19,7 @@ from llmcore.generate import generate, generate_ids, next_token_probabilities, p
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import random_ids, tiny_model
+from .helpers import examples, random_ids, tiny_model
 
 GREEDY = {"temperature": 0.0}
 
@@ -41,7 +41,7 @@ def naive_greedy(model: Transformer, prompt: Sequence[int], count: int) -> list[
     return new
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(length=st.integers(1, 20), context=st.integers(1, 16), count=st.integers(1, 40), seed=st.integers(0, 9))
 def test_cached_greedy_equals_whole_forward_passes(length: int, context: int, count: int, seed: int) -> None:
     model = tiny_model(seed, std=0.2, max_seq_len=context, n_kv_heads=2).double()
@@ -126,7 +126,7 @@ def reference_probabilities(
     return [kept.get(id, 0.0) / sum(kept.values()) for id in range(len(scores))]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(
     numbers=st.lists(st.integers(-60, 60), min_size=2, max_size=12, unique=True),
     seen=st.lists(st.integers(0, 1), min_size=1, max_size=4),
@@ -159,7 +159,7 @@ def test_probabilities_equal_the_reference(
     torch.testing.assert_close(found[0], torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(
     # eighths: of logits that are closer together, float32 may not tell the probabilities apart
     logits=st.lists(st.integers(-80_000, 80_000).map(lambda eighths: eighths / 8), min_size=1, max_size=9),
@@ -250,7 +250,7 @@ def chain(tokenizer: Tokenizer, ids: Sequence[int], vocab_size: int | None = Non
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(text=st.text(CHARACTERS, min_size=1, max_size=6))
 def test_streamed_pieces_are_whole_characters_that_add_up(text: str, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(text)
@@ -271,7 +271,7 @@ def test_a_character_in_byte_pieces_is_held_back_until_whole(tokenizer: Tokenize
     assert generate(model, tokenizer, "", 3, **GREEDY) == "\ufffd"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(data=st.data())
 def test_stream_adds_up_to_generate_for_any_ids(data: st.DataObject, tokenizer: Tokenizer) -> None:
     byte_ids = [id for id in range(tokenizer.vocab_size) if tokenizer.is_byte(id)]
@@ -310,7 +310,7 @@ def test_nothing_is_asked_nothing_comes(tokenizer: Tokenizer) -> None:
     assert list(stream(model, tokenizer, "a", 0)) == []
 
 
-def test_a_prompt_longer_than_the_context_is_cut_from_the_left_with_a_warning(tokenizer: Tokenizer) -> None:
+def test_a_prompt_beyond_the_context_loses_its_start_with_a_warning(tokenizer: Tokenizer) -> None:
     model = tiny_model(vocab_size=tokenizer.vocab_size, std=0.3)
     long = "曹操刘备孙权诸葛亮" * 20
     ids = tokenizer.encode(long)
@@ -351,7 +351,7 @@ def test_a_consumer_may_stop_early(tokenizer: Tokenizer) -> None:
     model(torch.tensor([[a]])).sum().backward()  # the model is as usable as before
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(length=st.integers(2, 60))
 def test_surprise_is_each_tokens_own_cross_entropy(length: int) -> None:
     model, ids = tiny_model(std=0.3), random_ids(length).tolist()

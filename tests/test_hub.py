@@ -135,7 +135,7 @@ def elsewhere(program: str, endpoint: str, home: Path, **more: str) -> subproces
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_a_model_goes_to_the_hub_and_comes_back_and_the_token_stays_nowhere(
+def test_a_model_pushed_and_pulled_is_the_same_and_no_token_is_stored(
     by: str, run: Path, hub: ModelHub, tmp_path: Path
 ) -> None:
     endpoint, home = f"http://127.0.0.1:{hub.server_address[1]}", tmp_path / "home"

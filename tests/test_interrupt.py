@@ -25,14 +25,14 @@ from papermill.execute import execute_notebook as papermill_in_process
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.runs import read_metrics
 
-from .test_train import quick, trainer
+from .helpers import quick, trainer
 
 ROOT = Path(__file__).parents[1]
 TRAIN = """
 import os, time
 from pathlib import Path
 import llmcore.checkpoint
-from tests.test_train import quick, trainer
+from tests.helpers import quick, trainer
 
 Path("kernel").write_text(str(os.getpid()))
 disk = llmcore.checkpoint.fsync
@@ -95,7 +95,7 @@ def printed(folder: Path) -> str:
 DASHBOARD = """
 from pathlib import Path
 from llmcore.notebook.widgets import TrainingDashboard
-from tests.test_train import quick, trainer
+from tests.helpers import quick, trainer
 
 one = trainer(Path("run").absolute(), quick(max_steps=10**6, schedule="plateau"))
 """
@@ -215,9 +215,8 @@ def test_after_a_stop_no_cell_trains_by_itself(watched: bool, kernel: Kernel) ->
 
 @pytest.mark.slow
 def test_after_a_stop_a_person_runs_any_cell(kernel: Kernel) -> None:
-    kernel.run(
-        DASHBOARD + "import llmcore.notebook.dashboard\nllmcore.dashboard.BY_HAND = 0"
-    )  # whoever comes is a person
+    anybody = "import llmcore.notebook.dashboard\nllmcore.notebook.dashboard.BY_HAND = 0"  # whoever comes is a person
+    assert kernel.run(DASHBOARD + anybody)["status"] == "ok"
     running = kernel.client.execute(FIRST)
     kernel.wait_until_trained()
     kernel.manager.interrupt_kernel()
@@ -282,7 +281,7 @@ def test_a_second_view_finds_the_run_that_is_going_on(kernel: Kernel) -> None:
     kernel.wait_until_trained()
     client.control_channel.send(client.session.msg("create_subshell_request"))
     subshell = client.get_control_msg(timeout=60)["content"]["subshell_id"]
-    code = "TrainingDashboard.attach()\nprint(board.panel.model_id)\nboard.stop.click()"
+    code = "TrainingDashboard.attach()\nprint(board.panel.model_id)\nboard.stop_button.click()"
     request = client.session.msg("execute_request", {"code": code, "silent": False})
     request["header"]["subshell_id"] = subshell
     client.shell_channel.send(request)

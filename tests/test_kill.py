@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import llmcore.checkpoint, llmcore.files
 from llmcore.checkpoint import checkpoints
-from tests.test_train import quick, tiny_model, trainer
+from tests.helpers import quick, tiny_model, trainer
 
 run, seed, left = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = quick(max_steps=int(sys.argv[4]), eval_interval=3, checkpoint_interval=2, optimizer="muon", keep_checkpoints=2)

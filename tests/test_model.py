@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import llmcore.model
 from llmcore.model import KVCache, Transformer, apply_rope, rope_table
 
-from .helpers import random_ids, tiny_model
+from .helpers import examples, random_ids, tiny_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "heads": {},
@@ -130,7 +130,7 @@ def test_chunked_loss_equals_the_plain_one(
         assert (gradient - expected[name]).norm() < tolerance * expected[name].norm(), name
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(
     tokens=st.integers(1, 40),
     vocab_size=st.integers(2, 30),
@@ -232,7 +232,7 @@ def test_activation_checkpointing_changes_no_bit(policy: str, bf16: bool) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activation_checkpointing_changes_no_more_than_rounding_when_compiled(bf16: bool) -> None:
+def test_compiled_activation_checkpointing_changes_only_rounding(bf16: bool) -> None:
     model, tokens, targets = tiny_model(std=0.1), random_ids(2, 24), random_ids(2, 24, seed=1)
     loss, expected = loss_and_gradients(model, tokens, targets)
     tolerance = 3e-2 if bf16 else 1e-5
@@ -282,7 +282,7 @@ def test_rope_turns_pairs_as_complex_numbers_do(head_dim: int) -> None:
     torch.testing.assert_close(turned.double(), expected, rtol=0, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(i=st.integers(0, 255), j=st.integers(0, 255), shift=st.integers(0, 256), seed=st.integers(0, 99))
 def test_rope_depends_on_the_distance_alone(i: int, j: int, shift: int, seed: int) -> None:
     cos, sin = rope_table(16, 512, 10_000.0)
@@ -294,7 +294,7 @@ def test_rope_depends_on_the_distance_alone(i: int, j: int, shift: int, seed: in
     torch.testing.assert_close(product(i, j), product(i + shift, j + shift), rtol=0, atol=2e-3)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(changed=st.integers(0, 23), n_kv_heads=st.sampled_from([1, 4]))
 def test_the_future_changes_nothing_before_it(changed: int, n_kv_heads: int) -> None:
     model, tokens = tiny_model(std=0.2, n_kv_heads=n_kv_heads), random_ids(1, 24)
@@ -332,7 +332,7 @@ def test_tied_weights_are_one_tensor(tie: bool) -> None:
     assert bool(model.tok_embeddings.weight.grad[1].any()) is tie  # id 1 is only ever an output
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=8), shape=st.sampled_from(sorted(SHAPES)))
 def test_cached_logits_equal_uncached_however_the_tokens_come(parts: list[int], shape: str) -> None:
     model = tiny_model(std=0.15, max_seq_len=80, **SHAPES[shape])
@@ -344,7 +344,7 @@ def test_cached_logits_equal_uncached_however_the_tokens_come(parts: list[int], 
     assert cache.length == sum(parts)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=4), steps=st.integers(1, 8))
 def test_a_row_padded_on_the_left_gives_the_logits_it_gives_alone(lengths: list[int], steps: int) -> None:
     model, longest = tiny_model(std=0.15), max(lengths)

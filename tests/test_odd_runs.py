@@ -17,8 +17,7 @@ from llmcore.notebook import plots
 from llmcore.notebook.run_page import write_index
 from llmcore.notebook.widgets import run_table
 
-from .helpers import quick
-from .test_train import trainer
+from .helpers import examples, quick, trainer
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_json_in_any_place_is_shown_or_called_unreadable(data: st.DataObject, tmp_path: Path, good: Path) -> None:
     config = json.loads((good / "config.json").read_text(encoding="utf-8"))

@@ -27,8 +27,7 @@ from llmcore.notebook.safe_html import SHOWN, ending, html_text, visible
 from llmcore.notebook.trackers import tracker_callback
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import quick, tiny_model
-from .test_train import trainer
+from .helpers import quick, tiny_model, trainer
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 ACTS = {"Cc", "Cs", "Zl", "Zp"}  # controls, half surrogates, separators of lines and paragraphs

@@ -14,6 +14,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from llmcore.files import PROJECT_ROOT
 from llmcore.notebook.parameters import PARAMETERS, ParameterError, check_parameters
 
+from .helpers import examples
+
 
 def parameters_cell(*names: str) -> str:
     return "\n".join(f"{name}: object = None  # what it is for" for name in names)
@@ -117,7 +119,7 @@ def test_every_project_that_is_taken_names_a_folder_right_there(tmp_path_factory
     assert {path.name for path in parent.iterdir()} == {project, f"{project}.ipynb"}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.sampled_from(sorted(PARAMETERS)), st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()))
 def test_any_value_is_taken_or_refused_by_name(name: str, value: object) -> None:
     try:

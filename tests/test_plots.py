@@ -24,8 +24,7 @@ from llmcore.notebook import plots
 from llmcore.notebook.plots import style
 from llmcore.runs import read_metrics
 
-from .helpers import quick, tiny_config
-from .test_train import trainer
+from .helpers import quick, tiny_config, trainer
 
 
 def events(steps: int) -> list[dict[str, float]]:
@@ -54,7 +53,7 @@ def test_training_curves_draw_each_step_and_each_validation() -> None:
     assert figure.axes[0].get_xlabel() == "optimizer step" and "nats" in figure.axes[0].get_ylabel()
 
 
-def test_training_curves_survive_the_first_step_and_a_loss_that_is_not_a_number() -> None:
+def test_training_curves_draw_one_step_and_a_loss_of_nan() -> None:
     for some in ([], events(1), [*events(30), {**events(1)[0], "step": 31, "loss": math.nan, "grad_norm": math.inf}]):
         figure = plots.training_curves(some)
         figure.draw_without_rendering()
@@ -164,7 +163,7 @@ def scores(bits: list[float], name: str = "第{}回") -> Evaluation:
     return Evaluation.of([Score(name.format(n), 1000, 400, 300, 1000 * b * math.log(2)) for n, b in enumerate(bits)])
 
 
-def test_each_document_has_a_point_and_each_model_its_total_and_interval() -> None:
+def test_document_scores_draw_points_totals_and_intervals() -> None:
     ours, floor = scores([1.5, 2.5, 2.0, 1.75, 2.25]), scores([2.0, 2.75, 2.5, 2.2, 2.3])
     figure = plots.document_scores({"ours": ours, "floor": floor}, "$ours$ is better")
     [axes] = figure.axes

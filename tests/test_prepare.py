@@ -26,6 +26,8 @@ from llmcore.corpus.train_tokenizer import sentences, train_tokenizer
 from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
 from llmcore.tokenizer import Tokenizer
 
+from .helpers import examples
+
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILL_ROUNDS", "8"))
 
@@ -69,7 +71,7 @@ def spaced(english: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer
     return train_tokenizer(find_texts(english), tmp_path_factory.mktemp("spaced") / "t", 500, progress=False)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.data(), st.integers(1, 9), st.sampled_from(["tokenizer", "unigram", "spaced"]))
 def test_blocks_encode_as_the_whole_text_does(
     request: pytest.FixtureRequest, data: st.DataObject, size: int, which: str
@@ -148,7 +150,7 @@ def test_a_text_in_many_blocks_is_its_whole_encoding(
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 5), min_size=1), min_size=2, max_size=4))
 @example([{"a": 1}, {"a": 1, "b": 1}, {"b": 1}, {"b": 1, "c": 2, "d": 2}])
-def test_only_what_is_new_is_encoded_and_the_result_is_that_of_a_fresh_start(
+def test_only_new_files_are_encoded_and_the_result_is_as_if_fresh(
     tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, steps: list[dict[str, int]]
 ) -> None:
     """Each step is a folder: which file holds which text. Text 0 is empty."""
@@ -331,7 +333,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from typing import Any
-from llmcore.prepare import prepare_dataset
+from llmcore.corpus.prepare import prepare_dataset
 from llmcore.tokenizer import Tokenizer
 
 prepare_dataset(Path(sys.argv[1]), Tokenizer(sys.argv[2]), Path(sys.argv[3]), progress=False)
@@ -428,7 +430,7 @@ def test_many_files_with_odd_names_are_all_there(tokenizer: Tokenizer, tmp_path:
     assert not expected
 
 
-def test_a_sample_of_texts_is_all_of_a_few_and_bounded_for_many_or_a_large_one(tmp_path: Path) -> None:
+def test_a_sample_of_texts_is_whole_if_small_and_bounded_if_large(tmp_path: Path) -> None:
     for number in range(50):
         (tmp_path / f"{number:02d}.txt").write_text(f"{number:02d}" * 1000)
     files = find_texts(tmp_path)
@@ -474,7 +476,7 @@ def test_the_chapter_held_out_of_six_stays_so_when_a_seventh_comes(tokenizer: To
     assert prepare.held_out_share(manifest) == pytest.approx(1 / 7)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(st.data())
 def test_what_was_held_out_is_never_trained_on(
     tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -629,7 +631,7 @@ def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path: Path, raw: bytes,
         read_text(tmp_path / "a.txt")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.binary(max_size=300))
 def test_any_bytes_are_text_or_an_error_in_words(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     file = tmp_path_factory.mktemp("bytes") / "a.txt"

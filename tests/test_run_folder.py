@@ -44,9 +44,8 @@ from llmcore.notebook.run_page import write_summary
 from llmcore.runs import TrainingError, read_metrics
 from llmcore.train import Event, Trainer
 
-from .helpers import Batches, quick, tiny_model
+from .helpers import ROOT, Batches, assert_same_tensors, numbers, quick, state, tiny_model, trainer, weights
 from .test_sweep import example
-from .test_train import ROOT, assert_same_tensors, numbers, state, trainer, weights
 
 MANY = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # str.splitlines cuts at each

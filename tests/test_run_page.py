@@ -12,8 +12,7 @@ from llmcore.notebook.dashboard import TrainingDashboard
 from llmcore.notebook.run_page import write_index, write_summary
 from llmcore.runs import read_metrics
 
-from .helpers import quick
-from .test_train import trainer
+from .helpers import quick, trainer
 
 NASTY = "# no heading\n````\n<script>alert(1)</script> | a | b |\n```\n\x1b[31m"
 

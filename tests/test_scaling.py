@@ -31,7 +31,7 @@ def test_the_numbers_behind_exact_data_are_found() -> None:
 
 
 @pytest.mark.slow
-def test_bands_and_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_bands_and_intervals_cover_the_truth_at_about_their_rate() -> None:
     noise, trials = 0.003, 60
     held = {"alpha": 0, "beta": 0, "E": 0, "band": 0}
     for seed in range(trials):
@@ -55,7 +55,7 @@ def test_one_run_gone_wrong_pulls_less_than_least_squares_would() -> None:
     )
 
 
-def test_the_same_seed_gives_the_same_bands_and_the_order_of_runs_does_not_matter() -> None:
+def test_bands_depend_on_the_seed_and_not_on_the_order_of_runs() -> None:
     parameters, tokens, losses = runs(0.003)
     one, two = (fit_scaling(parameters, tokens, losses, resamples=50, seed=3) for _ in range(2))
     assert one.predict(*LARGER) == two.predict(*LARGER) and one.interval("E") == two.interval("E")

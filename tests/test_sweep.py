@@ -27,13 +27,11 @@ from llmcore.measure.sweep import (
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import quick, tiny_config
-from .test_train import trainer
+from .helpers import quick, tiny_config, trainer
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 TRAINS = """
-from tests.test_train import trainer
-from tests.helpers import quick
+from tests.helpers import quick, trainer
 trainer(f"{output_dir}/{project}", quick(max_steps=max_steps), resume=checkpoint_dir).fit()
 """
 
@@ -136,7 +134,7 @@ def test_what_an_unfinished_run_leaves_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_leaves_finished_runs_alone_resumes_stopped_ones_and_names_a_failure(
+def test_a_sweep_skips_finished_runs_resumes_stopped_names_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))

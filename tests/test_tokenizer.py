@@ -16,6 +16,8 @@ from llmcore.corpus.texts import cut_text, find_texts, read_text, split_long
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
+from .helpers import examples
+
 STRANGE = [
     "",
     " ",
@@ -53,7 +55,7 @@ def test_strange_text_comes_back_unchanged(tokenizer: Tokenizer, text: str) -> N
     assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.text())
 def test_any_unicode_comes_back_unchanged_and_never_as_special_ids(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -62,7 +64,7 @@ def test_any_unicode_comes_back_unchanged_and_never_as_special_ids(tokenizer: To
     assert all(0 <= id < tokenizer.vocab_size for id in ids)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(st.lists(st.text(alphabet="曹操曰，。\n a▁\t龘", max_size=12), max_size=5))
 def test_a_batch_encodes_like_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
@@ -83,7 +85,7 @@ def test_special_ids_are_fixed_and_the_newline_is_one_symbol(tokenizer: Tokenize
     assert tokenizer.decode([2, *newline, 3, 0]) == "\n"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(st.lists(st.integers(0, 3999), max_size=40))
 def test_any_ids_decode_to_the_bytes_of_their_pieces(tokenizer: Tokenizer, ids: list[int]) -> None:
     raw = b"".join(tokenizer.id_to_bytes(id) for id in ids)
@@ -114,7 +116,7 @@ def test_a_line_over_the_limit_is_split_not_dropped(tmp_path: Path) -> None:
     assert any("zyzzyva" in tokenizer.id_to_piece(id) for id in range(tokenizer.vocab_size))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.text(alphabet="aé曹𠮷。.?!", max_size=80), st.integers(4, 40))
 def test_split_lines_add_up_fit_and_end_with_sentences_where_they_can(line: str, limit: int) -> None:
     parts = list(split_long(line, limit))
@@ -159,7 +161,7 @@ def test_coverage_out_of_range_is_an_error(english: Path, tmp_path: Path) -> Non
         train_tokenizer(find_texts(english), tmp_path / "t", 400, character_coverage=0.5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.one_of(st.binary(max_size=200), st.integers(0, 5000)))
 def test_a_broken_model_file_is_an_error_or_still_a_tokenizer(
     tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, damage: bytes | int
@@ -213,7 +215,7 @@ def odd_tokenizers(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     return trained
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.one_of(st.text(max_size=30), st.text(alphabet=" ▁\u3000a\t曹\0\u2028<s>", max_size=30)))
 @example("Hello world")
 @example(" ▁ ▁▁ ")
@@ -233,7 +235,7 @@ def stream_of(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
     return (decoder.decode(tokenizer.id_to_bytes(id)) for id in ids)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.text(alphabet=" ▁ab曹却说\n", max_size=40), st.integers(1, 6))
 def test_a_tokenizer_without_spaces_may_be_cut_at_safe_places(
     odd_tokenizers: dict[str, Tokenizer], text: str, size: int

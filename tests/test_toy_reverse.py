@@ -30,7 +30,7 @@ def test_what_the_task_cannot_spell_is_refused_by_name(text: str, word: str) -> 
         toy_reverse.encode(text)
 
 
-def test_each_row_is_a_string_its_separator_and_its_reverse_and_only_the_answer_is_trained() -> None:
+def test_each_row_is_string_separator_reverse_and_trains_the_reverse() -> None:
     x, y = toy_reverse.ReverseData().batch(step=3, batch_size=200)
     assert x.dtype == y.dtype == torch.int64
     assert x.shape == y.shape == (200, toy_reverse.ReverseData.context_size)

@@ -32,7 +32,7 @@ from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import SAVED, Trainer
 
-from .helpers import Batches, quick, tiny_config, tiny_model
+from .helpers import Batches, examples, quick, tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[1]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
@@ -148,6 +148,7 @@ def checkpoint_of(originals: dict[str, Path], tmp_path: Path) -> Callable[[str],
     return lambda optimizer: shutil.copytree(originals[optimizer], tmp_path / originals[optimizer].name)
 
 
+@pytest.mark.slow
 def test_moments_of_another_size_write_nowhere(tmp_path: Path) -> None:
     path = trained(tmp_path / "run", "adamw")
     for key in ("exp_avg", "exp_avg_sq"):
@@ -188,7 +189,7 @@ def test_moments_missing_or_of_nothing_are_refused(checkpoint_of: Callable[[str]
             resumed(path, tmp_path / "new", "adamw")
 
 
-@settings(deadline=None, max_examples=int(os.environ.get("EXAMPLES", "60")), suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=500, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def any_one_change_is_refused_or_harmless(original: Path, folder: Path, data: st.DataObject) -> None:
     """Any field or tensor of a resealed checkpoint changed: refused, naming the file, or all others load as they were.
@@ -226,22 +227,17 @@ def any_one_change_is_refused_or_harmless(original: Path, folder: Path, data: st
     assert trainer.measured_steps(1)[0]["step"] == trainer.step
 
 
-def fuzz(optimizer: str, original: str, folder: str, examples: int) -> subprocess.CompletedProcess[str]:
-    code = f"""
-import os, sys
-os.environ["EXAMPLES"] = "{examples}"
+FUZZ = """
+import sys
 from pathlib import Path
 from tests.test_untrusted import any_one_change_is_refused_or_harmless
 any_one_change_is_refused_or_harmless(Path(sys.argv[1]), Path(sys.argv[2]))
 """
-    return in_python(code, original, folder)
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(500, marks=pytest.mark.slow)])
-def test_any_one_change_to_a_checkpoint_is_refused_or_harmless(
-    examples: int, originals: dict[str, Path], tmp_path: Path
-) -> None:
-    done = fuzz("muon", str(originals["muon"]), str(tmp_path / "copy"), examples)
+@pytest.mark.slow
+def test_any_one_change_to_a_checkpoint_is_refused_or_harmless(originals: dict[str, Path], tmp_path: Path) -> None:
+    done = in_python(FUZZ, str(originals["muon"]), str(tmp_path / "copy"))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -326,6 +322,7 @@ ENORMOUS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_an_enormous_shape_is_refused_without_building_it(tmp_path: Path) -> None:
     code = """
 import resource, sys, time
@@ -515,7 +512,7 @@ def reseal(folder: Path, manifest: dict[str, Any]) -> None:
     write_manifest(folder, {key: value for key, value in manifest.items() if key != "sha256"})
 
 
-@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=examples(120), suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_one_change_to_a_data_set_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
     folder = data_set(tmp_path / "d", np.arange(100) + 5)
@@ -605,9 +602,7 @@ def test_a_data_set_replaced_while_it_is_opened_is_one_or_the_other(tmp_path: Pa
         assert len(data.offsets) == data.manifest["splits"]["train"]["documents"] + 1 == len(data.names) + 1
 
 
-def test_a_data_set_replaced_between_reading_and_opening_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_replaced_while_it_is_opened_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, real = data_set(tmp_path / "d", np.arange(100)), llmcore.dataset.verify_dataset
     data_set(folder / ".unfinished", np.arange(300) + 100, 5, "that")
 

@@ -36,8 +36,7 @@ from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Event, Trainer
 
-from .helpers import quick, tiny_model
-from .test_train import trainer
+from .helpers import quick, tiny_model, trainer
 
 HOSTILE = "<script>window.owned = true</script> \x1b[31mred\x1b[0m <img src=x onerror=alert(1)> \u202eback & \x00 $x$"
 
@@ -117,7 +116,7 @@ def test_nothing_from_outside_acts() -> None:
 # The dashboard
 
 
-def test_headless_prints_a_line_at_each_validation_and_leaves_one_picture(
+def test_headless_prints_each_validation_and_leaves_one_picture(
     tmp_path: Path, headless: None, screen: Screen, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trainer(tmp_path / "run", quick(max_steps=6, eval_interval=2))
@@ -353,7 +352,7 @@ def small_data(english: Path, tmp_path: Path) -> tuple[TokenDataset, Tokenizer]:
     return TokenDataset(tmp_path / "data", "train", 32), tok
 
 
-def test_windows_follow_one_another_and_documents_begin_where_the_data_set_says(
+def test_windows_and_documents_begin_where_the_data_set_says(
     small_data: tuple[TokenDataset, Tokenizer],
 ) -> None:
     data, tok = small_data
