@@ -135,7 +135,7 @@ def evaluate(
     Raises:
         ValueError: before any work, for a stride out of range, no documents, a document without text, or a tokenizer
             with more ids than the model.
-        TrainingError: for a precision that the device has not.
+        DeviceError: for a precision that the device has not.
     """
     context, device = model.config.max_seq_len, model.tok_embeddings.weight.device
     stride = context if stride is None else stride

@@ -20,7 +20,7 @@ from llmcore.checkpoint import CheckpointError, find_checkpoint
 from llmcore.config import ModelConfig
 from llmcore.files import display_path, resolve, visible
 from llmcore.measure.compare_runs import read_events, read_run, validations
-from llmcore.runs import only_run
+from llmcore.runs import run_lock
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_scifi_train.ipynb"
 
@@ -155,7 +155,7 @@ def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any],
     given = {**parameters, "output_dir": str(folder), "project": name}
     run_dir = folder / name
     if run_dir.exists():
-        with only_run(run_dir):
+        with run_lock(run_dir):
             try:
                 given["checkpoint_dir"] = str(find_checkpoint(run_dir))
             except CheckpointError:  # it was killed before its first
