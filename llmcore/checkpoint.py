@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from llmcore.config import ConfigError, ModelConfig
 from llmcore.device import pick_device
@@ -73,39 +72,6 @@ _CONFIG = {
         "data": {"type": ["object", "null"]},
         "bytes_per_token": {"type": ["finite number", "null"], "minimum": 0},
         "history": {"type": "array", "items": _OBJECT},
-    },
-}
-_SCALER = ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
-_TRAINER_STATE = {
-    "type": "object",
-    "required": ["step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau", "scaler"],
-    "properties": {
-        **dict.fromkeys(("step", "tokens", "skipped", "skipped_in_a_row"), _COUNT),
-        "val_loss": {"type": ["number", "null"]},
-        "val_step": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**53},
-        "best_loss": {"type": "number or Infinity"},  # Infinity before the first validation
-        "plateau": {
-            "type": "object",
-            "required": ["scale", "best", "bad"],
-            "properties": {
-                "scale": {"type": "finite number", "minimum": 0, "maximum": 1},
-                "best": {"type": "number or Infinity"},
-                "bad": _COUNT,
-            },
-            "additionalProperties": False,
-        },
-        "scaler": {  # torch's GradScaler; {} where the run is not in fp16
-            "type": "object",
-            "properties": {
-                "scale": {"type": "finite number", "minimum": 0, "exclusiveMinimum": True, "maximum": 2.0**127},
-                "growth_factor": {"type": "finite number", "minimum": 1, "maximum": 1024},
-                "backoff_factor": {"type": "finite number", "minimum": 0, "exclusiveMinimum": True, "maximum": 1},
-                "growth_interval": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
-                "_growth_tracker": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
-            },
-            "dependencies": dict.fromkeys(_SCALER, _SCALER),  # all of them, or none
-            "additionalProperties": False,
-        },
     },
 }
 
@@ -572,83 +538,3 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch, if the file was just deleted
         raise _fault(file, f"cannot be read: {error}") from None
-
-
-def read_trainer_state(
-    path: Path,
-    optimizers: Sequence[Optimizer],
-    names: Mapping[int, str],
-    device: torch.device,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The numbers and tensors a trainer goes on with, checked before it takes over any of them.
-
-    An optimizer's kernel believes the sizes of its moments and writes where they say, so each must be as its parameter.
-
-    Args:
-        path: a verified checkpoint.
-        optimizers: AdamW and Muon, over the parameters that the state is for.
-        names: of these parameters, by `id`.
-        device: of the run.
-
-    Returns:
-        `trainer_state.json`, and `trainer_state.safetensors` on the CPU: `rng.cpu`, `rng.cuda` (both uint8) and
-        `<parameter>/<key>`.
-
-    Raises:
-        CheckpointError: naming the file and the field or tensor that is not as it must be.
-    """
-    file, config = path / "trainer_state.json", read_config(path)
-    state = _read_json(file, _TRAINER_STATE)
-    for key in ("step", "tokens"):
-        if state[key] != config.get(key, state[key]):
-            raise CheckpointError(f"{display_path(file)} cannot be used: {key}: {state[key]} is not config.json's")
-    if not state["skipped_in_a_row"] <= state["skipped"] <= state["step"]:
-        raise CheckpointError(f"{display_path(file)} cannot be used: skipped: more than there were steps")
-
-    file = path / "trainer_state.safetensors"
-    tensors = read_tensors(file)
-    left, wrong = set(tensors), []
-
-    # of a parameter all moments are there, or none before its first step
-    for optimizer in optimizers:
-        keys = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            own = {key: f"{names[id(parameter)]}/{key}" for key in sorted(keys)}
-            there = {key: name for key, name in own.items() if name in tensors}
-            left -= set(there.values())
-            if there:
-                wrong += [f"missing {name}" for key, name in own.items() if key not in there]
-            for key, name in there.items():
-                shape, kind = ((), torch.float32) if key == "step" else (tuple(parameter.shape), parameter.dtype)
-                wrong += _moment_fault(name, key, tensors[name], shape, kind, state["step"])
-
-    # torch itself judges a random state, on a generator of its own
-    for name, of in (("rng.cpu", torch.device("cpu")), ("rng.cuda", device)):
-        left.discard(name)
-        if name not in tensors:
-            wrong += ["missing rng.cpu"] if name == "rng.cpu" else []
-        elif tensors[name].dim() != 1 or tensors[name].dtype != torch.uint8:
-            wrong.append(f"{name} is {tuple(tensors[name].shape)} {_name(tensors[name].dtype)}, not bytes in a row")
-        elif name == f"rng.{of.type}":
-            try:
-                torch.Generator(of).set_state(tensors[name])
-            except RuntimeError as error:
-                wrong.append(f"{name}: {error}")
-    wrong += [f"unexpected {name}" for name in sorted(left)]
-    if wrong:
-        raise CheckpointError(f"{display_path(file)} cannot be used: " + "; ".join(wrong[:8]))
-    return state, tensors
-
-
-def _moment_fault(
-    name: str, key: str, tensor: Tensor, shape: tuple[int, ...], kind: torch.dtype, steps: int
-) -> list[str]:
-    """What is wrong with one tensor of an optimizer, as a list of none or one."""
-    if (tuple(tensor.shape), tensor.dtype) != (shape, kind):
-        return [f"{name} is {tuple(tensor.shape)} {_name(tensor.dtype)}, not {shape} {_name(kind)}"]
-    least, most = torch.stack(torch.aminmax(tensor)).tolist()
-    if not (math.isfinite(least) and math.isfinite(most)):
-        return [f"{name} holds what is not finite"]
-    if (key == "exp_avg_sq" and least < 0) or (key == "step" and not (0 <= least <= steps and least.is_integer())):
-        return [f"{name} is out of range: {least}"]
-    return []

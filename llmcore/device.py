@@ -17,45 +17,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcore.runs import TrainingError
+from llmcore.config import ModelConfig, TrainConfig
+
+
+class DeviceError(ValueError):
+    """A device that is not here, or a precision that the device does not compute in. The message says what works."""
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device meant: "auto" is CUDA where there is one, else Apple's MPS, else the CPU.
+    """The device by its name; "auto" is CUDA where there is one, else Apple's MPS, else the CPU.
 
     Raises:
-        ValueError: for a device that is unknown or that this machine lacks.
+        DeviceError: for a device that is unknown or that this machine lacks.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if available[name]))
     kind = str(device).split(":")[0]
     if kind not in available:
-        raise ValueError(f"device={device!r} must be auto, cpu, cuda or mps")
+        raise DeviceError(f"device={device!r} must be auto, cpu, cuda or mps")
     if not available[kind]:
-        raise ValueError(f"device={device!r} is not available here; use auto or cpu")
+        raise DeviceError(f"device={device!r} is not available here; use auto or cpu")
     return torch.device(device)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device itself computes in bf16: emulated, products take a hundred times as long."""
+    """Whether the device itself computes in bf16. Where that is emulated, products take a hundred times as long."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """The precision meant by "auto": bf16 where the device computes in it, fp16 on older GPUs, else fp32.
+    """The precision by its name; "auto" is bf16 where the device computes in it, fp16 on older GPUs, else fp32.
 
     Raises:
-        TrainingError: for fp16 or bf16 on a device without it.
+        DeviceError: for fp16 or bf16 on a device without it.
     """
     if precision == "auto":
         return "bf16" if has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
     if precision == "fp16" and device.type != "cuda":
-        raise TrainingError(f"precision='fp16' needs a CUDA device, not {device}; use auto, bf16 or fp32")
+        raise DeviceError(f"precision='fp16' needs a CUDA device, not {device}; use auto, bf16 or fp32")
     if precision == "bf16" and device.type == "mps":
-        raise TrainingError(f"precision='bf16' is not supported on {device}; use auto or fp32")
+        raise DeviceError(f"precision='bf16' is not supported on {device}; use auto or fp32")
     return precision
 
 
@@ -80,16 +84,29 @@ def settle_cache_folder() -> None:
     except (OSError, KeyError, ImportError) as error:
         other = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
         warnings.warn(
-            f"torch's cache folder cannot be used ({reason(error)}); it is {other} for now. "
+            f"torch's cache folder cannot be used ({error_line(error)}); it is {other} for now. "
             "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written",
             stacklevel=2,
         )
 
 
-def compiled(model: nn.Module) -> Callable[..., Tensor]:
-    """The model as torch.compile runs it: its first call and its first backward pass compile.
+def worth_compiling(model: ModelConfig, train: TrainConfig, device: torch.device) -> bool:
+    """Whether to compile: as the configuration says, and for "auto" where a run is long enough to win the time back.
 
-    Both call a C++ compiler on a CPU, and write to a cache folder; where that fails, they raise errors of many kinds.
+    The whole run counts, not what is left of it: compiled code rounds otherwise, and a resume must not change that.
+    """
+    if train.compile != "auto":
+        return train.compile == "on"
+    windows = train.max_steps * train.batch_size * train.grad_accum_steps
+    flops = windows * model.max_seq_len * model.flops_per_token()
+    return device.type != "mps" and flops > (2e12 if device.type == "cpu" else 2e16)  # about ten seconds
+
+
+def compile_model(model: nn.Module) -> Callable[..., Tensor]:
+    """The model as torch.compile runs it. Its first forward and its first backward pass compile.
+
+    On a CPU both call a C++ compiler, and both write to a cache folder. Where that fails, they raise errors of many
+    kinds.
     """
     libraries = str(Path(torch.__file__).parent / "lib")
     if os.name == "posix" and libraries != shlex.quote(libraries):
@@ -100,8 +117,8 @@ def compiled(model: nn.Module) -> Callable[..., Tensor]:
     return torch.compile(model)
 
 
-def reason(error: Exception) -> str:
-    """An error in a line: where it quotes a compiler, the first complaint of that."""
+def error_line(error: Exception) -> str:
+    """An error in one line. Of an error that quotes a compiler, the compiler's first complaint."""
     error = getattr(error, "inner_exception", error)  # torch wraps what its compiler raises
     lines = [line.strip() for line in str(error).split("Output:")[-1].splitlines() if line.strip()]
     said = next((line for line in lines if "error:" in line or "cannot" in line), lines[0] if lines else "")
@@ -109,10 +126,10 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def always_the_same_sums(device: torch.device) -> Iterator[None]:
-    """On a CPU, let the threads of a compiled model add up in a fixed order, so that a seed gives one result.
+def deterministic_sums(device: torch.device) -> Iterator[None]:
+    """On a CPU, let the threads of a compiled model add up in a fixed order, so that a seed always gives one result.
 
-    Without this the gradient of the embeddings is summed in the order in which threads happen to arrive.
+    Without this the gradient of the embeddings is summed in the order in which the threads happen to arrive.
     """
     if device.type != "cpu":
         yield
@@ -129,11 +146,11 @@ def always_the_same_sums(device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next one, instead of asking the system for zeroed pages again.
+    """Let glibc keep the memory that a step frees for the next one. To get zeroed pages from the system takes time.
 
-    An uncompiled step on a CPU gains a tenth. Tensors of 32 MiB and more are left out: among them gaps would cost
-    memory, and models with such tensors multiply for longer than pages take. Elsewhere (macOS, Windows, musl), and
-    where the environment says MALLOC_MMAP_THRESHOLD_ itself, this does nothing.
+    An uncompiled step on a CPU becomes a tenth faster. Tensors of 32 MiB and more are left out: gaps between them would
+    cost memory, and in models that large the pages take little of the time. Without glibc (macOS, Windows, musl), and
+    where MALLOC_MMAP_THRESHOLD_ is set in the environment, this does nothing.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
@@ -145,6 +162,18 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is how torch says so: CUDA has an exception for it, CPU and MPS have only their words."""
+    """Whether torch has run out of memory. CUDA has an exception for it, CPU and MPS have only their words."""
     words = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def ways_to_save_memory(model: ModelConfig, train: TrainConfig) -> str:
+    """Which settings lower the memory that a training step needs, with their values now, in words."""
+    recompute = {"none": "selective or full", "selective": "full", "full": ""}[train.activation_checkpointing]
+    return (
+        "Each of these needs less, as far as it can be set here: "
+        f"less than batch_size={train.batch_size}, with more than grad_accum_steps={train.grad_accum_steps} in turn; "
+        f"less than context_size={train.context_size or model.max_seq_len}; "
+        + (f"activation_checkpointing={recompute}; " if recompute else "")
+        + "a smaller preset or model"
+    )

@@ -1,21 +1,26 @@
-"""A run's folder: its name, its lock, its metrics, what it was made with, and how it compares with others."""
+"""A run's folder: its name, its lock, its metrics, the environment it was made in, and signals that end it."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from llmcore.files import display_path, lock, resolve
+from llmcore.files import display_path, fsync, lock, resolve, to_json, write_atomic
 
 MEASURED = ("tokens", "loss", "learning_rate", "grad_norm", "seconds", "tokens_per_second")  # in every event
 OPTIONAL: dict[str, tuple[type, ...]] = {"sample": (str,), "sample_prompt": (str,)}
@@ -42,14 +47,14 @@ def free_run_dir(output_dir: str | os.PathLike[str], name: str) -> Path:
 
 
 def check_writable(output_dir: Path) -> None:
-    """See whether a folder could be made, or written to where it exists. Nothing is made or written.
+    """Check that a folder can be made, or written to if it exists. Nothing is made or written.
 
     Raises:
-        TrainingError: if not.
+        TrainingError: if it cannot.
     """
     try:
-        there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
-        writable = there.is_dir() and os.access(there, os.W_OK)
+        existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+        writable = existing.is_dir() and os.access(existing, os.W_OK)
     except OSError as error:  # a name that is too long, say
         raise TrainingError(
             f"output_dir={display_path(output_dir)!r} cannot be written: {error.strerror}; choose another"
@@ -59,8 +64,10 @@ def check_writable(output_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_run(run_dir: Path) -> Iterator[None]:
-    """Make the folder if need be, and keep other runs out. The system drops the lock with the process.
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if need be, so that no other run trains in it.
+
+    The system drops the lock when the process ends, however it ends.
 
     Raises:
         TrainingError: naming the process at work there, or if the folder cannot be written.
@@ -80,8 +87,8 @@ def only_run(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def nobody_at_work(run_dir: Path) -> None:
-    """See whether another run is at work in a folder. Nothing is written.
+def check_not_in_use(run_dir: Path) -> None:
+    """Check that no other run is at work in a folder. Nothing is written.
 
     Raises:
         TrainingError: naming the process at work there.
@@ -103,10 +110,158 @@ def _lock(file: IO[str], run_dir: Path) -> None:
         ) from None
 
 
+class RunFolder:
+    """A run's folder as its trainer writes it: `metrics.jsonl`, one line an event, and `config.json`.
+
+    Building one only checks. The folder changes, and becomes this run's, when the first events are written.
+
+    Args:
+        path: of the folder, which need not exist.
+
+    Raises:
+        TrainingError: if it cannot be written, or another run is at work in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_writable(path)
+        check_not_in_use(path)
+        self.path, self.metrics = path, path / "metrics.jsonl"
+        self._pending: list[dict[str, Any]] = []  # events that are not in metrics.jsonl yet
+        self._taken_over = False
+        self._hash = hashlib.sha256(_content(self.metrics))  # of metrics.jsonl as this trainer knows it
+
+    def check_free(self) -> None:
+        """Refuse to start a new run where a run has left metrics or checkpoints.
+
+        Raises:
+            TrainingError: naming the folder.
+        """
+        if self.metrics.exists() or any(self.path.glob("step=*")):
+            raise TrainingError(
+                f"{display_path(self.path)} holds a run already; resume it (resume='latest') or choose another "
+                "output_dir"
+            )
+
+    def check_own(self, checkpoint: Path) -> None:
+        """Refuse to resume from another run's checkpoint where a run has left metrics.
+
+        Raises:
+            TrainingError: naming both folders.
+        """
+        own = checkpoint.parent == self.path and checkpoint.name.startswith("step=")
+        if not own and self.metrics.exists():
+            raise TrainingError(
+                f"{display_path(self.path)} holds a run already, and {display_path(checkpoint)} is of another; "
+                "choose another output_dir"
+            )
+
+    @contextlib.contextmanager
+    def held(self, step: int) -> Iterator[None]:
+        """Hold the folder's lock to train from a step on, see `run_lock`.
+
+        Raises:
+            TrainingError: also if another trainer has trained here since this one was built or stopped.
+        """
+        with run_lock(self.path):
+            self._check_unchanged(step)
+            yield
+
+    def _check_unchanged(self, step: int) -> None:
+        if hashlib.sha256(_content(self.metrics)).digest() != self._hash.digest():
+            raise TrainingError(
+                f"the run in {display_path(self.path)} has gone on since this Trainer, at step {step}, was "
+                "built or stopped. Build the Trainer again with resume='latest', or choose another output_dir"
+            )
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Keep an event for the next `write`. Until then it may still be added to."""
+        self._pending.append(event)
+
+    def write(self, start: int, description: dict[str, Any], to_disk: bool = False) -> None:
+        """Append the events that `metrics.jsonl` does not have yet: all of them or, if that fails, none.
+
+        Args:
+            start: the step that this trainer started from.
+            description: for `config.json`. What is set aside is noted in its `history`.
+            to_disk: wait until the events have reached the disk.
+
+        Raises:
+            TrainingError: if the disk is full. The events are kept, and written by the next call.
+        """
+        lines = "".join(to_json(event) + "\n" for event in self._pending).encode()
+        try:
+            if not self._taken_over:
+                self._take_over(start, description)
+            self._append(lines)
+            if to_disk:
+                fsync(self.metrics)
+        except OSError as error:
+            raise TrainingError(
+                f"{display_path(self.metrics)} cannot be written: {error}. Make room on the disk and train on; "
+                "nothing is lost yet"
+            ) from error
+
+    def _append(self, lines: bytes) -> None:
+        extended = self._hash.copy()
+        extended.update(lines)
+        with open(self.metrics, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while file.tell() < end + len(lines):  # the system may write only a part
+                    file.write(lines[file.tell() - end :])
+                self._hash, self._pending = extended, []
+            except BaseException:
+                file.truncate(end)
+                raise
+
+    def _take_over(self, start: int, description: dict[str, Any]) -> None:
+        """Let the folder become this run's. What it holds of later steps is set aside, and none of it is deleted.
+
+        If this is broken off anywhere, the checkpoint to resume from is still the latest, and all its events are there.
+        """
+        kept: list[bytes] = []
+        cut: list[bytes] = []
+        for line, event in metric_lines(self.path):
+            (kept if event and event["step"] <= start else cut).append(line)
+        later = [path for path in sorted(self.path.glob("step=*")) if _step_of(path) > start]
+
+        if cut or later:
+            names = (f"cut.{number}" for number in itertools.count(1))
+            name = next(name for name in names if not any(self.path.glob(f"{name}.*")))
+            for path in later:
+                os.rename(path, self.path / f"{name}.{path.name}")
+            if cut:
+                write_atomic(self.path / f"{name}.metrics.jsonl", b"\n".join(cut) + b"\n")
+            for entry in description["history"][-1:]:
+                entry["set_aside"] = name
+            warnings.warn(
+                f"{display_path(self.path)}: what does not belong to the first {start} steps is kept as {name}.* "
+                f"(lines of metrics.jsonl: {len(cut)}, checkpoints: {len(later)}); delete it if you do not need it",
+                stacklevel=2,
+            )
+
+        content = b"".join(line + b"\n" for line in kept)
+        if content != _content(self.metrics):
+            write_atomic(self.metrics, content)
+        self._hash = hashlib.sha256(content)
+        write_atomic(self.path / "config.json", to_json(description, indent=1))
+        self._taken_over = True
+
+
+def _content(file: Path) -> bytes:
+    return file.read_bytes() if file.exists() else b""
+
+
+def _step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for another name."""
+    match = re.match(r"step=(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The events in a run's `metrics.jsonl`, in its order; none if there is no such file.
 
-    What is no event is left out with a warning: a line cut short by a crash, or one that another program wrote.
+    What is no event is left out with a warning: a line that a crash cut short, or that another program wrote.
     """
     lines = metric_lines(run_dir)
     events = [event for _, event in lines if event is not None]
@@ -122,11 +277,11 @@ def metric_lines(run_dir: str | os.PathLike[str]) -> list[tuple[bytes, dict[str,
     Lines end at a newline byte and nowhere else: JSON strings may hold what Unicode calls a line's end. An event that
     was written behind a torn line counts as a line.
     """
-    path, found = resolve(run_dir) / "metrics.jsonl", []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    lines: list[tuple[bytes, dict[str, Any] | None]] = []
+    for line in _content(resolve(run_dir) / "metrics.jsonl").split(b"\n"):
         at = line.rfind(b'{"step"') if _event(line) is None else 0  # a quote inside a string has a backslash
-        found += [(part, _event(part)) for part in (line[: max(0, at)], line[max(0, at) :]) if part.strip()]
-    return found
+        lines += [(part, _event(part)) for part in (line[: max(0, at)], line[max(0, at) :]) if part.strip()]
+    return lines
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
@@ -145,29 +300,46 @@ def _event(line: bytes) -> dict[str, Any] | None:
     return event
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[Any]]:
-    """What differs between two descriptions of a run, as `group.name: [before, after]`."""
-    changed: dict[str, list[Any]] = {}
-    for group in ("train", "environment"):
-        old, new = before.get(group, {}), after[group]
-        changed |= {f"{group}.{key}": [old.get(key), new[key]] for key in new if old.get(key) != new[key]}
-    for key in ("precision", "device"):
-        if before.get(key) != after[key]:
-            changed[key] = [before.get(key), after[key]]
-    return changed
+@contextlib.contextmanager
+def signals_call(request_stop: Callable[[], None]) -> Iterator[None]:
+    """Let a first SIGINT or SIGTERM call a function. A second one raises KeyboardInterrupt at once.
+
+    Only the main thread may set handlers; in another one signals stay as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    called = False
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal called
+        if called:
+            signal.signal(number, previous[number])
+            raise KeyboardInterrupt
+        called = True
+        request_stop()
+
+    try:
+        for number in previous:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions of Python and the packages that compute, the machine, and the commit of this code if git knows it.
 
-    On a CPU the number of threads belongs to it: sums are split among them, and rounded accordingly.
+    On a CPU the number of threads is part of it: sums are split among them, and rounded accordingly.
     """
-    found: dict[str, Any] = {package: _version(package) for package in PACKAGES}
+    versions: dict[str, Any] = {package: _version(package) for package in PACKAGES}
     if device.type == "cuda":
-        found |= {"cuda": torch.version.cuda, "machine": torch.cuda.get_device_name(device)}
+        machine: dict[str, Any] = {"cuda": torch.version.cuda, "machine": torch.cuda.get_device_name(device)}
     else:
-        found |= {"threads": torch.get_num_threads(), "machine": f"{platform.system()} {platform.machine()}"}
-    return {"python": platform.python_version(), **found, "commit": _commit()}
+        machine = {"threads": torch.get_num_threads(), "machine": f"{platform.system()} {platform.machine()}"}
+    return {"python": platform.python_version(), **versions, **machine, "commit": _commit()}
 
 
 def _version(package: str) -> str | None:
@@ -181,13 +353,13 @@ def _commit() -> str | None:
     """The checked-out commit, with "+changes" where tracked files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parent
     try:
-        place, status = (
+        where, status = (
             subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
             for words in (["rev-parse", "--show-toplevel", "HEAD"], ["status", "--porcelain", "-uno", "."])
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    top, head = place.rstrip("\n").rsplit("\n", 1)
-    if Path(top).resolve() != here.parent:  # installed into an environment that lies in someone's own repository
+    top, head = where.rstrip("\n").rsplit("\n", 1)
+    if Path(top).resolve() != here.parent:  # installed into an environment inside some other repository
         return None
     return head + ("+changes" if status.strip() else "")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcore.device import pick_device, pick_precision
-from llmcore.runs import TrainingError
+from llmcore.device import DeviceError, pick_device, pick_precision
 
 
 def test_devices_are_checked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,10 +13,10 @@ def test_devices_are_checked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     for device in ("cuda", "cuda:0", "mps"):
-        with pytest.raises(ValueError, match=f"device='{device}' is not available here"):
+        with pytest.raises(DeviceError, match=f"device='{device}' is not available here"):
             pick_device(device)
     for device in ("gpu", "", "tpu"):
-        with pytest.raises(ValueError, match=f"device='{device}' must be auto, cpu, cuda or mps"):
+        with pytest.raises(DeviceError, match=f"device='{device}' must be auto, cpu, cuda or mps"):
             pick_device(device)
 
 
@@ -56,5 +55,5 @@ def test_each_device_gets_a_precision_that_it_computes_in(
         if precision in allowed:
             assert pick_precision(precision, torch.device(device)) == precision
         else:
-            with pytest.raises(TrainingError, match=f"precision='{precision}' .* {device}"):
+            with pytest.raises(DeviceError, match=f"precision='{precision}' .* {device}"):
                 pick_precision(precision, torch.device(device))

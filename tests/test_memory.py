@@ -22,7 +22,7 @@ from llmcore.model import Block, rope_table
 from llmcore.runs import TrainingError
 from llmcore.train import Trainer
 
-from .helpers import Batches, quick, tiny_config, tiny_model
+from .helpers import quick, tiny_config, tiny_model
 
 SHAPE = ModelConfig(vocab_size=500, dim=128, n_layers=3, n_heads=4, hidden_dim=384, max_seq_len=128)
 
@@ -129,15 +129,15 @@ def test_stricter_policies_keep_less() -> None:
     assert full < none / 5 and full < selective < 0.75 * none
 
 
-def test_what_cannot_fit_is_refused_with_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_fit_is_refused_with_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     need = predict_memory(tiny_config(), quick())["total"]
     monkeypatch.setattr(memory, "available_memory", lambda device: need // 2)
     with pytest.raises(TrainingError) as caught:
-        Trainer(tiny_model(), Batches(), None, quick(), tmp_path, device="cpu")
+        memory.check_memory(tiny_config(), quick())
     for word in (f"{need / 2e9:.2f} GB", f"{need / 1e9:.2f} GB", "batch_size=4", "context_size=24", "full", "preset"):
         assert word in str(caught.value)
     monkeypatch.setattr(memory, "available_memory", lambda device: need)
-    Trainer(tiny_model(), Batches(), None, quick(), tmp_path, device="cpu")
+    memory.check_memory(tiny_config(), quick())
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])

@@ -142,7 +142,7 @@ def test_fp16_steps_without_targets_are_taken(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("llmcore.train.pick_precision", lambda *_: "fp16")
     one = Trainer(tiny_model(), Gaps(), None, quick(optimizer="muon"), tmp_path, device="cpu")
     one.fit()
-    assert one.step == 6 and one.skipped == 0
+    assert one.step == 6 and one.progress.skipped == 0
     assert {values.get("step", torch.tensor(2.0)).item() for values in one.optimizers[0].state.values()} == {2}
 
 

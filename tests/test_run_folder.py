@@ -36,6 +36,7 @@ from llmcore.checkpoint import (
 from llmcore.corpus.prepare import prepare_dataset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.dataset import TokenDataset
+from llmcore.device import DeviceError
 from llmcore.formats.hub import model_card
 from llmcore.measure.compare_runs import find_runs, read_run, summarize
 from llmcore.notebook import plots
@@ -99,14 +100,14 @@ def build(folder: Path, **options: Any) -> Trainer:
 def test_a_refused_resume_changes_nothing_on_disk(why: str, tmp_path: Path) -> None:
     run = eight(tmp_path / "run")
     before = snapshot(run)
-    with pytest.raises((TrainingError, CheckpointError)):
+    with pytest.raises((TrainingError, DeviceError, CheckpointError)):
         build(run, **{"resume": at_step(run, 4), **REFUSED[why]})
     assert snapshot(run) == before
 
 
 @pytest.mark.parametrize("why", ["another first step", "other precision", "no such checkpoint"])
 def test_a_refused_fresh_run_leaves_no_folder(why: str, tmp_path: Path) -> None:
-    with pytest.raises((TrainingError, CheckpointError)):
+    with pytest.raises((TrainingError, DeviceError, CheckpointError)):
         build(tmp_path / "deep" / "run", **REFUSED[why])
     assert list(tmp_path.iterdir()) == []
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmcore.checkpoint import CheckpointError, checkpoints
 from llmcore.config import TrainConfig
+from llmcore.device import DeviceError
 from llmcore.optim import learning_rate_at
 from llmcore.runs import TrainingError, free_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
@@ -178,7 +179,7 @@ def test_a_run_starts_from_the_step_it_is_told_to_or_not_at_all(tmp_path: Path) 
 
 
 def test_fp16_on_a_cpu_is_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="precision='fp16' needs a CUDA device, not cpu; use auto, bf16 or fp32"):
+    with pytest.raises(DeviceError, match="precision='fp16' needs a CUDA device, not cpu; use auto, bf16 or fp32"):
         trainer(tmp_path / "run", quick(precision="fp16"))
     assert not (tmp_path / "run").exists()
 

@@ -137,7 +137,7 @@ def evaluate(
     Raises:
         ValueError: before any work, for a stride out of range, no documents, a document without text, or a tokenizer
             with more ids than the model.
-        TrainingError: for a precision that the device does not have.
+        DeviceError: for a precision that the device does not have.
     """
     context = model.config.max_seq_len
     stride = context if stride is None else stride

@@ -2,7 +2,7 @@
 
 The count follows a step through the moments at which it holds most, tensor by tensor, for a model that is not compiled.
 Tests compare it with PyTorch's allocator and with a process's memory. A compiled step holds somewhat less. Freed memory
-that the C library keeps for the next tensors (`keep_freed_memory`) is not counted.
+that the C library keeps for the next tensors (`device.keep_freed_memory`) is not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llmcore.config import ModelConfig, TrainConfig
-from llmcore.device import has_bf16, pick_precision
+from llmcore.device import has_bf16, pick_precision, ways_to_save_memory
 from llmcore.model import CHUNK_ABOVE, LOSS_CHUNK, SHORT_CONTEXT, has_chunked_operator
 from llmcore.runs import TrainingError
 
@@ -153,19 +153,10 @@ def advice(model: ModelConfig, train: TrainConfig, device: str) -> str:
     """Text for an error: how much memory a run needs by estimate, and which parameters lower it."""
     need = predict_memory(model, train, device)
     state = need["weights"] + need["gradients"] + need["optimizer"]
-    less = {"none": "selective or full", "selective": "full", "full": None}[train.activation_checkpointing]
-    ways = (
-        f"less than batch_size={train.batch_size}, with as many times more than "
-        f"grad_accum_steps={train.grad_accum_steps}; less than "
-        f"context_size={train.context_size or model.max_seq_len}; "
-        + (f"activation_checkpointing={less}; " if less else "")
-        + "a smaller preset or model"
-    )
     return (
         f"By estimate the run needs {need['total'] / 1e9:.2f} GB: {state / 1e9:.2f} for weights, gradients and "
         f"optimizer, {need['activations'] / 1e9:.2f} for activations, "
-        f"{(need['workspace'] + need['libraries']) / 1e9:.2f} to work in. Each of these needs less, as far as it "
-        f"can be set here: {ways}"
+        f"{(need['workspace'] + need['libraries']) / 1e9:.2f} to work in. {ways_to_save_memory(model, train)}"
     )
 
 

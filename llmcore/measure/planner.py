@@ -20,7 +20,7 @@ from torch import Tensor
 from llmcore.config import ModelConfig, TrainConfig
 from llmcore.device import pick_device
 from llmcore.files import visible
-from llmcore.measure.memory import available_memory, predict_memory
+from llmcore.measure.memory import available_memory, check_memory, predict_memory
 from llmcore.model import Transformer
 from llmcore.train import TrainData, Trainer
 
@@ -162,6 +162,7 @@ def measure_speed(
     Returns:
         tokens_per_second (median of the steps after the first) and start_seconds (the first step, which compiles).
     """
+    check_memory(model, train, pick_device(device).type)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         probe = Trainer(Transformer(model), data, None, train, folder, device=device)
         events = probe.measured_steps(1 + steps)
@@ -229,6 +230,7 @@ def _measure_here() -> None:
 
 
 def _two_steps(model: ModelConfig, train: TrainConfig, device: str) -> float:
+    check_memory(model, train, device)
     data = RandomTokens(model, train.context_size)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(Transformer(model), data, None, train, folder, device=device)

@@ -20,11 +20,11 @@ from llmcore.checkpoint import CheckpointError, find_checkpoint
 from llmcore.config import ModelConfig
 from llmcore.files import display_path, resolve, visible
 from llmcore.measure.compare_runs import read_events, read_run, validations
-from llmcore.runs import only_run
+from llmcore.runs import run_lock
 
 # what a run writes into its folder before its first checkpoint
-UNFINISHED = ("metrics.jsonl", "config.json", ".lock", "curves.png", "summary.md", ".step=*.tmp", ".llmcore-*.tmp")
-UNFINISHED += ("tensorboard", "wandb", "wandb-id.txt")
+UNFINISHED = ["metrics.jsonl", "config.json", ".lock", "curves.png", "summary.md", ".step=*.tmp", ".llmcore-*.tmp"]
+UNFINISHED += ["tensorboard", "wandb", "wandb-id.txt"]
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_scifi_train.ipynb"
 
 
@@ -163,7 +163,7 @@ def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any],
     run_dir = folder / name
     notebook_parameters = {**parameters, "output_dir": str(folder), "project": name}
     if run_dir.exists():
-        with only_run(run_dir):
+        with run_lock(run_dir):
             try:
                 notebook_parameters["checkpoint_dir"] = str(find_checkpoint(run_dir))
             except CheckpointError:  # the run was killed before its first checkpoint

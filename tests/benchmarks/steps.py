@@ -35,7 +35,7 @@ def our_step(shape: ModelConfig, batch_size: int, compiled: bool) -> Callable[[]
         precision="auto" if compiled else "fp32",
     )
     trainer = Trainer(Transformer(shape), RandomTokens(shape), None, how, tempfile.mkdtemp(), device="cpu")
-    trainer._loss = trainer._compiled()
+    trainer._forward = trainer._compiled()
     return trainer._train_step
 
 

@@ -1,0 +1,418 @@
+"""What a resume needs: what is saved of a training run besides its weights, how it is checked and taken over again."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmcore.checkpoint import CheckpointError, load_weights, read_config, read_tensors, save_checkpoint
+from llmcore.config import TrainConfig
+from llmcore.files import display_path, read_json
+from llmcore.model import Transformer
+from llmcore.optim import Plateau
+from llmcore.runs import TrainingError, environment
+from llmcore.tokenizer import Tokenizer
+
+# What trainer_state.json must look like.
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
+_SCALER = ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
+_TRAINER_STATE = {
+    "type": "object",
+    "required": ["step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau", "scaler"],
+    "properties": {
+        **dict.fromkeys(("step", "tokens", "skipped", "skipped_in_a_row"), _COUNT),
+        "val_loss": {"type": ["number", "null"]},
+        "val_step": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**53},
+        "best_loss": {"type": "number or Infinity"},  # Infinity before the first validation
+        "plateau": {
+            "type": "object",
+            "required": ["scale", "best", "bad"],
+            "properties": {
+                "scale": {"type": "finite number", "minimum": 0, "maximum": 1},
+                "best": {"type": "number or Infinity"},
+                "bad": _COUNT,
+            },
+            "additionalProperties": False,
+        },
+        "scaler": {  # torch's GradScaler; {} where the run is not in fp16
+            "type": "object",
+            "properties": {
+                "scale": {"type": "finite number", "minimum": 0, "exclusiveMinimum": True, "maximum": 2.0**127},
+                "growth_factor": {"type": "finite number", "minimum": 1, "maximum": 1024},
+                "backoff_factor": {"type": "finite number", "minimum": 0, "exclusiveMinimum": True, "maximum": 1},
+                "growth_interval": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
+                "_growth_tracker": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            },
+            "dependencies": dict.fromkeys(_SCALER, _SCALER),  # all of them, or none
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@dataclass
+class Progress:
+    """How far a run has come: the numbers that a checkpoint keeps.
+
+    Attributes:
+        step: optimizer steps taken, the skipped ones included.
+        tokens: read for them.
+        skipped: steps whose loss or gradient was not finite.
+        skipped_in_a_row: those since the last good step.
+        val_loss: of the last validation, nats per token; None before the first.
+        val_step: the step of that validation.
+        best_loss: the lowest validation loss.
+        plateau: of the learning rate's schedule.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    val_loss: float | None = None
+    val_step: int | None = None
+    best_loss: float = math.inf
+    plateau: Plateau = field(default_factory=Plateau)
+
+    def count_step(self, tokens: int, finite: bool) -> None:
+        """Count a step that has read some tokens, and was skipped unless loss and gradient were finite."""
+        self.step += 1
+        self.tokens += tokens
+        if finite:
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+
+
+# Saving
+
+
+def describe_run(
+    model: Transformer,
+    config: TrainConfig,
+    tokenizer: Tokenizer | None,
+    train_data: object,
+    val_data: object,
+    precision: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What a run is, for `config.json`: its model, and how, on what and where it is trained. JSON values."""
+    return {
+        "model": model.config.to_dict(),
+        "train": config.to_dict(),
+        "data": {
+            "train": getattr(train_data, "fingerprint", None),
+            "val": getattr(val_data, "fingerprint", None),
+        },
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+        "bytes_per_token": getattr(val_data, "bytes_per_token", None),
+        "precision": precision,
+        "device": str(device),
+        "environment": environment(device),
+        "history": [],  # an entry for each resume
+    }
+
+
+def save_run(
+    run_dir: Path,
+    model: Transformer,
+    optimizers: Sequence[Optimizer],
+    scaler: torch.amp.GradScaler,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
+    train_loss: float,
+    description: dict[str, Any],
+) -> Path:
+    """Write a checkpoint with all that a resume needs. Its name has the loss of its own step.
+
+    That is the validation loss where this step was validated, else `train_loss`.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    device = model.tok_embeddings.weight.device
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    names = _names(model)
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state.items():
+            tensors |= {f"{names[parameter]}/{key}": torch.as_tensor(value) for key, value in values.items()}
+
+    numbers = {"tokens": progress.tokens, "val_loss": progress.val_loss, "val_step": progress.val_step}
+    validated = progress.val_loss is not None and progress.val_step == progress.step
+    return save_checkpoint(
+        run_dir,
+        model,
+        tokenizer,
+        step=progress.step,
+        loss=progress.val_loss if validated and progress.val_loss is not None else train_loss,
+        loss_of="validation" if validated else "training",
+        config=description | numbers,
+        tensors=tensors,
+        state={**asdict(progress), "scaler": scaler.state_dict()},
+    )
+
+
+# Checks before a run
+
+
+def check_start(step: int, init_step: int | None, config: TrainConfig) -> None:
+    """Refuse a run that does not start at the step asked for, or starts beyond its end.
+
+    Raises:
+        TrainingError: with both numbers.
+    """
+    if init_step is not None and init_step != step:
+        raise TrainingError(
+            f"init_step={init_step}, but training starts at step {step}; "
+            "leave it out, or name the checkpoint of that step"
+        )
+    if step > config.max_steps:
+        raise TrainingError(
+            f"max_steps={config.max_steps}, but the run has reached step {step}; "
+            "raise max_steps, or resume from an earlier checkpoint"
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, model: Transformer, train_data: object, val_data: object) -> None:
+    """Compare the run's tokenizer with the model, and with the tokenizer of each data set that names its own.
+
+    Raises:
+        TrainingError: if it has more ids than the model, or fingerprints differ.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise TrainingError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only vocab_size={model.config.vocab_size}"
+        )
+    fingerprints = {} if tokenizer is None else {"tokenizer": tokenizer.fingerprint}
+    for name, data in (("training data", train_data), ("validation data", val_data)):
+        manifest = getattr(data, "manifest", None)
+        if isinstance(manifest, dict) and manifest.get("tokenizer"):
+            fingerprints[name] = manifest["tokenizer"]
+    if len(set(fingerprints.values())) > 1:
+        raise TrainingError(
+            "the data were made with another tokenizer, and its ids mean other pieces ("
+            + ", ".join(f"{name}: {fingerprint[:16]}" for name, fingerprint in fingerprints.items())
+            + "); prepare the data again with this tokenizer (notebook 02_dataset), or give the tokenizer of the data"
+        )
+
+
+def check_same_run(path: Path, saved: dict[str, Any], description: dict[str, Any]) -> None:
+    """Compare a checkpoint's model, tokenizer, data and optimizer with those of the run that would resume from it.
+
+    Raises:
+        CheckpointError: naming all that differs.
+    """
+    differing = [
+        f"model.{key}: {saved['model'].get(key)} there, {value} here"
+        for key, value in description["model"].items()
+        if saved["model"].get(key) != value
+    ]
+    differing += [
+        f"{key}: {saved.get(key)} there, {description[key]} here"
+        for key in ("tokenizer", "data")
+        if saved.get(key) != description[key]
+    ]
+    there, here = saved.get("train", {}).get("optimizer"), description["train"]["optimizer"]
+    if there != here:
+        differing.append(f"optimizer: {there} there, {here} here")
+    if differing:
+        raise CheckpointError(f"{display_path(path)} is of another run: " + "; ".join(differing))
+
+
+# Resuming
+
+
+def load_run(
+    path: Path,
+    model: Transformer,
+    optimizers: Sequence[Optimizer],
+    scaler: torch.amp.GradScaler,
+    description: dict[str, Any],
+) -> Progress:
+    """Take over a checkpoint's weights, moments, loss scale and random state. Nothing on disk changes.
+
+    Args:
+        path: a verified checkpoint.
+        model, optimizers, scaler: of the run that goes on. If the checkpoint is refused, they are as they were.
+        description: of that run. Its `history` becomes the checkpoint's, with an entry for this resume.
+
+    Raises:
+        CheckpointError: if it is of another run, or naming the file and the field or tensor that is not as it must be.
+    """
+    saved = read_config(path)
+    check_same_run(path, saved, description)
+    state, tensors = read_trainer_state(path, model, optimizers)
+    load_weights(model, path)
+
+    names, device = _names(model), model.tok_embeddings.weight.device
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                prefix = names[parameter] + "/"
+                moments = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+                if not moments:  # every step so far was skipped
+                    continue
+                # "step" stays where the optimizer wants it: on the CPU unless fused on a GPU
+                optimizer.state[parameter] = {
+                    key: moment.to(device) if key != "step" or group.get("fused") else moment
+                    for key, moment in moments.items()
+                }
+
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    loss_scale = state.pop("scaler")
+    if loss_scale:  # empty unless the run was in fp16
+        scaler.load_state_dict(loss_scale)
+    description["history"] = [*saved.get("history", []), history_entry(saved, description, state["step"])]
+    known = {name: state[name] for name in Progress.__dataclass_fields__ if name in state}  # older ones lack val_step
+    return Progress(**{**known, "plateau": Plateau(**state["plateau"])})
+
+
+def history_entry(saved: dict[str, Any], description: dict[str, Any], step: int) -> dict[str, Any]:
+    """What a resume at a step changes: settings as `group.name: [before, after]`, and the order of the data in words.
+
+    Args:
+        saved: the checkpoint's `config.json`.
+        description: of the run that goes on, see `describe_run`.
+        step: where it goes on.
+    """
+    changed: dict[str, list[Any]] = {}
+    for group in ("train", "environment"):
+        before, after = saved.get(group, {}), description[group]
+        changed |= {f"{group}.{key}": [before.get(key), after[key]] for key in after if before.get(key) != after[key]}
+    for key in ("precision", "device"):
+        if saved.get(key) != description[key]:
+            changed[key] = [saved.get(key), description[key]]
+    entry: dict[str, Any] = {"step": step, "changed": changed}
+    if moved := moved_windows(saved.get("train", {}), description["train"], step):
+        warnings.warn(moved, stacklevel=5)  # where the Trainer is built
+        entry["data"] = moved
+    return entry
+
+
+def moved_windows(before: dict[str, Any], after: dict[str, Any], step: int) -> str | None:
+    """What other settings do to the order in which windows are read, in words; None if nothing.
+
+    Args:
+        before, after: the training configurations, as dictionaries.
+        step: where the run goes on. A step's windows follow from its number.
+    """
+    there, here = (config.get("batch_size", 0) * config.get("grad_accum_steps", 1) * step for config in (before, after))
+    if there and before.get("seed") != after["seed"]:
+        return (
+            f"seed was {before.get('seed')} and is {after['seed']}: from step {step} on the windows come in another "
+            "order, so in this epoch some are read twice and others never"
+        )
+    if there and there != here:
+        windows = f"{abs(there - here):,} windows are {'read twice' if here < there else 'never read'}"
+        return (
+            f"batch_size x grad_accum_steps was {there // step} windows a step and is {here // step}: step {step} "
+            f"starts at window {here:,} of the data's order, not {there:,}, and so {windows}"
+        )
+    return None
+
+
+def read_trainer_state(
+    path: Path, model: Transformer, optimizers: Sequence[Optimizer]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The numbers and tensors of a checkpoint's trainer, checked before any of them is used.
+
+    An optimizer's kernel trusts the sizes of its moments and writes there, so each must be as its parameter.
+
+    Args:
+        path: a verified checkpoint.
+        model: on the run's device.
+        optimizers: AdamW and Muon, over its parameters.
+
+    Returns:
+        `trainer_state.json`, and `trainer_state.safetensors` on the CPU: `rng.cpu`, `rng.cuda` (both uint8) and
+        `<parameter>/<key>`.
+
+    Raises:
+        CheckpointError: naming the file and the field or tensor that is not as it must be.
+    """
+    file, config = path / "trainer_state.json", read_config(path)
+    try:
+        state = read_json(file, _TRAINER_STATE)
+    except OSError as error:
+        raise CheckpointError(f"{display_path(file)}: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    for key in ("step", "tokens"):
+        if state[key] != config.get(key, state[key]):
+            raise CheckpointError(f"{display_path(file)} cannot be used: {key}: {state[key]} is not config.json's")
+    if not state["skipped_in_a_row"] <= state["skipped"] <= state["step"]:
+        raise CheckpointError(f"{display_path(file)} cannot be used: skipped: more than there were steps")
+
+    file = path / "trainer_state.safetensors"
+    tensors = read_tensors(file)
+    random_states = {name: tensor for name, tensor in tensors.items() if name in ("rng.cpu", "rng.cuda")}
+    faults = _random_state_faults(random_states, model.tok_embeddings.weight.device)
+    unknown = tensors.keys() - random_states.keys()
+
+    # each parameter has all of its moments, or none before its first step
+    names = _names(model)
+    for optimizer in optimizers:
+        keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq", "step")
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            moments = {key: f"{names[parameter]}/{key}" for key in keys}
+            present = unknown & set(moments.values())
+            unknown -= present
+            for key, name in moments.items():
+                if name in present:
+                    faults += _moment_fault(name, key, tensors[name], parameter, state["step"])
+                elif present:
+                    faults.append(f"missing {name}")
+
+    faults += [f"unexpected {name}" for name in sorted(unknown)]
+    if faults:
+        raise CheckpointError(f"{display_path(file)} cannot be used: " + "; ".join(faults[:8]))
+    return state, tensors
+
+
+def _random_state_faults(states: dict[str, Tensor], device: torch.device) -> list[str]:
+    """What is wrong with the random states of the CPU and of a GPU. torch itself judges the ones that will be used."""
+    faults = [] if "rng.cpu" in states else ["missing rng.cpu"]
+    for name, tensor in states.items():
+        if tensor.dim() != 1 or tensor.dtype != torch.uint8:
+            faults.append(f"{name} is {_shape_and_type(tensor.shape, tensor.dtype)}, not bytes in a row")
+        elif name in ("rng.cpu", f"rng.{device.type}"):
+            try:
+                torch.Generator("cpu" if name == "rng.cpu" else device).set_state(tensor)
+            except RuntimeError as error:
+                faults.append(f"{name}: {error}")
+    return faults
+
+
+def _moment_fault(name: str, key: str, tensor: Tensor, parameter: nn.Parameter, steps: int) -> list[str]:
+    """What is wrong with one tensor of an optimizer, as a list of none or one."""
+    shape, dtype = (torch.Size(), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
+    if (tensor.shape, tensor.dtype) != (shape, dtype):
+        return [f"{name} is {_shape_and_type(tensor.shape, tensor.dtype)}, not {_shape_and_type(shape, dtype)}"]
+    least, most = torch.stack(torch.aminmax(tensor)).tolist()
+    if not (math.isfinite(least) and math.isfinite(most)):
+        return [f"{name} holds what is not finite"]
+    if (key == "exp_avg_sq" and least < 0) or (key == "step" and not (0 <= least <= steps and least.is_integer())):
+        return [f"{name} is out of range: {least}"]
+    return []
+
+
+def _shape_and_type(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"
+
+
+def _names(model: Transformer) -> dict[Tensor, str]:
+    """The model's parameters with their names. A tensor as a key is compared by identity."""
+    return {parameter: name for name, parameter in model.named_parameters()}
