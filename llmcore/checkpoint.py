@@ -639,6 +639,12 @@ def read_trainer_state(
                 torch.Generator(of).set_state(tensors[name])
             except RuntimeError as error:
                 wrong.append(f"{name}: {error}")
+                continue
+            # torch does not see that the two places of a CPU's state lead out of its 624 words, and would read there
+            if name == "rng.cpu":
+                words, place = tensors[name][8:24].clone().view(torch.int64).tolist()
+                if (words & 0xFFFFFFFF) + place != 625 and (words & 0xFFFFFFFF, place) != (1, 0):
+                    wrong.append(f"{name}: its places are not those of a random state")
     wrong += [f"unexpected {name}" for name in sorted(left)]
     if wrong:
         raise CheckpointError(f"{display_path(file)} cannot be used: " + "; ".join(wrong[:8]))

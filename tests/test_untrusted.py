@@ -168,6 +168,32 @@ for number in range(3):
     assert done.stdout.count("tok_embeddings.weight/exp_avg is (1,) float32, not (37, 32) float32") == 3
 
 
+@pytest.mark.parametrize(("left", "place"), [(624, 624), (600, 600), (624, 0), (2, 0), (1, 2**32), (625, 0), (300, -1)])
+def test_a_random_state_that_would_be_read_past_its_end_is_refused(
+    left: int, place: int, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def forge(state: Tensor) -> Tensor:
+        state[8:12] = torch.tensor([left], dtype=torch.int32).view(torch.uint8)
+        state[16:24] = torch.tensor([place]).view(torch.uint8)
+        return state
+
+    path = checkpoint_of("muon")
+    edit_tensor(path / "trainer_state.safetensors", "rng.cpu", forge)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.safetensors cannot be used: rng\.cpu"):
+        resumed(path, tmp_path / "new")
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 623, 624, 625])
+def test_a_random_state_is_taken_wherever_it_stands(drawn: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = trained(run)
+    generator = torch.Generator().manual_seed(3)
+    torch.randint(9, (drawn,), generator=generator)
+    edit_tensor(path / "trainer_state.safetensors", "rng.cpu", lambda _: generator.get_state())
+    resumed(path, tmp_path / "new")
+    assert torch.equal(torch.get_rng_state(), generator.get_state())
+
+
 def test_moments_missing_or_of_nothing_are_refused(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
     path = checkpoint_of("adamw")
     file = path / "trainer_state.safetensors"
