@@ -122,14 +122,26 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return events
 
 
+def metrics_bytes(run_dir: str | os.PathLike[str]) -> bytes:
+    """The content of a run's `metrics.jsonl`; nothing if there is no such file.
+
+    Raises:
+        TrainingError: if it is a folder, or a pipe or device, which might never end.
+    """
+    path = resolve(run_dir) / "metrics.jsonl"
+    if path.exists() and not path.is_file():
+        raise TrainingError(f"{display_path(path)} is no file; move it away, or choose another output_dir")
+    return path.read_bytes() if path.exists() else b""
+
+
 def metric_lines(run_dir: str | os.PathLike[str]) -> list[tuple[bytes, dict[str, Any] | None]]:
     """The lines of a run's `metrics.jsonl` without their ends, each with its event; None where it holds none.
 
     Lines end at a newline byte and nowhere else: JSON strings may hold what Unicode calls a line's end. An event that
     was written behind a torn line counts as a line.
     """
-    path, found = resolve(run_dir) / "metrics.jsonl", []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    found = []
+    for line in metrics_bytes(run_dir).split(b"\n"):
         at = line.rfind(b'{"step"') if _event(line) is None else 0  # a quote inside a string has a backslash
         found += [(part, _event(part)) for part in (line[: max(0, at)], line[max(0, at) :]) if part.strip()]
     return found

@@ -50,7 +50,16 @@ from llmcore.generate import stream
 from llmcore.measure.memory import advice, check_memory
 from llmcore.model import Transformer
 from llmcore.optim import back_off, build_optimizers, learning_rate_at
-from llmcore.runs import TrainingError, changes, check_writable, environment, metric_lines, nobody_at_work, only_run
+from llmcore.runs import (
+    TrainingError,
+    changes,
+    check_writable,
+    environment,
+    metric_lines,
+    metrics_bytes,
+    nobody_at_work,
+    only_run,
+)
 from llmcore.tokenizer import Tokenizer
 
 Event = dict[str, Any]
@@ -176,7 +185,7 @@ class Trainer:
         self._history: list[Event] = []
         self._begun = False  # whether the run's folder has become this run's
         self._unlogged: list[Event] = []  # events that are not in metrics.jsonl yet
-        self._metrics = hashlib.sha256(_content(self.run_dir / "metrics.jsonl"))  # as this trainer knows it
+        self._metrics = hashlib.sha256(metrics_bytes(self.run_dir))  # as this trainer knows it
         self.plateau = {"scale": 1.0, "best": math.inf, "bad": 0}
         self._loss: Callable[..., Tensor] = self.model
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -579,7 +588,7 @@ class Trainer:
 
     def _check_still_ours(self) -> None:
         """Refuse to go on where another trainer has trained since this one was built or stepped last."""
-        if hashlib.sha256(_content(self.run_dir / "metrics.jsonl")).digest() != self._metrics.digest():
+        if hashlib.sha256(metrics_bytes(self.run_dir)).digest() != self._metrics.digest():
             raise TrainingError(
                 f"the run in {display_path(self.run_dir)} has gone on since this Trainer, at step {self.step}, was "
                 "built or stopped. Build the Trainer again with resume='latest', or choose another output_dir"
@@ -611,7 +620,7 @@ class Trainer:
                 stacklevel=2,
             )
         content = b"".join(line + b"\n" for line in kept)
-        if content != _content(metrics):
+        if content != metrics_bytes(self.run_dir):
             write_atomic(metrics, content)
         self._metrics = hashlib.sha256(content)
         write_atomic(self.run_dir / "config.json", to_json(self._description(), indent=1))
@@ -753,10 +762,6 @@ def moved_in_data(before: dict[str, Any], after: dict[str, Any], step: int) -> s
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _content(file: Path) -> bytes:
-    return file.read_bytes() if file.exists() else b""
 
 
 def _step_of(path: Path) -> int:

@@ -29,6 +29,7 @@ from llmcore.corpus.token_files import finish_split, publish, write_manifest
 from llmcore.dataset import SPLITS, DatasetError, TokenDataset, verify_dataset
 from llmcore.files import check_json, read_json
 from llmcore.formats.huggingface import from_hf, to_hf
+from llmcore.runs import TrainingError
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import SAVED, Trainer
 
@@ -39,11 +40,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 DEEP = "[" * 200_000
 
 
-def in_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def in_python(code: str, *arguments: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     """Run code that may crash in a process of its own."""
     command = [sys.executable, "-c", code, *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=timeout)
 
 
 # Checkpoints
@@ -115,6 +116,18 @@ ODD_VALUES = [
     *(None, True, False, "", "x", "1", [], {}, [1], {"a": 1}, 0, 0.0, 1.5, -1, -1.5, 7, 10**7, 2**63, 2**70, 10**400),
     *(1e30, 1e300, math.nan, math.inf, -math.inf),
 ]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_metrics_that_are_no_file_are_refused_and_not_waited_for(kind: str, tmp_path: Path) -> None:
+    path = trained(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda link: os.symlink("/dev/null", link)}[kind](metrics)
+    code = "import sys; from llmcore.runs import read_metrics; read_metrics(sys.argv[1])"
+    assert "metrics.jsonl is no file" in in_python(code, str(tmp_path), timeout=60).stderr
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl is no file"):
+        resumed(path, tmp_path)
 
 
 @pytest.mark.parametrize("change", MOMENT_CHANGES)
