@@ -107,6 +107,8 @@ class ModelConfig(_JSONConfig):
             value = getattr(self, name)
             if name not in wrong and value is not None and not 0 < value <= most:
                 wrong[name] = f"{name}={value} must be above 0" + f" and at most {most:,}" * (value > 0)
+        if "rope_theta" not in wrong and self.rope_theta < 1:
+            wrong["rope_theta"] = f"rope_theta={self.rope_theta} must be 1 or more: frequencies must not grow"
         if not {"dim", "n_heads", "n_kv_heads"} & set(wrong):
             if self.n_kv_heads is None:
                 object.__setattr__(self, "n_kv_heads", self.n_heads)
