@@ -30,7 +30,7 @@ from llmcore.dataset import SPLITS, DatasetError, TokenDataset, verify_dataset
 from llmcore.files import check_json, read_json
 from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.runs import TrainingError
-from llmcore.tokenizer import Tokenizer
+from llmcore.tokenizer import Tokenizer, TokenizerError
 from llmcore.train import SAVED, Trainer
 
 from .helpers import Batches, quick, tiny_config, tiny_model
@@ -116,6 +116,24 @@ ODD_VALUES = [
     *(None, True, False, "", "x", "1", [], {}, [1], {"a": 1}, 0, 0.0, 1.5, -1, -1.5, 7, 10**7, 2**63, 2**70, 10**400),
     *(1e30, 1e300, math.nan, math.inf, -math.inf),
 ]
+
+
+@pytest.mark.parametrize("saved_at", [sys.float_info.max, 1e300, 2.0**53])
+def test_a_time_that_nothing_could_follow_is_refused(saved_at: float, tmp_path: Path) -> None:
+    """Else the next checkpoint of the run, saved a moment later, would not be read again."""
+    path = trained(tmp_path)
+    edit_json(path / "manifest.json", ("saved_at",), saved_at)
+    with pytest.raises(CheckpointError, match="saved_at"):
+        resumed(path, tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [38, 1 << 16])
+def test_data_with_more_ids_than_the_model_are_refused(vocab_size: int, tmp_path: Path) -> None:
+    large = Batches(vocab_size=vocab_size)
+    for train, val in ((large, Batches()), (Batches(), large)):
+        with pytest.raises(TrainingError, match=f"data have {vocab_size} ids, the model only vocab_size=37"):
+            Trainer(tiny_model(), train, val, quick(), tmp_path / "new", device="cpu")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
@@ -456,6 +474,17 @@ def test_a_file_that_the_manifest_does_not_list_is_never_read(tokenizer: Tokeniz
         with pytest.raises(CheckpointError, match=rf"it holds {name}, which its manifest\.json does not list"):
             load_checkpoint(path, device="cpu")
         (path / name).unlink()
+
+
+def test_a_tokenizer_that_cannot_end_a_text_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Else data sets would hold the id -1 after each document, as 65535."""
+    proto = tokenizer.model_proto()
+    proto.pieces[tokenizer.eos_id].type = 1
+    proto.trainer_spec.eos_id = -1
+    file = tmp_path / "endless.model"
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(TokenizerError, match=r"endless\.model.*eos"):
+        Tokenizer(file)
 
 
 def test_a_tokenizer_that_does_not_fit_its_checkpoint_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
