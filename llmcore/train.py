@@ -154,6 +154,9 @@ class Trainer:
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model only vocab_size={model.config.vocab_size}"
             )
         check_same_tokenizer(tokenizer, train_data, val_data)
+        for data in (train_data, val_data):
+            if (ids := getattr(data, "vocab_size", 0)) > model.config.vocab_size:
+                raise TrainingError(f"the data have {ids} ids, the model only vocab_size={model.config.vocab_size}")
         nobody_at_work(self.run_dir)
         if resume is None and ((self.run_dir / "metrics.jsonl").exists() or any(self.run_dir.glob("step=*"))):
             raise TrainingError(
