@@ -50,7 +50,7 @@ _MANIFEST = {
     "properties": {
         **_SAVED,
         "format_version": {"enum": [FORMAT_VERSION]},
-        "saved_at": {"type": "finite number", "minimum": 0},
+        "saved_at": {"type": "finite number", "minimum": 0, "maximum": 1e11},  # what follows it must be a time too
         "sha256": {
             "type": "object",
             "patternProperties": {"^[A-Za-z0-9._-]{1,100}$": {"type": "string", "pattern": "^[0-9a-f]{64}$"}},

@@ -95,6 +95,8 @@ class ModelConfig(_JSONConfig):
             if name not in wrong and value is not None and not 0 < value <= largest:
                 limit = f" and at most {largest:,}" if value > 0 else ""
                 wrong[name] = f"{name}={value} must be above 0{limit}"
+        if "rope_theta" not in wrong and self.rope_theta < 1:
+            wrong["rope_theta"] = f"rope_theta={self.rope_theta} must be 1 or more: frequencies must not grow"
 
         # fields that follow from others
         if not {"dim", "n_heads", "n_kv_heads"} & set(wrong):

@@ -249,6 +249,13 @@ class RunFolder:
 
 
 def _content(file: Path) -> bytes:
+    """The content of a run's `metrics.jsonl`; nothing if there is no such file.
+
+    Raises:
+        TrainingError: if it is a folder, or a pipe or device, which might never end.
+    """
+    if file.exists() and not file.is_file():
+        raise TrainingError(f"{display_path(file)} is no file; move it away, or choose another output_dir")
     return file.read_bytes() if file.exists() else b""
 
 

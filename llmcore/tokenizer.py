@@ -51,7 +51,7 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        TokenizerError: if it is no SentencePiece model.
+        TokenizerError: if it is no SentencePiece model, or has no end-of-text piece.
     """
 
     def __init__(self, tokenizer_model_file: str | os.PathLike[str]) -> None:
@@ -70,6 +70,11 @@ class Tokenizer:
             raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: no pieces")
         self.pad_id, self.unk_id = self._processor.pad_id(), self._processor.unk_id()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if self.eos_id < 0:
+            raise TokenizerError(
+                f"tokenizer_model_file={str(path)!r} has no piece that ends a text (eos), and data sets and prompts "
+                "need it; train one with notebook 01_tokenize"
+            )
         self.fingerprint = hashlib.sha256(self.model_bytes).hexdigest()
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
         # SentencePiece writes a space as U+2581. A real U+2581 would come back as a space, so it goes in as its bytes.

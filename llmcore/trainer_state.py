@@ -188,12 +188,15 @@ def check_tokenizer(tokenizer: Tokenizer | None, model: Transformer, train_data:
     """Compare the run's tokenizer with the model, and with the tokenizer of each data set that names its own.
 
     Raises:
-        TrainingError: if it has more ids than the model, or fingerprints differ.
+        TrainingError: if it or the data have more ids than the model, or fingerprints differ.
     """
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise TrainingError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only vocab_size={model.config.vocab_size}"
         )
+    for data in (train_data, val_data):
+        if (ids := getattr(data, "vocab_size", 0)) > model.config.vocab_size:
+            raise TrainingError(f"the data have {ids} ids, the model only vocab_size={model.config.vocab_size}")
     fingerprints = {} if tokenizer is None else {"tokenizer": tokenizer.fingerprint}
     for name, data in (("training data", train_data), ("validation data", val_data)):
         manifest = getattr(data, "manifest", None)
@@ -393,6 +396,12 @@ def _random_state_faults(states: dict[str, Tensor], device: torch.device) -> lis
                 torch.Generator("cpu" if name == "rng.cpu" else device).set_state(tensor)
             except RuntimeError as error:
                 faults.append(f"{name}: {error}")
+                continue
+            # torch does not see that the two places of a CPU's state lead out of its 624 words, and would read there
+            if name == "rng.cpu":
+                words, place = tensor[8:24].clone().view(torch.int64).tolist()
+                if (words & 0xFFFFFFFF) + place != 625 and (words & 0xFFFFFFFF, place) != (1, 0):
+                    faults.append(f"{name}: its places are not those of a random state")
     return faults
 
 

@@ -104,6 +104,8 @@ def test_derived_fields_follow_llama() -> None:
         ({"n_layers": True}, "n_layers=True must be of type int"),
         ({"norm_eps": float("nan")}, "norm_eps=nan must be a finite number"),
         ({"rope_theta": 10**400}, "rope_theta=.* must be a finite number"),
+        ({"rope_theta": 1e-300}, "rope_theta=1e-300 must be 1 or more"),
+        ({"rope_theta": 0.99}, "rope_theta=0.99 must be 1 or more"),
     ],
 )
 def test_impossible_shape_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

@@ -30,7 +30,8 @@ from llmcore.corpus.token_files import finish_split, publish, write_manifest
 from llmcore.dataset import SPLITS, DatasetError, TokenDataset, verify_dataset
 from llmcore.files import check_json, read_json
 from llmcore.formats.huggingface import from_hf, to_hf
-from llmcore.tokenizer import Tokenizer
+from llmcore.runs import TrainingError
+from llmcore.tokenizer import Tokenizer, TokenizerError
 from llmcore.train import Trainer
 
 from .helpers import Batches, examples, quick, tiny_config, tiny_model
@@ -40,11 +41,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 DEEP = "[" * 200_000
 
 
-def in_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def in_python(code: str, *arguments: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
     """Run code that may crash in a process of its own."""
     command = [sys.executable, "-c", code, *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=timeout)
 
 
 # Checkpoints
@@ -118,6 +119,36 @@ ODD_VALUES = [
 ]
 
 
+@pytest.mark.parametrize("saved_at", [sys.float_info.max, 1e300, 2.0**53])
+def test_a_time_that_nothing_could_follow_is_refused(saved_at: float, tmp_path: Path) -> None:
+    """Else the next checkpoint of the run, saved a moment later, would not be read again."""
+    path = trained(tmp_path)
+    edit_json(path / "manifest.json", ("saved_at",), saved_at)
+    with pytest.raises(CheckpointError, match="saved_at"):
+        resumed(path, tmp_path)
+
+
+@pytest.mark.parametrize("vocab_size", [38, 1 << 16])
+def test_data_with_more_ids_than_the_model_are_refused(vocab_size: int, tmp_path: Path) -> None:
+    large = Batches(vocab_size=vocab_size)
+    for train, val in ((large, Batches()), (Batches(), large)):
+        with pytest.raises(TrainingError, match=f"data have {vocab_size} ids, the model only vocab_size=37"):
+            Trainer(tiny_model(), train, val, quick(), tmp_path / "new", device="cpu")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_metrics_that_are_no_file_are_refused_and_not_waited_for(kind: str, tmp_path: Path) -> None:
+    path = trained(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda link: os.symlink("/dev/null", link)}[kind](metrics)
+    code = "import sys; from llmcore.runs import read_metrics; read_metrics(sys.argv[1])"
+    assert "metrics.jsonl is no file" in in_python(code, str(tmp_path), timeout=60).stderr
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl is no file"):
+        resumed(path, tmp_path)
+
+
 @pytest.mark.parametrize("change", MOMENT_CHANGES)
 @pytest.mark.parametrize(
     ("optimizer", "name"),
@@ -168,6 +199,32 @@ for number in range(3):
     done = in_python(code, str(path), str(tmp_path))
     assert done.returncode == 0, done.stderr  # a crash is below 0
     assert done.stdout.count("tok_embeddings.weight/exp_avg is (1,) float32, not (37, 32) float32") == 3
+
+
+@pytest.mark.parametrize(("left", "place"), [(624, 624), (600, 600), (624, 0), (2, 0), (1, 2**32), (625, 0), (300, -1)])
+def test_a_random_state_that_would_be_read_past_its_end_is_refused(
+    left: int, place: int, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def forge(state: Tensor) -> Tensor:
+        state[8:12] = torch.tensor([left], dtype=torch.int32).view(torch.uint8)
+        state[16:24] = torch.tensor([place]).view(torch.uint8)
+        return state
+
+    path = checkpoint_of("muon")
+    edit_tensor(path / "trainer_state.safetensors", "rng.cpu", forge)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.safetensors cannot be used: rng\.cpu"):
+        resumed(path, tmp_path / "new")
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 623, 624, 625])
+def test_a_random_state_is_taken_wherever_it_stands(drawn: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = trained(run)
+    generator = torch.Generator().manual_seed(3)
+    torch.randint(9, (drawn,), generator=generator)
+    edit_tensor(path / "trainer_state.safetensors", "rng.cpu", lambda _: generator.get_state())
+    resumed(path, tmp_path / "new")
+    assert torch.equal(torch.get_rng_state(), generator.get_state())
 
 
 def test_moments_missing_or_of_nothing_are_refused(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> None:
@@ -425,6 +482,17 @@ def test_a_file_that_the_manifest_does_not_list_is_never_read(tokenizer: Tokeniz
         with pytest.raises(CheckpointError, match=rf"it holds {name}, which its manifest\.json does not list"):
             load_checkpoint(path, device="cpu")
         (path / name).unlink()
+
+
+def test_a_tokenizer_that_cannot_end_a_text_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Else data sets would hold the id -1 after each document, as 65535."""
+    proto = tokenizer.model_proto()
+    proto.pieces[tokenizer.eos_id].type = 1
+    proto.trainer_spec.eos_id = -1
+    file = tmp_path / "endless.model"
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(TokenizerError, match=r"endless\.model.*eos"):
+        Tokenizer(file)
 
 
 def test_a_tokenizer_that_does_not_fit_its_checkpoint_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
