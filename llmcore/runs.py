@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -126,12 +127,13 @@ def metric_lines(run_dir: str | os.PathLike[str]) -> list[tuple[bytes, dict[str,
     """The lines of a run's `metrics.jsonl` without their ends, each with its event; None where it holds none.
 
     Lines end at a newline byte and nowhere else: JSON strings may hold what Unicode calls a line's end. An event that
-    was written behind a torn line counts as a line.
+    was written behind a torn line, or behind others, counts as a line.
     """
     path, found = resolve(run_dir) / "metrics.jsonl", []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        at = line.rfind(b'{"step"') if _event(line) is None else 0  # a quote inside a string has a backslash
-        found += [(part, _event(part)) for part in (line[: max(0, at)], line[max(0, at) :]) if part.strip()]
+        # where events begin: a quote inside a string has a backslash
+        parts = re.split(rb'(?=\{"step")', line) if _event(line) is None else [line]
+        found += [(part, _event(part)) for part in parts if part.strip()]
     return found
 
 
