@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llmcore.checkpoint import (
     CheckpointError,
+    checkpoints,
     find_checkpoint,
     load_weights,
     prune_checkpoints,
@@ -255,7 +256,10 @@ class Trainer:
                     "raise max_steps to go on",
                     stacklevel=2,
                 )
-                prune_checkpoints(self.run_dir, config.keep_checkpoints)  # a kill may have come before it
+                changed = self._history[-1]["changed"] if self._history else {}
+                newest = checkpoints(self.run_dir)[-1:] == [self.last_checkpoint]
+                if newest and "train.keep_checkpoints" not in changed:  # a kill may have come before the run did so
+                    prune_checkpoints(self.run_dir, config.keep_checkpoints)
                 return
             self._loss = self._compiled()
             try:
@@ -653,8 +657,8 @@ class Trainer:
     def _resume(self, resume: str | os.PathLike[str], init_step: int | None) -> None:
         """Take over a checkpoint's weights, optimizer, counts and random state. Nothing on disk changes."""
         path = find_checkpoint(self.run_dir, os.fspath(resume))
-        ours = path.parent == self.run_dir and path.name.startswith("step=")
-        if not ours and (self.run_dir / "metrics.jsonl").exists():
+        ours = path.resolve().parent == self.run_dir.resolve() and path.name.startswith("step=")
+        if not ours and ((self.run_dir / "metrics.jsonl").exists() or any(self.run_dir.glob("step=*"))):
             raise TrainingError(
                 f"{display_path(self.run_dir)} holds a run already, and {display_path(path)} is of another; "
                 "choose another output_dir"

@@ -166,6 +166,27 @@ def test_a_resume_killed_in_its_first_step_changes_nothing(tmp_path: Path) -> No
     assert {**snapshot(run), ".lock": b""} == {**before, ".lock": b""}
 
 
+@pytest.mark.parametrize(("at", "max_steps"), [(8, 8), (4, 4)])
+def test_a_resume_without_steps_left_deletes_no_checkpoint(at: int, max_steps: int, tmp_path: Path) -> None:
+    run = eight(tmp_path / "run")
+    before = snapshot(run)
+    fewer = LONGER.replace(max_steps=max_steps, keep_checkpoints=2)
+    with pytest.warns(UserWarning, match="nothing is left to train"):
+        build(run, config=fewer, resume=at_step(run, at)).fit()
+    assert {**snapshot(run), ".lock": b""} == {**before, ".lock": b""}
+
+
+def test_a_run_is_known_by_any_path_to_it_and_mixed_with_no_other(tmp_path: Path) -> None:
+    run, other = eight(tmp_path / "run"), eight(tmp_path / "other")
+    (tmp_path / "link").symlink_to(run)
+    for one, two in ((run, tmp_path / "link"), (tmp_path / "link", run), (run, tmp_path / "other" / ".." / "run")):
+        assert build(one, resume=at_step(two, 4)).step == 4
+    (run / "metrics.jsonl").unlink()  # checkpoints make a run too
+    with pytest.raises(TrainingError, match="is of another"):
+        build(run, resume=at_step(other, 4))
+    assert build(run, resume="latest").step == 8
+
+
 # What a resume cuts off
 
 
@@ -362,6 +383,16 @@ def test_no_reader_fails_over_a_line_that_is_no_event(odd: bytes, sampled: Path,
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_all_events_on_one_line_are_found(sampled: Path, tmp_path: Path) -> None:
+    """Newlines may be what a crash has lost."""
+    run = shutil.copytree(sampled, tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    events, line = read_metrics(run), metrics.read_bytes().replace(b"\n", b"")
+    metrics.write_bytes(line[:40] + line)
+    with pytest.warns(UserWarning, match="left out 1 lines"):
+        assert read_metrics(run) == events
+
+
 def test_an_event_glued_to_a_torn_line_is_found(sampled: Path, tmp_path: Path) -> None:
     run = shutil.copytree(sampled, tmp_path / "run")
     lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
