@@ -534,8 +534,7 @@ def test_held_out_text_that_goes_and_comes_back_is_held_out(away: str, tokenizer
 
     name = ""
     [name] = [name for name, side in split(texts).items() if side == "val"]
-    raw = {"empty": b"", "unreadable": b"\xff\xfe\xe4", "other text": "玄德曰".encode(), "other name": "玄德曰".encode()}
-    split(texts, raw[away])
+    split(texts, {"empty": b"", "unreadable": b"\xff\xfe\xe4"}.get(away, "玄德曰".encode()))
     back = texts if away != "other name" else {**texts, name: "玄德曰", "zz": texts[name]}
     assert split(back)["zz" if away == "other name" else name] == "val"
 
