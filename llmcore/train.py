@@ -661,7 +661,7 @@ class Trainer:
         if not ours and ((self.run_dir / "metrics.jsonl").exists() or any(self.run_dir.glob("step=*"))):
             raise TrainingError(
                 f"{display_path(self.run_dir)} holds a run already, and {display_path(path)} is of another; "
-                "choose another output_dir"
+                "choose another output_dir, or copy that checkpoint into a folder of its own and go on there"
             )
         config = read_config(path)
         now = self._description()
