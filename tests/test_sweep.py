@@ -105,6 +105,27 @@ def test_a_finished_run_is_told_from_a_stopped_one_and_from_another(tmp_path: Pa
     assert found["flops"] == pytest.approx(events[-1]["tokens"] * tiny_config().flops_per_token())
 
 
+@pytest.mark.parametrize("what", ["a damaged checkpoint", "what was cut off", "no run"])
+def test_a_sweep_deletes_nothing_that_is_not_its_own(what: str, tmp_path: Path) -> None:
+    run = tmp_path / "one"
+    if what == "no run":
+        run.mkdir()
+        (run / "novel.txt").write_text("mine")
+    else:
+        stopped = trainer(run, quick(max_steps=6))
+        stopped.callbacks.append(lambda event: stopped.request_stop())
+        last = stopped.fit().checkpoint
+        assert last
+        with open(last / "model.safetensors", "r+b") as file:
+            file.truncate(99)
+        if what == "what was cut off":
+            last.rename(run / f"cut.1.{last.name}")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(SweepError, match=r"one: .*it is not replaced, since it holds '(step=|cut\.1\.step=|novel)"):
+        list(run_sweep({"one": {}}, tmp_path, notebook=tmp_path / "never.ipynb"))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
 @pytest.mark.slow
 def test_a_sweep_leaves_finished_runs_alone_resumes_stopped_ones_and_names_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

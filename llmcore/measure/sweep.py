@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -158,8 +159,14 @@ def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any],
         with only_run(run_dir):
             try:
                 given["checkpoint_dir"] = str(find_checkpoint(run_dir))
-            except CheckpointError:  # it was killed before its first
-                shutil.rmtree(run_dir)
+            except CheckpointError as error:
+                known = re.compile(r"\.lock|metrics\.jsonl|config\.json|tensorboard|wandb.*|\.(step=|llmcore-).*\.tmp")
+                if more := sorted(path.name for path in run_dir.iterdir() if not known.fullmatch(path.name)):
+                    raise SweepError(
+                        f"{name}: {error}. It cannot go on, and it is not replaced, since it holds {more[0]!r}; "
+                        "move that folder away, or choose another output_dir"
+                    ) from None
+                shutil.rmtree(run_dir)  # it was killed before its first
     command = [sys.executable, "-m", "papermill", "--engine", "llmcore", "--no-progress-bar", "-y", json.dumps(given)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "LLM_WORKBOOK_WATCHED": "0"}
     done = subprocess.run(
