@@ -36,7 +36,7 @@ from llmcore.checkpoint import (
 from llmcore.corpus.prepare import prepare_dataset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.dataset import TokenDataset
-from llmcore.formats.hub import model_card
+from llmcore.formats.hub import model_card, write_card
 from llmcore.measure.compare_runs import find_runs, summarize
 from llmcore.notebook import plots
 from llmcore.notebook.dashboard import TrainingDashboard, run_status
@@ -609,6 +609,27 @@ def test_a_checkpoints_name_is_the_loss_of_its_own_step(
         at = "" if known["step"] == stop else f" at step {known['step']}"
         assert f"| validation loss | {known['val_loss']:.4f} nats per token{at} |" in card
     assert row["validation (nats/token)"] in write_summary(run).read_text(encoding="utf-8")
+
+
+def test_the_card_of_a_checkpoint_set_aside_says_nothing_of_the_run(tmp_path: Path) -> None:
+    """The run has gone on from an earlier step without it: validations and curves are now another branch's."""
+    run, config = tmp_path / "run", quick(max_steps=6, checkpoint_interval=2, keep_checkpoints=9)
+    trainer(run, config).fit()
+    loss = read_config(at_step(run, 4))["loss"]
+    trainer(run, config.replace(eval_interval=1), resume=at_step(run, 2)).fit()
+    [aside] = run.glob("cut.1.step=000004*")
+    write_card(load_checkpoint(aside, device="cpu"), tmp_path, "name")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| training loss | {loss:.4f} nats per token |" in card and "validation loss" not in card
+    assert "training.png" not in card and not (tmp_path / "training.png").exists()
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    def spoil(event: Event) -> None:
+        event |= {"val_loss": math.nan} if event["step"] == 2 else {}
+
+    trainer(tmp_path, quick(eval_interval=2), callbacks=[spoil]).fit()
+    assert summarize([tmp_path])[0]["best"] == f"{read_metrics(tmp_path)[-1]['val_loss']:.3f}"
 
 
 def test_the_dashboard_says_of_which_step_a_validation_is(tmp_path: Path) -> None:

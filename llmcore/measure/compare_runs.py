@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]
             continue
         config, events, measured = found
         last = measured[-1] if measured else {}
-        best = min(measured, key=lambda point: point["val_loss"], default={})
+        best = min(measured, key=lambda point: (math.isnan(point["val_loss"]), point["val_loss"]), default={})
         reached = events[-1]["step"] if events else 0
         model, train = ModelConfig.from_dict(config["model"]), config["train"]
         seconds = sum(event["seconds"] for event in events)
