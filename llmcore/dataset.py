@@ -40,6 +40,7 @@ _MANIFEST = {  # what `meta.json` must look like, `sources` apart; it may hold m
         "errors": {"type": "string"},
         "split_by": {"type": "string"},
         "sources": {"type": "array"},
+        "gone": {"type": "array"},
         "refused": {"type": "object"},
         "splits": {
             "type": "object",
@@ -57,7 +58,7 @@ _MANIFEST = {  # what `meta.json` must look like, `sources` apart; it may hold m
         },
     },
 }
-_SOURCE = {"path": str, "sha256": str, "split": str, "tokens": int}  # of each of `sources`: checked in a plain loop,
+_SOURCE = {"path": str, "sha256": str, "split": str, "tokens": int}  # of each of `sources` and `gone`: checked in a plain loop,
 # since a schema would take seconds for thousands of files
 
 
@@ -125,12 +126,11 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise DatasetError(f"{file} cannot be used ({error}); {PREPARE_AGAIN}") from None
     if manifest["dtype"] == "<u2" and manifest["vocab_size"] > 1 << 16:
         raise DatasetError(f"{file} cannot be used: dtype <u2 is too small for its vocab_size; {PREPARE_AGAIN}")
-    for number, source in enumerate(manifest.get("sources", [])):
+    named = ((f"{key}.{n}", source) for key in ("sources", "gone") for n, source in enumerate(manifest.get(key, [])))
+    for name, source in named:
         fits = isinstance(source, dict) and all(type(source.get(key)) is kind for key, kind in _SOURCE.items())
         if not (fits and 0 <= source["tokens"] <= 2**50):
-            raise DatasetError(
-                f"{file} cannot be used: sources.{number} needs path, sha256, split, tokens; {PREPARE_AGAIN}"
-            )
+            raise DatasetError(f"{file} cannot be used: {name} needs path, sha256, split, tokens; {PREPARE_AGAIN}")
     return manifest
 
 
