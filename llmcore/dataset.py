@@ -55,11 +55,12 @@ _MANIFEST = {
         "val_fraction": {"type": "finite number", "minimum": 0, "maximum": 1},
         **{key: {"type": "string"} for key in ("tokenizer", "errors", "split_by")},
         "sources": {"type": "array"},
+        "gone": {"type": "array"},
         "refused": {"type": "object"},
         "splits": {"type": "object", "patternProperties": {"^(train|val)$": _SPLIT}, "additionalProperties": False},
     },
 }
-# Each of `sources`, checked in a plain loop: a schema would take seconds for thousands of files.
+# Each of `sources` and `gone`, checked in a plain loop: a schema would take seconds for thousands of files.
 _SOURCE = {"path": str, "sha256": str, "split": str, "tokens": int}
 
 
@@ -133,10 +134,11 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
     if manifest["dtype"] == "<u2" and manifest["vocab_size"] > 1 << 16:
         raise _fault(file, "cannot be used: dtype <u2 is too small for its vocab_size")
-    for number, source in enumerate(manifest.get("sources", [])):
+    named = ((f"{key}.{n}", source) for key in ("sources", "gone") for n, source in enumerate(manifest.get(key, [])))
+    for name, source in named:
         fits = isinstance(source, dict) and all(type(source.get(key)) is kind for key, kind in _SOURCE.items())
         if not (fits and 0 <= source["tokens"] <= 2**50):
-            raise _fault(file, f"cannot be used: sources.{number} needs path, sha256, split, tokens")
+            raise _fault(file, f"cannot be used: {name} needs path, sha256, split, tokens")
     return manifest
 
 

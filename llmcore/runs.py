@@ -148,11 +148,11 @@ class RunFolder:
         Raises:
             TrainingError: naming both folders.
         """
-        own = checkpoint.parent == self.path and checkpoint.name.startswith("step=")
-        if not own and self.metrics.exists():
+        own = checkpoint.resolve().parent == self.path.resolve() and checkpoint.name.startswith("step=")
+        if not own and (self.metrics.exists() or any(self.path.glob("step=*"))):
             raise TrainingError(
                 f"{display_path(self.path)} holds a run already, and {display_path(checkpoint)} is of another; "
-                "choose another output_dir"
+                "choose another output_dir, or copy that checkpoint into a folder of its own and go on there"
             )
 
     @contextlib.contextmanager
@@ -282,12 +282,13 @@ def metric_lines(run_dir: str | os.PathLike[str]) -> list[tuple[bytes, dict[str,
     """The lines of a run's `metrics.jsonl` without their ends, each with its event; None where it holds none.
 
     Lines end at a newline byte and nowhere else: JSON strings may hold what Unicode calls a line's end. An event that
-    was written behind a torn line counts as a line.
+    was written behind a torn line, or behind others, counts as a line.
     """
     lines: list[tuple[bytes, dict[str, Any] | None]] = []
     for line in _content(resolve(run_dir) / "metrics.jsonl").split(b"\n"):
-        at = line.rfind(b'{"step"') if _event(line) is None else 0  # a quote inside a string has a backslash
-        lines += [(part, _event(part)) for part in (line[: max(0, at)], line[max(0, at) :]) if part.strip()]
+        # where events begin: a quote inside a string has a backslash
+        parts = re.split(rb'(?=\{"step")', line) if _event(line) is None else [line]
+        lines += [(part, _event(part)) for part in parts if part.strip()]
     return lines
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmcore.checkpoint import find_checkpoint, prune_checkpoints, read_config
+from llmcore.checkpoint import checkpoints, find_checkpoint, prune_checkpoints, read_config
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED
 from llmcore.device import (
@@ -223,7 +223,7 @@ class Trainer:
                 "raise max_steps to go on",
                 stacklevel=3,
             )
-            prune_checkpoints(self.run_dir, config.keep_checkpoints)  # a kill may have come before it
+            self._prune_after_a_kill()
             return
 
         self._forward = self._compiled()
@@ -251,6 +251,13 @@ class Trainer:
                 yield event
         finally:  # also after an error, and when the consumer closes the generator
             self._save_last_step()
+
+    def _prune_after_a_kill(self) -> None:
+        """Delete what the run itself would have deleted, had no kill come between its last save and that."""
+        history = self._description["history"]
+        changed = history[-1]["changed"] if history else {}
+        if checkpoints(self.run_dir)[-1:] == [self.last_checkpoint] and "train.keep_checkpoints" not in changed:
+            prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
 
     def measured_steps(self, count: int) -> list[Event]:
         """Take a few steps just as a run would, compiled or not, but write nothing: for measuring speed."""

@@ -524,6 +524,31 @@ def test_what_was_held_out_is_never_trained_on(
             raised, fraction = True, min(0.95, 2 * fraction)
 
 
+@pytest.mark.parametrize("away", ["empty", "unreadable", "other text", "other name"])
+def test_held_out_text_that_goes_and_comes_back_is_held_out(away: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = {name: f"第{name}回\n却说曹操" * 9 for name in "abcdef"}
+
+    def split(texts: dict[str, str], raw: bytes | None = None) -> dict[str, str]:
+        folder = write_texts(tmp_path / "t", texts)
+        if raw is not None:
+            (folder / f"{name}.txt").write_bytes(raw)
+        return split_of(prepare_dataset(folder, tokenizer, tmp_path / "d", 0.01, errors="skip", progress=False))
+
+    name = ""
+    [name] = [name for name, side in split(texts).items() if side == "val"]
+    split(texts, {"empty": b"", "unreadable": b"\xff\xfe\xe4"}.get(away, "玄德曰".encode()))
+    back = texts if away != "other name" else {**texts, name: "玄德曰", "zz": texts[name]}
+    assert split(back)["zz" if away == "other name" else name] == "val"
+
+
+def test_a_text_split_by_position_is_known_when_it_comes_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = {name: f"第{name}回\n却说曹操" * 9 for name in "abcdef"}
+    for some in ("a", "b", "abcdef"):
+        folder = write_texts(tmp_path / "t", {name: texts[name] for name in some})
+        manifest = prepare_dataset(folder, tokenizer, tmp_path / "d", 0.01, progress=False)
+    assert split_of(manifest)["a"] == split_of(manifest)["b"] == "both"
+
+
 def test_a_text_split_by_position_stays_split_there_when_others_join(tokenizer: Tokenizer, tmp_path: Path) -> None:
     novel = "".join(f"第{number}回\n却说曹操引军而还" for number in range(200))
     others = {"b": "玄德曰" * 50, "c": "孔明曰" * 50, "d": "关公曰" * 50}

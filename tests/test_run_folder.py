@@ -37,7 +37,7 @@ from llmcore.corpus.prepare import prepare_dataset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.dataset import TokenDataset
 from llmcore.device import DeviceError
-from llmcore.formats.hub import model_card
+from llmcore.formats.hub import model_card, write_card
 from llmcore.measure.compare_runs import find_runs, read_run, summarize
 from llmcore.notebook import plots
 from llmcore.notebook.dashboard import TrainingDashboard, run_status
@@ -164,6 +164,27 @@ def test_a_resume_killed_in_its_first_step_changes_nothing(tmp_path: Path) -> No
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert {**snapshot(run), ".lock": b""} == {**before, ".lock": b""}
+
+
+@pytest.mark.parametrize(("at", "max_steps"), [(8, 8), (4, 4)])
+def test_a_resume_without_steps_left_deletes_no_checkpoint(at: int, max_steps: int, tmp_path: Path) -> None:
+    run = eight(tmp_path / "run")
+    before = snapshot(run)
+    fewer = LONGER.replace(max_steps=max_steps, keep_checkpoints=2)
+    with pytest.warns(UserWarning, match="nothing is left to train"):
+        build(run, config=fewer, resume=at_step(run, at)).fit()
+    assert {**snapshot(run), ".lock": b""} == {**before, ".lock": b""}
+
+
+def test_a_run_is_known_by_any_path_to_it_and_mixed_with_no_other(tmp_path: Path) -> None:
+    run, other = eight(tmp_path / "run"), eight(tmp_path / "other")
+    (tmp_path / "link").symlink_to(run)
+    for one, two in ((run, tmp_path / "link"), (tmp_path / "link", run), (run, tmp_path / "other" / ".." / "run")):
+        assert build(one, resume=at_step(two, 4)).step == 4
+    (run / "metrics.jsonl").unlink()  # checkpoints make a run too
+    with pytest.raises(TrainingError, match="is of another"):
+        build(run, resume=at_step(other, 4))
+    assert build(run, resume="latest").step == 8
 
 
 # What a resume cuts off
@@ -362,6 +383,16 @@ def test_no_reader_fails_over_a_line_that_is_no_event(odd: bytes, sampled: Path,
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_all_events_on_one_line_are_found(sampled: Path, tmp_path: Path) -> None:
+    """Newlines may be what a crash has lost."""
+    run = shutil.copytree(sampled, tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    events, line = read_metrics(run), metrics.read_bytes().replace(b"\n", b"")
+    metrics.write_bytes(line[:40] + line)
+    with pytest.warns(UserWarning, match="left out 1 lines"):
+        assert read_metrics(run) == events
+
+
 def test_an_event_glued_to_a_torn_line_is_found(sampled: Path, tmp_path: Path) -> None:
     run = shutil.copytree(sampled, tmp_path / "run")
     lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
@@ -578,6 +609,27 @@ def test_a_checkpoints_name_is_the_loss_of_its_own_step(
         at = "" if known["step"] == stop else f" at step {known['step']}"
         assert f"| validation loss | {known['val_loss']:.4f} nats per token{at} |" in card
     assert row["validation (nats/token)"] in write_summary(run).read_text(encoding="utf-8")
+
+
+def test_the_card_of_a_checkpoint_set_aside_says_nothing_of_the_run(tmp_path: Path) -> None:
+    """The run has gone on from an earlier step without it: validations and curves are now another branch's."""
+    run, config = tmp_path / "run", quick(max_steps=6, checkpoint_interval=2, keep_checkpoints=9)
+    trainer(run, config).fit()
+    loss = read_config(at_step(run, 4))["loss"]
+    trainer(run, config.replace(eval_interval=1), resume=at_step(run, 2)).fit()
+    [aside] = run.glob("cut.1.step=000004*")
+    write_card(load_checkpoint(aside, device="cpu"), tmp_path, "name")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| training loss | {loss:.4f} nats per token |" in card and "validation loss" not in card
+    assert "training.png" not in card and not (tmp_path / "training.png").exists()
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    def spoil(event: Event) -> None:
+        event |= {"val_loss": math.nan} if event["step"] == 2 else {}
+
+    trainer(tmp_path, quick(eval_interval=2), callbacks=[spoil]).fit()
+    assert summarize([tmp_path])[0]["best"] == f"{read_metrics(tmp_path)[-1]['val_loss']:.3f}"
 
 
 def test_the_dashboard_says_of_which_step_a_validation_is(tmp_path: Path) -> None:

@@ -133,6 +133,27 @@ def test_what_an_unfinished_run_leaves_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("what", ["a damaged checkpoint", "what was cut off", "no run"])
+def test_a_sweep_deletes_nothing_that_is_not_its_own(what: str, tmp_path: Path) -> None:
+    run = tmp_path / "one"
+    if what == "no run":
+        run.mkdir()
+        (run / "novel.txt").write_text("mine")
+    else:
+        stopped = trainer(run, quick(max_steps=6))
+        stopped.callbacks.append(lambda event: stopped.request_stop())
+        last = stopped.fit().checkpoint
+        assert last
+        with open(last / "model.safetensors", "r+b") as file:
+            file.truncate(99)
+        if what == "what was cut off":
+            last.rename(run / f"cut.1.{last.name}")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(SweepError, match=r"one: .*(step=|cut\.1\.step=|novel).* was not written by an unfinished run"):
+        list(run_sweep({"one": {}}, tmp_path, notebook=tmp_path / "never.ipynb"))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
 @pytest.mark.slow
 def test_a_sweep_skips_finished_runs_resumes_stopped_names_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -156,6 +156,13 @@ def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:
         train_tokenizer([tmp_path / "empty.txt"], tmp_path / "t", 400)
 
 
+@pytest.mark.parametrize("model_type", ["word", "char", "BPE", "wordpiece"])
+def test_a_kind_of_tokenizer_that_may_lose_spaces_is_refused(model_type: str, english: Path, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=f"model_type='{model_type}' must be bpe or unigram"):
+        train_tokenizer(find_texts(english), tmp_path / "t", 300, model_type=model_type, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_coverage_out_of_range_is_an_error(english: Path, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"character_coverage=0\.5"):
         train_tokenizer(find_texts(english), tmp_path / "t", 400, character_coverage=0.5)

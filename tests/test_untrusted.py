@@ -600,6 +600,14 @@ def test_any_one_change_to_a_data_set_is_refused_or_harmless(tmp_path: Path, dat
         assert str(folder) in str(error)
 
 
+@pytest.mark.parametrize("gone", [3, {}, [{}], [None], [{"path": "a", "sha256": 7, "split": "val", "tokens": 1}]])
+def test_a_record_of_held_out_texts_that_cannot_be_read_is_refused(gone: Any, tmp_path: Path) -> None:
+    folder = data_set(tmp_path / "d", np.arange(100) + 5)
+    reseal(folder, {**json.loads((folder / "meta.json").read_text()), "gone": gone})
+    with pytest.raises(DatasetError, match=r"meta\.json cannot be used"):
+        TokenDataset(folder, "train", 7)
+
+
 def offsets_file(folder: Path, offsets: list[int]) -> None:
     """Other offsets, in a data set sealed again."""
     manifest, raw = json.loads((folder / "meta.json").read_text()), np.array(offsets, "<u8").tobytes()

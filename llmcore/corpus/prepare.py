@@ -124,11 +124,11 @@ def prepare_dataset(
         old = _documents(dataset_dir, existing) if same_ids else {}
         before = _newest_manifest(dataset_dir)
         plan = _plan(texts, val_fraction, before)
-        here = {part for text in texts for part in (text.name, text.sha256)}
+        here = {text.sha256 for text in texts}
         wanted["gone"] = [
             source
             for source in before.get("sources", []) + before.get("gone", [])
-            if source["split"] == "val" and not here & {source["path"], source["sha256"]}
+            if source["split"] in ("val", "both") and source["sha256"] not in here
         ]
         _write(unfinished, texts, plan, tokenizer, wanted, old, progress)
         publish(unfinished, dataset_dir)

@@ -79,8 +79,11 @@ def train_tokenizer(
         progress: show a bar while the text is read. Learning, which follows, has none.
 
     Raises:
-        TokenizerError: if the vocabulary is too small for the characters, or too large for the text.
+        TokenizerError: if the vocabulary is too small for the characters, or too large for the text, or for another
+            model_type.
     """
+    if model_type not in ("bpe", "unigram"):  # "word" would lose spaces
+        raise TokenizerError(f"model_type={model_type!r} must be bpe or unigram")
     if not MIN_COVERAGE <= character_coverage <= 1:
         raise TokenizerError(f"character_coverage={character_coverage} must be between {MIN_COVERAGE} and 1")
     paths = [Path(file) for file in files]

@@ -110,6 +110,8 @@ def _token(token: str | None) -> str | None:
 def write_card(checkpoint: Checkpoint, folder: Path, name: str, data: str = "") -> None:
     """Write README.md, the Hub's model card, and training.png where the run has metrics, into an exported folder."""
     events = [event for event in read_metrics(checkpoint.path.parent) if event["step"] <= checkpoint.step]
+    if not checkpoint.path.name.startswith("step="):  # it was set aside: the run has gone on without it
+        events = []
     (folder / "README.md").write_text(model_card(checkpoint, events, name, data), encoding="utf-8")
     if events:
         from llmcore.notebook import plots  # matplotlib takes its time

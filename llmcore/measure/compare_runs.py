@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def _row(
     """A run's row of the table, without its name."""
     model, train = ModelConfig.from_dict(config["model"]), config["train"]
     last = points[-1] if points else {}
-    best = min(points, key=lambda point: point["val_loss"], default={})
+    best = min(points, key=lambda point: (math.isnan(point["val_loss"]), point["val_loss"]), default={})
     step = events[-1]["step"] if events else 0
     return {
         "preset": preset_of(model),
