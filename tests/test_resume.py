@@ -206,11 +206,14 @@ def test_resume_takes_the_older_checkpoint_when_the_newest_is_damaged(tmp_path: 
 
 
 def test_leftovers_of_a_kill_are_deleted_by_the_next_run(tmp_path: Path) -> None:
-    last = trainer(tmp_path, quick(checkpoint_interval=1, keep_checkpoints=9), val=False).fit().checkpoint
+    config = quick(checkpoint_interval=1, keep_checkpoints=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmcore.train.prune_checkpoints", lambda run_dir, keep: None)
+        last = trainer(tmp_path, config, val=False).fit().checkpoint
     saved = checkpoints(tmp_path)
     assert last and len(saved) == 6  # as if killed before the deletion, and here in its middle:
     shutil.copytree(last, tmp_path / ".step=000001_loss=1.000.deleted.tmp")
-    again = trainer(tmp_path, quick(keep_checkpoints=2), tiny_model(3), val=False, resume="latest")
+    again = trainer(tmp_path, config, tiny_model(3), val=False, resume="latest")
     assert again.fit().step == 6
     kept = {*saved[-2:], find_checkpoint(tmp_path, "best")}
     assert {path for path in tmp_path.iterdir() if path.is_dir()} == kept and len(kept) < 6
