@@ -59,7 +59,7 @@ class Plateau:
             self.scale, self.bad = max(self.scale * config.plateau_factor, config.min_lr_ratio), 0
 
 
-def set_learning_rates(optimizers: Sequence[Optimizer], share: float) -> None:
+def set_rates(optimizers: Sequence[Optimizer], share: float) -> None:
     """Set each group's learning rate to a share of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:

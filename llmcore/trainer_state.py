@@ -92,6 +92,14 @@ class Progress:
             self.skipped += 1
             self.skipped_in_a_row += 1
 
+    def count_validation(self, val_loss: float, config: TrainConfig) -> bool:
+        """Take in a validation's loss, for the schedule "plateau" too; returns whether it is a new best."""
+        if config.schedule == "plateau":
+            self.plateau.update(val_loss, config)
+        is_best = val_loss < self.best_loss
+        self.best_loss = min(self.best_loss, val_loss)
+        return is_best
+
 
 # Saving
 
@@ -166,7 +174,7 @@ def save_run(
 # Checks before a run
 
 
-def check_start(step: int, init_step: int | None, config: TrainConfig) -> None:
+def check_start(step: int, init_step: int | None, max_steps: int) -> None:
     """Refuse a run that does not start at the step asked for, or starts beyond its end.
 
     Raises:
@@ -177,9 +185,9 @@ def check_start(step: int, init_step: int | None, config: TrainConfig) -> None:
             f"init_step={init_step}, but training starts at step {step}; "
             "leave it out, or name the checkpoint of that step"
         )
-    if step > config.max_steps:
+    if step > max_steps:
         raise TrainingError(
-            f"max_steps={config.max_steps}, but the run has reached step {step}; "
+            f"max_steps={max_steps}, but the run has reached step {step}; "
             "raise max_steps, or resume from an earlier checkpoint"
         )
 
@@ -239,6 +247,7 @@ def load_run(
     optimizers: Sequence[Optimizer],
     scaler: torch.amp.GradScaler,
     description: dict[str, Any],
+    init_step: int | None = None,
 ) -> Progress:
     """Take over a checkpoint's weights, moments, loss scale and random state. Nothing on disk changes.
 
@@ -246,12 +255,15 @@ def load_run(
         path: a verified checkpoint.
         model, optimizers, scaler: of the run that goes on. If the checkpoint is refused, they are as they were.
         description: of that run. Its `history` becomes the checkpoint's, with an entry for this resume.
+        init_step: if given, the step that it must go on from.
 
     Raises:
+        TrainingError: if it is of another step.
         CheckpointError: if it is of another run, or naming the file and the field or tensor that is not as it must be.
     """
     saved = read_config(path)
     check_same_run(path, saved, description)
+    check_start(saved["step"], init_step, description["train"]["max_steps"])
     state, tensors = read_trainer_state(path, model, optimizers)
     load_weights(model, path)
 
@@ -297,7 +309,7 @@ def history_entry(saved: dict[str, Any], description: dict[str, Any], step: int)
             changed[key] = [saved.get(key), description[key]]
     entry: dict[str, Any] = {"step": step, "changed": changed}
     if moved := moved_windows(saved.get("train", {}), description["train"], step):
-        warnings.warn(moved, stacklevel=5)  # where the Trainer is built
+        warnings.warn(moved, stacklevel=4)  # where the Trainer is built
         entry["data"] = moved
     return entry
 
