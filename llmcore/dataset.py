@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -346,3 +346,20 @@ def _epoch(seed: int, epoch: int, n_windows: int, shortest: int, longest: int) -
     """Length of an epoch's first window, which shifts all others, and their order. Cached for all windows."""
     generator = np.random.default_rng((seed, epoch))
     return int(generator.integers(shortest, longest + 1)), generator.permutation(n_windows)
+
+
+class TrainData(Protocol):
+    """What the trainer asks of its data: batches that are a pure function of (step, seed)."""
+
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """x and y, int64 (batch, time)."""
+
+
+class ValData(Protocol):
+    """What the trainer asks of its validation data: the whole split, once, in order.
+
+    Where it has `bytes_per_token`, the raw bytes of its text per token, losses are given in bits per byte too.
+    """
+
+    def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """Batches of x and y, int64 (batch, time)."""

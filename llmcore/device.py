@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import getpass
 import os
 import re
@@ -90,31 +91,31 @@ def settle_cache_folder() -> None:
         )
 
 
-def worth_compiling(model: ModelConfig, train: TrainConfig, device: torch.device) -> bool:
-    """Whether to compile: as the configuration says, and for "auto" where a run is long enough to win the time back.
+def compile_if_worth(
+    model: nn.Module, shape: ModelConfig, train: TrainConfig, device: torch.device
+) -> Callable[..., Tensor]:
+    """The model as torch.compile runs it, or the model itself.
 
-    The whole run counts, not what is left of it: compiled code rounds otherwise, and a resume must not change that.
+    "auto" compiles where a run is long enough to win back the about ten seconds that it takes on a CPU. The whole run
+    counts, not what is left of it: compiled code rounds otherwise, and a resume must not change that.
+
+    The first forward and the first backward pass compile. On a CPU both call a C++ compiler, and both write to a cache
+    folder. Where that fails, they raise errors of many kinds.
     """
-    if train.compile != "auto":
-        return train.compile == "on"
     windows = train.max_steps * train.batch_size * train.grad_accum_steps
-    flops = windows * model.max_seq_len * model.flops_per_token()
-    return device.type != "mps" and flops > (2e12 if device.type == "cpu" else 2e16)  # about ten seconds
+    flops = windows * shape.max_seq_len * shape.flops_per_token()
+    long = device.type != "mps" and flops > (2e12 if device.type == "cpu" else 2e16)
+    if train.compile == "off" or (train.compile == "auto" and not long):
+        return model
 
-
-def compile_model(model: nn.Module) -> Callable[..., Tensor]:
-    """The model as torch.compile runs it. Its first forward and its first backward pass compile.
-
-    On a CPU both call a C++ compiler, and both write to a cache folder. Where that fails, they raise errors of many
-    kinds.
-    """
     libraries = str(Path(torch.__file__).parent / "lib")
     if os.name == "posix" and libraries != shlex.quote(libraries):
         import torch.utils.cpp_extension as cpp_extension
 
         # torch gives the linker this folder as it is, and splits the command at spaces
         cpp_extension.TORCH_LIB_PATH = shlex.quote(libraries)
-    return torch.compile(model)
+    compiled = functools.cache(lambda: torch.compile(model))  # this, too, fails in the first forward pass
+    return lambda *inputs: compiled()(*inputs)
 
 
 def error_line(error: Exception) -> str:

@@ -59,7 +59,7 @@ class Plateau:
             self.scale, self.bad = max(self.scale * config.plateau_factor, config.min_lr_ratio), 0
 
 
-def set_learning_rates(optimizers: Sequence[Optimizer], share: float) -> None:
+def set_rates(optimizers: Sequence[Optimizer], share: float) -> None:
     """Set each group's learning rate to a share of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -123,11 +123,7 @@ def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], s
 
 
 def clip_gradient(model: Transformer, optimizers: Sequence[Optimizer], scaler: GradScaler, most: float) -> Tensor:
-    """Undo the loss scale and shorten the gradient to a norm of at most `most`; 0 does not clip.
-
-    Returns:
-        The norm before clipping, a scalar on the model's device; 0 where no batch had a target.
-    """
+    """Undo the loss scale and shorten the gradient to a norm of at most `most` (0: any); returns the norm before."""
     if _has_gradient(optimizers):
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -152,7 +148,7 @@ def update_or_skip(optimizers: Sequence[Optimizer], scaler: GradScaler, finite: 
 
 
 def clear_gradient(optimizers: Sequence[Optimizer]) -> None:
-    """Drop the gradient and free its memory."""
+    """Drop the gradients and free their memory."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
 

@@ -131,11 +131,7 @@ class RunFolder:
         self._hash = hashlib.sha256(_content(self.metrics))  # of metrics.jsonl as this trainer knows it
 
     def check_free(self) -> None:
-        """Refuse to start a new run where a run has left metrics or checkpoints.
-
-        Raises:
-            TrainingError: naming the folder.
-        """
+        """Raise TrainingError for a new run where some run has left metrics or checkpoints."""
         if self.metrics.exists() or any(self.path.glob("step=*")):
             raise TrainingError(
                 f"{display_path(self.path)} holds a run already; resume it (resume='latest') or choose another "
@@ -143,11 +139,7 @@ class RunFolder:
             )
 
     def check_own(self, checkpoint: Path) -> None:
-        """Refuse to resume from another run's checkpoint where a run has left metrics.
-
-        Raises:
-            TrainingError: naming both folders.
-        """
+        """Raise TrainingError for another run's checkpoint where a run has left its files."""
         own = checkpoint.resolve().parent == self.path.resolve() and checkpoint.name.startswith("step=")
         if not own and (self.metrics.exists() or any(self.path.glob("step=*"))):
             raise TrainingError(
@@ -157,21 +149,18 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self, step: int) -> Iterator[None]:
-        """Hold the folder's lock to train from a step on, see `run_lock`.
+        """Hold the lock, see `run_lock`, to train from a step on.
 
         Raises:
             TrainingError: also if another trainer has trained here since this one was built or stopped.
         """
         with run_lock(self.path):
-            self._check_unchanged(step)
+            if hashlib.sha256(_content(self.metrics)).digest() != self._hash.digest():
+                raise TrainingError(
+                    f"the run in {display_path(self.path)} has gone on since this Trainer, at step {step}, was "
+                    "built or stopped. Build the Trainer again with resume='latest', or choose another output_dir"
+                )
             yield
-
-    def _check_unchanged(self, step: int) -> None:
-        if hashlib.sha256(_content(self.metrics)).digest() != self._hash.digest():
-            raise TrainingError(
-                f"the run in {display_path(self.path)} has gone on since this Trainer, at step {step}, was "
-                "built or stopped. Build the Trainer again with resume='latest', or choose another output_dir"
-            )
 
     def add(self, event: dict[str, Any]) -> None:
         """Keep an event for the next `write`. Until then it may still be added to."""

@@ -7,24 +7,25 @@ notebook can draw, pause or stop between two steps. `Trainer.fit()` runs it to t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcore.checkpoint import checkpoints, find_checkpoint, prune_checkpoints, read_config
+from llmcore.checkpoint import checkpoints, find_checkpoint, prune_checkpoints
 from llmcore.config import TrainConfig
-from llmcore.dataset import IGNORED
+from llmcore.dataset import IGNORED, TrainData, ValData
 from llmcore.device import (
     autocast,
-    compile_model,
+    compile_if_worth,
     deterministic_sums,
     error_line,
     is_out_of_memory,
@@ -32,19 +33,11 @@ from llmcore.device import (
     pick_device,
     pick_precision,
     ways_to_save_memory,
-    worth_compiling,
 )
 from llmcore.files import display_path, resolve
 from llmcore.generate import generate
 from llmcore.model import Transformer
-from llmcore.optim import (
-    build_optimizers,
-    clear_gradient,
-    clip_gradient,
-    learning_rate_at,
-    set_learning_rates,
-    update_or_skip,
-)
+from llmcore.optim import build_optimizers, clear_gradient, clip_gradient, learning_rate_at, set_rates, update_or_skip
 from llmcore.runs import RunFolder, TrainingError, signals_call
 from llmcore.tokenizer import Tokenizer
 from llmcore.trainer_state import Progress, check_start, check_tokenizer, describe_run, load_run, save_run
@@ -52,38 +45,14 @@ from llmcore.trainer_state import Progress, check_start, check_tokenizer, descri
 Event = dict[str, Any]
 
 
-class TrainData(Protocol):
-    """What the trainer asks of its data: batches that are a pure function of (step, seed)."""
-
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """x and y, int64 (batch, time)."""
-
-
-class ValData(Protocol):
-    """What the trainer asks of its validation data: the whole split, once, in order.
-
-    Where it has `bytes_per_token`, the raw bytes of its text per token, losses are given in bits per byte too.
-    """
-
-    def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """Batches of x and y, int64 (batch, time)."""
-
-
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        step: optimizer steps taken in all.
-        val_loss: of the last validation, nats per token; None if there was none yet.
-        stopped_early: whether it was stopped before max_steps.
-        checkpoint: the last checkpoint written.
-    """
-
-    step: int
-    val_loss: float | None
-    stopped_early: bool
-    checkpoint: Path | None
+    step: int  # optimizer steps taken in all
+    val_loss: float | None  # of the last validation, nats per token; None if there was none yet
+    stopped_early: bool  # whether it was stopped before max_steps
+    checkpoint: Path | None  # the last one
 
 
 class Trainer:
@@ -141,7 +110,7 @@ class Trainer:
         check_tokenizer(tokenizer, model, train_data, val_data)
         if resume is None:
             self._folder.check_free()
-            check_start(0, init_step, config)
+            check_start(0, init_step, config.max_steps)
 
         # build
         if self.device.type == "cpu":
@@ -156,29 +125,23 @@ class Trainer:
         self._forward: Callable[..., Tensor] = self.model  # compiled, once the run has begun
         self._train_loss = math.nan  # of the last step
         self._update_unfinished = False  # an error has ended a step while the weights were changing
-        self.stop_requested = self.interrupted = False
-        self._save_requested = self._sample_requested = False
+        self.stop_requested = self.interrupted = self._save_requested = self._sample_requested = False
         self._sample_prompt: str | None = None
         self._description = describe_run(model, config, tokenizer, train_data, val_data, self.precision, self.device)
 
         # resume
         self.last_checkpoint: Path | None = None
         if resume is not None:
-            self._resume(resume, init_step)
+            path = find_checkpoint(self.run_dir, resume) if resume in ("latest", "best") else find_checkpoint(resume)
+            self._folder.check_own(path)
+            self.progress = load_run(path, self.model, self.optimizers, self.scaler, self._description, init_step)
+            self.last_checkpoint = path
         self._start = self._saved_step = self.step
 
     @property
     def step(self) -> int:
         """Optimizer steps taken."""
         return self.progress.step
-
-    def _resume(self, resume: str | os.PathLike[str], init_step: int | None) -> None:
-        """Take over a checkpoint's weights, optimizer, progress and random state. Nothing on disk changes."""
-        path = find_checkpoint(self.run_dir, resume) if resume in ("latest", "best") else find_checkpoint(resume)
-        self._folder.check_own(path)
-        check_start(read_config(path)["step"], init_step, self.config)
-        self.progress = load_run(path, self.model, self.optimizers, self.scaler, self._description)
-        self.last_checkpoint = path
 
     # The loop
 
@@ -203,9 +166,8 @@ class Trainer:
         SIGINT and SIGTERM end the run after the current step as `request_stop()` does; a second one raises at once.
 
         Raises:
-            TrainingError: before anything is written, if another run is at work in the same folder or has trained there
-                since; after `max_skipped_steps` steps without a finite gradient in a row; if memory runs out, or the
-                room for `metrics.jsonl`.
+            TrainingError: before anything is written, if another run is at work in the folder or has trained there
+                since; after `max_skipped_steps` skipped steps in a row; if memory or the room on the disk runs out.
             CheckpointError: if a checkpoint cannot be written. Once there is room, training may go on from here.
         """
         if self._update_unfinished:
@@ -226,7 +188,7 @@ class Trainer:
             self._prune_after_a_kill()
             return
 
-        self._forward = self._compiled()
+        self._forward = compile_if_worth(self.model, self.model.config, self.config, self.device)
         try:
             while self.step < config.max_steps and not self.stop_requested:
                 # train
@@ -237,7 +199,9 @@ class Trainer:
                 # validate, sample and log; the step is logged even if something before it fails
                 try:
                     if self.val_data is not None and self._due(config.eval_interval):
-                        event |= self._validate_and_compare()
+                        event |= self.validate()
+                        if self.progress.count_validation(event["val_loss"], config):
+                            self.request_save()  # of a new best
                     if self._sample_requested or (config.sample_interval and self._due(config.sample_interval)):
                         event |= self._sample()
                     for callback in self.callbacks:
@@ -261,7 +225,7 @@ class Trainer:
 
     def measured_steps(self, count: int) -> list[Event]:
         """Take a few steps just as a run would, compiled or not, but write nothing: for measuring speed."""
-        self._forward = self._compiled()
+        self._forward = compile_if_worth(self.model, self.model.config, self.config, self.device)
         return [self._train_step() for _ in range(count)]
 
     # One step
@@ -270,7 +234,7 @@ class Trainer:
         """Set the rates, take batches, compute the gradient, clip it, update the weights or skip, and report."""
         config, progress, started = self.config, self.progress, time.perf_counter()
         rate = learning_rate_at(self.step, config) * progress.plateau.scale
-        set_learning_rates(self.optimizers, rate)
+        set_rates(self.optimizers, rate)
 
         # batches are a pure function of their number and the seed
         first = self.step * config.grad_accum_steps
@@ -282,13 +246,14 @@ class Trainer:
         self.model.train()
         loss = self._compute_gradient(batches)
         norm = clip_gradient(self.model, self.optimizers, self.scaler, config.grad_clip)
-        self._train_loss, grad_norm = torch.stack((loss, norm)).tolist()  # waits for the device, once a step
+        mean_loss, grad_norm = torch.stack((loss, norm)).tolist()  # waits for the device, once a step
 
         # update, unless something is not finite
-        finite = math.isfinite(self._train_loss) and math.isfinite(grad_norm)
+        finite = math.isfinite(mean_loss) and math.isfinite(grad_norm)
         self._update_unfinished = True
         update_or_skip(self.optimizers, self.scaler, finite)
         progress.count_step(tokens, finite)
+        self._train_loss = mean_loss
         self._update_unfinished = False
         if progress.skipped_in_a_row >= config.max_skipped_steps:
             raise self._too_many_skipped()
@@ -298,7 +263,7 @@ class Trainer:
         return {
             "step": self.step,
             "tokens": progress.tokens,
-            "loss": self._train_loss,
+            "loss": mean_loss,
             "learning_rate": rate * config.learning_rate,
             "grad_norm": grad_norm,
             "skipped": progress.skipped,
@@ -307,13 +272,19 @@ class Trainer:
         }
 
     def _compute_gradient(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """See `_accumulate`. What cannot be compiled is computed once more, uncompiled."""
+        """See `_accumulate`. What fails when compiled is computed once more, uncompiled, with a warning."""
         try:
             return self._accumulate(batches)
         except Exception as error:
             if self._forward is self.model or is_out_of_memory(error):
                 raise
-            self._forward = self._uncompiled(error)
+            if self.config.compile == "on":
+                raise TrainingError(
+                    f"compile='on', but the model cannot be trained compiled: {error_line(error)}. "
+                    "Mend that, or set compile='auto' or 'off'"
+                ) from error
+            warnings.warn(f"the model is trained uncompiled, which takes longer: {error_line(error)}", stacklevel=2)
+        self._forward = self.model
         return self._accumulate(batches)  # only here, where the error no longer holds on to its tensors
 
     def _accumulate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -332,31 +303,9 @@ class Trainer:
                 total += loss.detach()
         return total
 
-    def _compiled(self) -> Callable[..., Tensor]:
-        """The model, compiled where that is asked for or worth it."""
-        if not worth_compiling(self.model.config, self.config, self.device):
-            return self.model
-        try:
-            return compile_model(self.model)
-        except Exception as error:
-            return self._uncompiled(error)
-
-    def _uncompiled(self, error: Exception) -> Callable[..., Tensor]:
-        """The model as it is, with a warning: compiling has failed. No part of the step was taken.
-
-        Raises:
-            TrainingError: if the configuration insists on compiling.
-        """
-        if self.config.compile == "on":
-            raise TrainingError(
-                f"compile='on', but the model cannot be trained compiled: {error_line(error)}. "
-                "Mend that, or set compile='auto' or 'off'"
-            ) from error
-        warnings.warn(f"the model is trained uncompiled, which takes longer: {error_line(error)}", stacklevel=2)
-        return self.model
-
     @contextlib.contextmanager
     def _out_of_memory_explained(self) -> Iterator[None]:
+        """Say which settings need less memory, where a step runs out of it."""
         try:
             yield
         except RuntimeError as error:
@@ -364,9 +313,8 @@ class Trainer:
                 raise
             clear_gradient(self.optimizers)  # makes room to save what the steps before have learned
             ways = ways_to_save_memory(self.model.config, self.config)
-            raise TrainingError(
-                f"out of memory in step {self.step + 1} on {self.device}. {ways}, and resume"
-            ) from error
+            where = f"in step {self.step + 1} on {self.device}"
+            raise TrainingError(f"out of memory {where}. {ways}, and resume") from error
 
     def _too_many_skipped(self) -> TrainingError:
         return TrainingError(
@@ -387,9 +335,8 @@ class Trainer:
         assert self.val_data is not None
         self.model.eval()
         total, count = 0.0, 0
-        for number, (x, y) in enumerate(self.val_data.sequential(self.config.batch_size)):
-            if self.config.eval_batches and number >= self.config.eval_batches:
-                break
+        batches = self.val_data.sequential(self.config.batch_size)
+        for x, y in itertools.islice(batches, self.config.eval_batches or None):
             targets = int((y != IGNORED).sum())
             if not targets:
                 continue
@@ -402,16 +349,6 @@ class Trainer:
         event = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
         if bytes_per_token := getattr(self.val_data, "bytes_per_token", None):
             event["val_bits_per_byte"] = loss / math.log(2) / bytes_per_token
-        return event
-
-    def _validate_and_compare(self) -> Event:
-        """Validate, ask for a checkpoint of a new best, and tell the schedule "plateau"."""
-        event, progress = self.validate(), self.progress
-        if event["val_loss"] < progress.best_loss:
-            progress.best_loss = event["val_loss"]
-            self.request_save()
-        if self.config.schedule == "plateau":
-            progress.plateau.update(event["val_loss"], self.config)
         return event
 
     def _sample(self) -> Event:

@@ -92,6 +92,14 @@ class Progress:
             self.skipped += 1
             self.skipped_in_a_row += 1
 
+    def count_validation(self, val_loss: float, config: TrainConfig) -> bool:
+        """Take in a validation's loss, for the schedule "plateau" too; returns whether it is a new best."""
+        if config.schedule == "plateau":
+            self.plateau.update(val_loss, config)
+        is_best = val_loss < self.best_loss
+        self.best_loss = min(self.best_loss, val_loss)
+        return is_best
+
 
 # Saving
 
@@ -109,10 +117,7 @@ def describe_run(
     return {
         "model": model.config.to_dict(),
         "train": config.to_dict(),
-        "data": {
-            "train": getattr(train_data, "fingerprint", None),
-            "val": getattr(val_data, "fingerprint", None),
-        },
+        "data": {"train": getattr(train_data, "fingerprint", None), "val": getattr(val_data, "fingerprint", None)},
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "bytes_per_token": getattr(val_data, "bytes_per_token", None),
         "precision": precision,
@@ -132,12 +137,9 @@ def save_run(
     train_loss: float,
     description: dict[str, Any],
 ) -> Path:
-    """Write a checkpoint with all that a resume needs. Its name has the loss of its own step.
+    """Write a checkpoint with all that a resume needs, and errors as of `save_checkpoint`.
 
-    That is the validation loss where this step was validated, else `train_loss`.
-
-    Raises:
-        CheckpointError: if it cannot be written.
+    It is named by the validation loss where its own step was validated, else by `train_loss`.
     """
     tensors = {"rng.cpu": torch.get_rng_state()}
     device = model.tok_embeddings.weight.device
@@ -166,30 +168,22 @@ def save_run(
 # Checks before a run
 
 
-def check_start(step: int, init_step: int | None, config: TrainConfig) -> None:
-    """Refuse a run that does not start at the step asked for, or starts beyond its end.
-
-    Raises:
-        TrainingError: with both numbers.
-    """
+def check_start(step: int, init_step: int | None, max_steps: int) -> None:
+    """Raise TrainingError for a run that does not start at the step asked for, or starts beyond its end."""
     if init_step is not None and init_step != step:
         raise TrainingError(
             f"init_step={init_step}, but training starts at step {step}; "
             "leave it out, or name the checkpoint of that step"
         )
-    if step > config.max_steps:
+    if step > max_steps:
         raise TrainingError(
-            f"max_steps={config.max_steps}, but the run has reached step {step}; "
+            f"max_steps={max_steps}, but the run has reached step {step}; "
             "raise max_steps, or resume from an earlier checkpoint"
         )
 
 
 def check_tokenizer(tokenizer: Tokenizer | None, model: Transformer, train_data: object, val_data: object) -> None:
-    """Compare the run's tokenizer with the model, and with the tokenizer of each data set that names its own.
-
-    Raises:
-        TrainingError: if it or the data have more ids than the model, or fingerprints differ.
-    """
+    """Raise TrainingError if tokenizer or data have more ids than the model, or the data name another tokenizer."""
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise TrainingError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only vocab_size={model.config.vocab_size}"
@@ -211,24 +205,11 @@ def check_tokenizer(tokenizer: Tokenizer | None, model: Transformer, train_data:
 
 
 def check_same_run(path: Path, saved: dict[str, Any], description: dict[str, Any]) -> None:
-    """Compare a checkpoint's model, tokenizer, data and optimizer with those of the run that would resume from it.
-
-    Raises:
-        CheckpointError: naming all that differs.
-    """
-    differing = [
-        f"model.{key}: {saved['model'].get(key)} there, {value} here"
-        for key, value in description["model"].items()
-        if saved["model"].get(key) != value
-    ]
-    differing += [
-        f"{key}: {saved.get(key)} there, {description[key]} here"
-        for key in ("tokenizer", "data")
-        if saved.get(key) != description[key]
-    ]
-    there, here = saved.get("train", {}).get("optimizer"), description["train"]["optimizer"]
-    if there != here:
-        differing.append(f"optimizer: {there} there, {here} here")
+    """Raise CheckpointError, naming all that differs, if a checkpoint is not of the run that would resume from it."""
+    pairs = {f"model.{key}": (saved["model"].get(key), value) for key, value in description["model"].items()}
+    pairs |= {key: (saved.get(key), description[key]) for key in ("tokenizer", "data")}
+    pairs["optimizer"] = saved.get("train", {}).get("optimizer"), description["train"]["optimizer"]
+    differing = [f"{name}: {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
     if differing:
         raise CheckpointError(f"{display_path(path)} is of another run: " + "; ".join(differing))
 
@@ -242,6 +223,7 @@ def load_run(
     optimizers: Sequence[Optimizer],
     scaler: torch.amp.GradScaler,
     description: dict[str, Any],
+    init_step: int | None = None,
 ) -> Progress:
     """Take over a checkpoint's weights, moments, loss scale and random state. Nothing on disk changes.
 
@@ -249,12 +231,15 @@ def load_run(
         path: a verified checkpoint.
         model, optimizers, scaler: of the run that goes on. If the checkpoint is refused, they are as they were.
         description: of that run. Its `history` becomes the checkpoint's, with an entry for this resume.
+        init_step: if given, the step that it must go on from.
 
     Raises:
+        TrainingError: if it is of another step.
         CheckpointError: if it is of another run, or naming the file and the field or tensor that is not as it must be.
     """
     saved = read_config(path)
     check_same_run(path, saved, description)
+    check_start(saved["step"], init_step, description["train"]["max_steps"])
     state, tensors = read_trainer_state(path, model, optimizers)
     load_weights(model, path)
 
@@ -284,33 +269,25 @@ def load_run(
 
 
 def history_entry(saved: dict[str, Any], description: dict[str, Any], step: int) -> dict[str, Any]:
-    """What a resume at a step changes: settings as `group.name: [before, after]`, and the order of the data in words.
-
-    Args:
-        saved: the checkpoint's `config.json`.
-        description: of the run that goes on, see `describe_run`.
-        step: where it goes on.
-    """
-    changed: dict[str, list[Any]] = {}
-    for group in ("train", "environment"):
-        before, after = saved.get(group, {}), description[group]
-        changed |= {f"{group}.{key}": [before.get(key), after[key]] for key in after if before.get(key) != after[key]}
-    for key in ("precision", "device"):
-        if saved.get(key) != description[key]:
-            changed[key] = [saved.get(key), description[key]]
+    """What a resume at a step changes: settings as `group.name: [before, after]`, and the order of data in words."""
+    pairs = {
+        f"{group}.{key}": [saved.get(group, {}).get(key), value]
+        for group in ("train", "environment")
+        for key, value in description[group].items()
+    }
+    pairs |= {key: [saved.get(key), description[key]] for key in ("precision", "device")}
+    changed = {name: [before, after] for name, (before, after) in pairs.items() if before != after}
     entry: dict[str, Any] = {"step": step, "changed": changed}
     if moved := moved_windows(saved.get("train", {}), description["train"], step):
-        warnings.warn(moved, stacklevel=5)  # where the Trainer is built
+        warnings.warn(moved, stacklevel=4)  # where the Trainer is built
         entry["data"] = moved
     return entry
 
 
 def moved_windows(before: dict[str, Any], after: dict[str, Any], step: int) -> str | None:
-    """What other settings do to the order in which windows are read, in words; None if nothing.
+    """What other training settings do to the order in which windows are read from a step on, in words; None if nothing.
 
-    Args:
-        before, after: the training configurations, as dictionaries.
-        step: where the run goes on. A step's windows follow from its number.
+    A step's windows follow from its number.
     """
     there, here = (config.get("batch_size", 0) * config.get("grad_accum_steps", 1) * step for config in (before, after))
     if there and before.get("seed") != after["seed"]:
@@ -334,11 +311,6 @@ def read_trainer_state(
 
     An optimizer's kernel trusts the sizes of its moments and writes there, so each must be as its parameter.
 
-    Args:
-        path: a verified checkpoint.
-        model: on the run's device.
-        optimizers: AdamW and Muon, over its parameters.
-
     Returns:
         `trainer_state.json`, and `trainer_state.safetensors` on the CPU: `rng.cpu`, `rng.cuda` (both uint8) and
         `<parameter>/<key>`.
@@ -349,10 +321,10 @@ def read_trainer_state(
     file, config = path / "trainer_state.json", read_config(path)
     try:
         state = read_json(file, _TRAINER_STATE)
-    except OSError as error:
-        raise CheckpointError(f"{display_path(file)}: {error}") from None
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{error}" if isinstance(error, ValueError) else f"{display_path(file)}: {error}"
+        ) from None
     for key in ("step", "tokens"):
         if state[key] != config.get(key, state[key]):
             raise CheckpointError(f"{display_path(file)} cannot be used: {key}: {state[key]} is not config.json's")

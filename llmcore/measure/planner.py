@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from llmcore.config import ModelConfig, TrainConfig
+from llmcore.dataset import TrainData
 from llmcore.device import pick_device
 from llmcore.files import visible
 from llmcore.measure.memory import available_memory, check_memory, predict_memory
 from llmcore.model import Transformer
-from llmcore.train import TrainData, Trainer
+from llmcore.train import Trainer
 
 # for a process whose memory is measured: glibc returns freed blocks of this size and more to the system
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
