@@ -341,12 +341,13 @@ def _use_checkpoint(
     checkpoint_dir: str | os.PathLike[str],
     use: Callable[[Path, dict[str, Any]], Result],
 ) -> Result:
-    """What `use` makes of the checkpoint meant, and of its manifest.
+    """Call `use` with the checkpoint meant and its manifest.
 
     A trainer may save and delete meanwhile. A checkpoint that is deleted while it is read is not damaged: look again.
     """
     choice = os.fspath(checkpoint_dir)
-    folder, choice = (folder, choice) if choice in ("latest", "best") else (choice, "latest")
+    if choice not in ("latest", "best"):
+        folder, choice = choice, "latest"
     folder, last_error = resolve(folder), None
     for _ in range(ATTEMPTS):
         try:
@@ -384,8 +385,9 @@ def _select(folder: Path, choice: str) -> tuple[Path, dict[str, Any]]:
     for run in sorted(runs, key=_last_saved, reverse=True):
         folders = set(run.glob("step=*"))
         finished = _finished(folders)
-        unfinished = sorted(folders - set(finished))  # first, for their warning
-        for path in (*unfinished, *(sorted(finished, key=_rank) if choice == "best" else finished[::-1])):
+        unfinished = sorted(folders - set(finished))  # they come first, so that each gets its warning
+        ordered = sorted(finished, key=_rank) if choice == "best" else finished[::-1]
+        for path in (*unfinished, *ordered):
             try:
                 with _noticing_replacement(path):
                     return path, verify_checkpoint(path)

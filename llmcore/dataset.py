@@ -95,7 +95,8 @@ def verify_dataset(
     manifest = _read_manifest(file)
     for split in manifest["splits"] if splits is None else splits:
         if split not in manifest["splits"]:
-            raise DatasetError(f"split={split!r} must be one of {', '.join(manifest['splits'])}")
+            known = ", ".join(manifest["splits"]) or "none"
+            raise DatasetError(f"split={split!r} is not in {file.parent}; its splits are: {known}")
         counts = manifest["splits"][split]
         token_bytes = counts["tokens"] * np.dtype(manifest["dtype"]).itemsize
         sizes = {"bin": token_bytes, "offsets": 8 * (counts["documents"] + 1)}
