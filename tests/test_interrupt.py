@@ -25,9 +25,8 @@ from papermill.execute import execute_notebook as papermill_in_process
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.runs import read_metrics
 
-from .helpers import quick, trainer
+from .helpers import ROOT, quick, trainer
 
-ROOT = Path(__file__).parents[1]
 TRAIN = """
 import os, time
 from pathlib import Path
