@@ -352,6 +352,7 @@ MOMENTS = {  # what is about to be called when the signal comes, the call's numb
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_outside_a_running_cell_begins_no_other(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
