@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -35,7 +34,7 @@ from llmcore.checkpoint import (
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import examples, random_ids, tiny_model
+from .helpers import examples, random_ids, sign, tiny_model
 
 FILES = ["config.json", "model.safetensors", "trainer_state.json", "trainer_state.safetensors"]
 
@@ -43,14 +42,6 @@ FILES = ["config.json", "model.safetensors", "trainer_state.json", "trainer_stat
 def save(run: Path, model: Transformer | None = None, step: int = 1, loss: float = 3.0, **more: Any) -> Path:
     state: dict[str, Any] = {"tensors": {"rng": torch.arange(5)}, "state": {"step": step}}
     return save_checkpoint(run, model or tiny_model(step), None, step=step, loss=loss, **state, **more)
-
-
-def sign(path: Path) -> None:
-    """Bring the manifest's hashes up to date, as only a forger would."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name in manifest["sha256"]:
-        manifest["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def edit_manifest(path: Path, **changes: Any) -> None:

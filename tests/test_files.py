@@ -12,7 +12,7 @@ import pytest
 
 from llmcore.files import replacing, replacing_folder, write_atomic
 
-ROOT = Path(__file__).parents[1]
+from .helpers import ROOT
 
 # Kills itself at every file operation of an export in turn; after each, what is there is whole, old or new.
 KILLED = """

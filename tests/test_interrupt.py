@@ -25,9 +25,8 @@ from papermill.execute import execute_notebook as papermill_in_process
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.runs import read_metrics
 
-from .helpers import quick, trainer
+from .helpers import ROOT, quick, trainer
 
-ROOT = Path(__file__).parents[1]
 TRAIN = """
 import os, time
 from pathlib import Path
@@ -353,6 +352,7 @@ MOMENTS = {  # what is about to be called when the signal comes, the call's numb
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_outside_a_running_cell_begins_no_other(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

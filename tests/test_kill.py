@@ -9,16 +9,15 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from llmcore.checkpoint import checkpoints
-from llmcore.runs import read_metrics
 
-ROOT = Path(__file__).parents[1]
+from .helpers import numbers, start
+
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "8"))
 STEPS = 60
 
@@ -54,21 +53,14 @@ one.fit()
 
 
 def train(run: Path, seed: int = 0, kill_at: int = 0) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(run), str(seed), str(kill_at), str(STEPS)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return start(TRAIN, run, seed, kill_at, STEPS)
 
 
 def everything(run: Path) -> dict[str, object]:
     """Tensors, counts and metrics of a finished run, without what the clock says."""
     path = checkpoints(run)[-1]
     tensors = load_file(path / "model.safetensors") | load_file(path / "trainer_state.safetensors")
-    metrics = [{k: v for k, v in e.items() if k not in ("seconds", "tokens_per_second")} for e in read_metrics(run)]
+    metrics = numbers(run)
     for event in metrics:
         if "checkpoint" in event:
             event["checkpoint"] = Path(event["checkpoint"]).name

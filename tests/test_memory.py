@@ -76,6 +76,7 @@ def test_prediction_is_what_the_allocator_hands_out(
     assert ours == pytest.approx(allocated(model, train, tmp_path), rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [{"vocab_size": 70_000}, {"vocab_size": 12_000, "dim": 512, "n_layers": 1}])
 def test_without_torchs_operator_the_prediction_holds(
@@ -167,6 +168,7 @@ except TrainingError:
 """
 
 
+@pytest.mark.slow
 def test_a_huge_plan_is_refused_before_anything_is_allocated() -> None:
     done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, cwd=PROJECT_ROOT, check=True)
     taken, seconds = map(float, done.stdout.split())

@@ -17,7 +17,7 @@ from llmcore.notebook import plots
 from llmcore.notebook.run_page import write_index
 from llmcore.notebook.widgets import run_table
 
-from .helpers import examples, quick, trainer
+from .helpers import quick, trainer
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,8 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_json_in_any_place_is_shown_or_called_unreadable(data: st.DataObject, tmp_path: Path, good: Path) -> None:
     config = json.loads((good / "config.json").read_text(encoding="utf-8"))

@@ -26,9 +26,8 @@ from llmcore.corpus.train_tokenizer import sentences, train_tokenizer
 from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import examples
+from .helpers import ROOT, examples
 
-ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILL_ROUNDS", "8"))
 
 

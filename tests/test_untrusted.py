@@ -34,9 +34,8 @@ from llmcore.runs import TrainingError
 from llmcore.tokenizer import Tokenizer, TokenizerError
 from llmcore.train import Trainer
 
-from .helpers import Batches, examples, quick, tiny_config, tiny_model
+from .helpers import ROOT, Batches, examples, quick, sign, tiny_config, tiny_model
 
-ROOT = Path(__file__).parents[1]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 DEEP = "[" * 200_000
 
@@ -49,13 +48,6 @@ def in_python(code: str, *arguments: str, timeout: float | None = None) -> subpr
 
 
 # Checkpoints
-
-
-def sign(path: Path) -> None:
-    """Bring the manifest's hashes up to date, as only a forger would."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["sha256"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
-    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def edit_json(file: Path, place: tuple[Any, ...], value: Any) -> None:

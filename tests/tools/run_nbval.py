@@ -17,6 +17,7 @@ from papermill.parameterize import parameterize_notebook
 
 from llmcore.corpus.sources import fetch
 from llmcore.files import PROJECT_ROOT
+from tests.tools.render import NOTEBOOKS
 
 ROOT = PROJECT_ROOT / "build" / "nbval"
 SMALL: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ def main() -> int:
     shutil.rmtree(ROOT, ignore_errors=True)
     (ROOT / "data").mkdir(parents=True)
     (ROOT / "data" / "sanguo").symlink_to(fetch("sanguo", PROJECT_ROOT / "data"))
-    notebooks = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+    notebooks = sorted(NOTEBOOKS.glob("*.ipynb"))
     wanted = [path for path in notebooks if path.stem.startswith(tuple(sys.argv[1:]))] or notebooks
     copies = [str(at_its_size(path)) for path in wanted]
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800", "-p", "no:cacheprovider"]
