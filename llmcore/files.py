@@ -300,8 +300,11 @@ def hub_token(token: str | None = None) -> str | None:
     try:
         secret = huggingface_hub.get_token() if token is None else token
         secret = secret.strip() if secret is not None else None
+        odd = None
     except Exception as error:  # a file that is no text; bytes or a number as the argument
-        raise ValueError(f"{whose} cannot be read as text ({type(error).__name__})") from None
+        odd = type(error).__name__
+    if odd:  # only here: not even the context of our error shows the other, which holds the token
+        raise ValueError(f"{whose} cannot be read as text ({odd})")
     if secret is None:
         return None
     if not isinstance(secret, str) or not re.fullmatch(r"[A-Za-z0-9._~+/=-]+", secret):
