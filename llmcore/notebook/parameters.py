@@ -52,8 +52,8 @@ class Kind:
             if self.optional:
                 return None
             raise ValueError(f"{name} must be set" + (" (papermill's -r takes the word None as text)" * self.is_text))
-        if self.is_text and isinstance(value, int | float):  # papermill's -p makes numbers of such words
-            value = str(value)
+        if self.is_text and (isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 1000)):
+            value = str(value)  # papermill's -p makes numbers of such words
         if self.type is Path:
             return self._read_path(name, value)
         if self.type is str:
