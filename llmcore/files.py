@@ -308,8 +308,11 @@ def hub_token(token: str | None = None) -> str | None:
     try:
         secret = huggingface_hub.get_token() if token is None else token
         secret = secret.strip() if secret is not None else None
+        odd = None
     except Exception as error:  # a file that is no text; bytes or a number as the argument
-        raise ValueError(f"{name} cannot be read as text ({type(error).__name__})") from None
+        odd = type(error).__name__
+    if odd:  # only here: not even the context of our error shows the other, which holds the token
+        raise ValueError(f"{name} cannot be read as text ({odd})")
     if secret is not None and not (isinstance(secret, str) and re.fullmatch(r"[A-Za-z0-9._~+/=-]+", secret)):
         raise ValueError(
             f"{name} is empty or holds a character that no token has (allowed are letters, digits and ._~+/=-); "

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 from hypothesis import given
@@ -198,6 +200,35 @@ def test_a_failure_is_told_without_the_token() -> None:
     error = OSError(f"Illegal header value b'Bearer {TOKEN}' of {TOKEN}")
     assert hub_failure(error, TOKEN) == "OSError: Illegal header value b'Bearer [token]' of [token]"
     assert "Bearer" in hub_failure(error, None)
+
+
+def everything_of(error: BaseException | None) -> str:
+    """What a tool that follows every cause and context of an error can show of them."""
+    return "" if error is None else f"{error!r} {everything_of(error.__cause__)} {everything_of(error.__context__)}"
+
+
+def test_not_even_the_context_of_an_error_holds_a_token(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*_: Any, **__: Any) -> None:
+        raise OSError(f"Illegal header value b'Bearer {TOKEN}'")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refusing)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refusing)
+    calls: list[Callable[[], Any]] = [lambda: from_hub(REPO, token=TOKEN), lambda: push_to_hub(run, REPO, token=TOKEN)]
+    for call in calls:
+        with pytest.raises(HubError, match=r"\[token\]") as failure:
+            call()
+        assert TOKEN not in everything_of(failure.value)
+
+
+def test_a_token_file_that_is_no_text_is_not_even_in_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_bytes(TOKEN.encode() + b"\xff")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(ValueError, match="cannot be read as text") as odd:
+        hub_token()
+    assert TOKEN not in everything_of(odd.value)
 
 
 @pytest.mark.slow

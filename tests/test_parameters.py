@@ -79,7 +79,7 @@ def test_values_get_their_right_types(name: str, given: object, meant: object) -
         ("dim", 1), ("n_layers", 0), ("n_heads", 2.5), ("dims", ""), ("dims", "16 wide"), ("dims", 16),
         ("dims", "16 0"), ("budgets", "1e12 nan"), ("budgets", []), ("workers", 0), ("min_steps", -1),
         ("held_back_epochs", 0), ("weight_decay", -0.1), ("seed", 10**400), ("seed", "9" * 5000),
-        pytest.param("seed", 10**5000, id="seed-5000-digits"),
+        pytest.param("seed", 10**5000, id="seed-5000-digits"), pytest.param("project", 10**5000, id="project-5000-digits"),
         ("learning_rate", 10**400), ("vocab_size", "3.0005e3"), ("vocab_size", {}), ("prompt", ["a"]), ("prompt", None),
         ("prompt", "half \ud83d of it"), ("output_dir", "a\0b"), ("output_dir", "x" * 300), ("output_dir", "a/" * 5000),
         ("output_dir", "~nobody-of-this-name/x"), ("output_dir", "\ud800"), ("dataset_dir", "README.md/inside"),

@@ -163,18 +163,20 @@ def _from_hub(repo_id: str, downloads: Path, folder: Path) -> None:
     """
     import huggingface_hub  # here, because only this function needs it
 
-    secret = None
+    secret = failure = None
     try:
         secret = hub_token()
         huggingface_hub.snapshot_download(
             repo_id, repo_type="dataset", local_dir=downloads, allow_patterns=["*.txt", "*.zip"]
         )
     except Exception as error:  # the library raises its HTTP client's errors too
+        failure = hub_failure(error, secret)
+    if failure:  # only here: the error itself may show a token, and is not even the context of ours
         raise CorpusError(
-            f"could not download the data set {repo_id} ({hub_failure(error, secret)}). Whole files are kept in "
+            f"could not download the data set {repo_id} ({failure}). Whole files are kept in "
             f"{downloads}: try again, start again with the environment variable HF_ENDPOINT set to a mirror, or set "
             "data_dir to a folder of .txt files"
-        ) from None  # the error itself may show a token
+        )
     for path in sorted(downloads.rglob("*")):
         relative = path.relative_to(downloads)
         if relative.parts[0] == ".cache" or not path.is_file():

@@ -52,12 +52,14 @@ def push_to_hub(
             commit: Any = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=f"Step {checkpoint.step} of {_run(checkpoint)}"
             )
+            return str(commit.commit_url)
         except Exception as error:  # the library raises its HTTP client's errors too
-            raise HubError(
-                f"could not upload to {repo_id} ({hub_failure(error, secret)}). Log in with `hf auth login`, or set "
-                "HF_TOKEN to a token that may write there"
-            ) from None  # the error itself may show the token
-    return str(commit.commit_url)
+            failure = hub_failure(error, secret)
+    # only here: the error itself may show the token, and is not even the context of ours
+    raise HubError(
+        f"could not upload to {repo_id} ({failure}). Log in with `hf auth login`, or set HF_TOKEN to a token that may "
+        "write there"
+    )
 
 
 def from_hub(
@@ -83,7 +85,7 @@ def from_hub(
     """
     import huggingface_hub
 
-    folder = resolve(repo_id)
+    folder, failure = resolve(repo_id), None
     if not folder.is_dir():
         secret = _token(token)
         wanted = [name for name in HF_FILES if not name.startswith(("README", "training"))]
@@ -93,10 +95,11 @@ def from_hub(
             options["token"] = None if token is None else secret
             folder = Path(huggingface_hub.snapshot_download(repo_id, **options))
         except Exception as error:
-            raise HubError(
-                f"could not download {repo_id} ({hub_failure(error, secret)}). Check its name; if it is private, "
-                "log in with `hf auth login`"
-            ) from None
+            failure = hub_failure(error, secret)
+    if failure:
+        raise HubError(
+            f"could not download {repo_id} ({failure}). Check its name; if it is private, log in with `hf auth login`"
+        )
     return from_hf(folder, device, max_seq_len)
 
 

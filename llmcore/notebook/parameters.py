@@ -64,7 +64,8 @@ class Kind:
                 return None
             hint = " (papermill's -r takes the word None as text)" if self.is_text else ""
             raise ValueError(f"{name} must be set{hint}")
-        if self.is_text and isinstance(value, int | float):  # papermill's -p turns "2024" into a number
+        # papermill's -p turns "2024" into a number; Python does not write one of thousands of digits
+        if self.is_text and (isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 1000)):
             value = str(value)
 
         if self.type is Path:
