@@ -17,8 +17,6 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmcore.corpus.texts import FREQUENT
-
 try:
     import fcntl
 except ImportError:  # Windows: what killed processes leave stays there
@@ -30,7 +28,6 @@ _beside = Path(__file__).parent.parent
 PROJECT_ROOT = Path(
     os.environ.get("LLM_WORKBOOK_ROOT") or (_beside if (_beside / "pyproject.toml").is_file() else Path.cwd())
 ).resolve()
-FREQUENT += "abcdefghijklmnopqrstuvwxyz"
 
 # Characters that act instead of showing: an escape (1B) could recolour or clear a terminal, others turn the direction
 # of writing around, end a line, or are half a surrogate, which ends a program that prints it.
