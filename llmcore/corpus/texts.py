@@ -19,6 +19,7 @@ from tqdm import tqdm
 from llmcore.files import display_path, one_line, pointer_hint
 
 READ_BYTES = 1 << 16  # read at a time; the C library keeps the memory of larger blocks
+POINTER_BYTES = 1 << 10  # a pointer of Git LFS is smaller than this
 
 # Frequent characters of Chinese and other texts. They tell encodings apart.
 FREQUENT = "，。的一是不了人我在有他這这為为們们来來个個说說国國道上大中到就那你要出也得里裡后後会會 \n"
@@ -70,8 +71,6 @@ def text_blocks(path: Path, digest: Any = None) -> Iterator[str]:
     Raises:
         ValueError: if the file is not UTF-8, naming it and the first bad byte; or if it is a pointer of Git LFS.
     """
-    if hint := pointer_hint(path):
-        raise ValueError(f"{display_path(path)} cannot be read: {hint}")
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     place = 0
     with open(path, "rb") as file:
@@ -79,6 +78,8 @@ def text_blocks(path: Path, digest: Any = None) -> Iterator[str]:
             raw = file.read(READ_BYTES)
             if digest is not None:
                 digest.update(raw)
+            if not place and len(raw) < POINTER_BYTES and (hint := pointer_hint(path)):
+                raise ValueError(f"{display_path(path)} cannot be read: {hint}")
 
             start, place = place, place + len(raw)
             try:

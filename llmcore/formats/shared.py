@@ -56,7 +56,7 @@ def to_halves(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """The way back from `to_halves`."""
+    """The inverse of `to_halves`."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
