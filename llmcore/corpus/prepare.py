@@ -207,7 +207,7 @@ def _plan_parts(texts: list[TextFile], val_fraction: float, earlier: dict[str, A
     filled = [text for text in texts if text.characters]
     sources = _earlier_sources(filled, earlier)
 
-    # with another val_fraction, texts move; with a higher one, what was held out stays so
+    # with another val_fraction, texts change sides; only with a lower one, also those that were held out
     earlier_fraction = earlier.get("val_fraction", val_fraction)
     staying = {"both"}
     if val_fraction >= earlier_fraction:
@@ -361,7 +361,7 @@ def _write_dataset(
     with bar:
         _write_tokens(folder, jobs(), dtype, bar)
 
-    # what goes beside them
+    # offsets, hashes and the manifest
     splits = {}
     for split in SPLITS:
         own = [record for record in written if record.split == split]

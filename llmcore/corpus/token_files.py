@@ -53,7 +53,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def publish(folder: Path, dataset_dir: Path) -> None:
-    """Move a complete data set from a folder into `dataset_dir`, in place of the one there. The folder goes.
+    """Move a complete data set from a folder into `dataset_dir`, in place of what is there. The folder is removed.
 
     Without a manifest in the folder, nothing happens. After a kill, another call completes the move.
     """

@@ -37,7 +37,7 @@ def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torc
     llama.cpp replaces spaces by U+2581 before it cuts a text, so a U+2581 in the text becomes a space there.
 
     Args:
-        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
         file: such as model.gguf; replaced if it is there.
         dtype: of the matrices, torch.float32 or torch.float16. The norms are always float32.
 

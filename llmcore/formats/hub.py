@@ -40,7 +40,7 @@ def from_hub(
     Raises:
         FormatError: if it is not a Llama that our model supports.
         CheckpointError: for weights that do not fit.
-        HubError: if the download failed, or the token cannot be one.
+        HubError: if the download failed, or the token is not valid.
     """
     import huggingface_hub  # here, because only the Hub's functions need it
 
@@ -67,7 +67,7 @@ def push_to_hub(
     """Upload a checkpoint in Hugging Face's format, with a model card, and the training curves if the run has them.
 
     Args:
-        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
         repo_id: "<user or organisation>/<name>"; a new repository is made if there is none.
         data: what the model was trained on, in words, for the card.
         private: whether a new repository is.
@@ -78,7 +78,7 @@ def push_to_hub(
 
     Raises:
         CheckpointError: if there is no such checkpoint.
-        HubError: if the upload failed, or the token cannot be one.
+        HubError: if the upload failed, or the token is not valid.
     """
     import huggingface_hub
 

@@ -306,7 +306,7 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
     """Write a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load without our code.
 
     Args:
-        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
         folder: replaced as a whole. It may hold only files of an earlier export.
         dtype: of the weights. None: their own.
 

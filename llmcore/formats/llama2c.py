@@ -32,7 +32,7 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
     The program puts a space before a prompt.
 
     Args:
-        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
         file: such as model.bin; replaced if it is there.
         adapt: True for the C program, False for another program that reads the file.
 
