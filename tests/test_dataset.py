@@ -255,7 +255,7 @@ def test_unreadable_files_are_all_named_or_left_out_on_request(tokenizer: Tokeni
         prepare_dataset(folder, tokenizer, out, progress=False)
     for fault in (
         r"gbk.txt is not UTF-8: byte 3 is 0xb2",
-        "pipe.txt: it is no regular file",
+        "pipe.txt: it is not a regular file",
         r"\xff.txt",
         "errors=skip",
     ):

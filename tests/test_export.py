@@ -557,7 +557,7 @@ def test_a_shard_that_is_missing_or_a_pipe_is_refused(tmp_path: Path) -> None:
         from_hf(tmp_path)
     shard.unlink()
     save_file({**load_file(sorted(tmp_path.glob("model-*.safetensors"))[0])}, shard)
-    with pytest.raises(FormatError, match=r"does not hold .*, which model\.safetensors\.index\.json says it does"):
+    with pytest.raises(FormatError, match=r"does not hold .*, although model\.safetensors\.index\.json says so"):
         from_hf(tmp_path)
     shard.write_bytes(content)
     (tmp_path / "model.safetensors").write_bytes(content)

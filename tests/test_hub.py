@@ -34,10 +34,11 @@ REPO, TOKEN = "someone/novels-mini", "hf_" + "x1y2z3" * 5
 
 @pytest.fixture
 def run(tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    """A short real run with validation."""
+    """A short real run with validation, and a picture as the dashboard leaves one."""
     model, data = tiny_model(vocab_size=tokenizer.vocab_size), Batches()
     folder = tmp_path / "runs" / "novels"
     Trainer(model, data, data, quick(eval_interval=3), folder, tokenizer=tokenizer).fit()
+    (folder / "curves.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     return folder
 
 
@@ -63,6 +64,10 @@ def test_the_card_says_what_the_run_says(run: Path, tmp_path: Path) -> None:
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     again = to_hf(checkpoint, folder)  # an export with a card is still replaced
     assert not (again / "README.md").exists()
+    (run / "curves.png").unlink()  # a run without a dashboard
+    write_card(checkpoint, folder, REPO)
+    assert "training.png" not in (folder / "README.md").read_text(encoding="utf-8")
+    assert not (folder / "training.png").exists()
 
 
 def test_a_folder_on_this_machine_opens_without_the_hub(run: Path, tmp_path: Path) -> None:

@@ -645,7 +645,7 @@ SIMPLIFIED, TRADITIONAL = "他说，这个国家的人们来自什么地方。\n
         (SIMPLIFIED.encode()[:-2], "text around it is UTF-8"),
         (SIMPLIFIED.encode() + b"\xff" + SIMPLIFIED.encode(), "text around it is UTF-8"),
         ("déjà vu\n".encode("cp1252") * 50, "encoding is not known: convert it to UTF-8, or remove it"),
-        (b"%PDF\0\1\2" + bytes(range(256)) * 300, "looks like no text"),
+        (b"%PDF\0\1\2" + bytes(range(256)) * 300, "does not look like text"),
         (b"\xff", "encoding is not known"),
     ],
 )
@@ -653,6 +653,19 @@ def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path: Path, raw: bytes,
     (tmp_path / "a.txt").write_bytes(raw)
     with pytest.raises(ValueError, match=rf"a.txt is not UTF-8: byte \d+ is 0x..\. .*{said}"):
         read_text(tmp_path / "a.txt")
+
+
+def test_a_git_lfs_pointer_is_not_read_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "t", {"a": "却说" * 99, "b": "曹操" * 99})
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    (texts / "novel.txt").write_text(pointer, encoding="utf-8")
+    said = r"novel\.txt cannot be read: it is only a Git LFS pointer.*git lfs pull"
+    with pytest.raises(ValueError, match=said):
+        read_text(texts / "novel.txt")
+    with pytest.raises(ValueError, match=said):
+        prepare_dataset(texts, tokenizer, tmp_path / "d", progress=False)
+    manifest = prepare_dataset(texts, tokenizer, tmp_path / "d", errors="skip", progress=False)
+    assert set(manifest["refused"]) == {"novel.txt"} and len(manifest["sources"]) == 2
 
 
 @settings(deadline=None, max_examples=examples(200))
@@ -663,7 +676,7 @@ def test_any_bytes_are_text_or_an_error_in_words(tmp_path_factory: pytest.TempPa
     try:
         assert read_text(file) == raw.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n").replace("\r", "\n")
     except ValueError as error:
-        assert re.search("is not UTF-8: byte .*(iconv|convert|remove)", str(error))
+        assert re.search("is not UTF-8: byte .*(iconv|convert|remove)|only a Git LFS pointer", str(error))
 
 
 def test_only_held_out_text_can_be_helped_by_a_larger_val_fraction(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -287,6 +287,15 @@ def test_a_data_set_of_the_hub_becomes_a_folder_of_texts(hub: Hub, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_data_set_without_texts_is_named_and_not_a_temporary_folder(hub: Hub, tmp_path: Path) -> None:
+    for content in ({"README.md": b"# data"}, {"scifi.zip": archive(("readme.md", "no"))}):
+        hub.files = content
+        result = fetch_elsewhere(f"http://127.0.0.1:{hub.server_port}", tmp_path)
+        assert "CorpusError: the data set wzy816/scifi holds no .txt file; set data_dir to" in result.stderr
+        assert not (tmp_path / "scifi").exists() and ".llmcore-" not in result.stderr
+
+
+@pytest.mark.slow
 def test_a_download_goes_on_after_a_broken_connection(hub: Hub, tmp_path: Path) -> None:
     novel = "".join(map(str, range(4_000_000)))  # more than one of the library's 10 MB blocks
     hub.files["scifi.zip"] = archive(("a.txt", novel))

@@ -18,30 +18,38 @@ from tqdm import tqdm
 
 from llmcore.corpus.texts import sample_texts, split_long, text_blocks
 from llmcore.files import write_atomic
-from llmcore.tokenizer import _SPACE, BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer, TokenizerError
+from llmcore.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer, TokenizerError
 
-MIN_COVERAGE = 0.98  # SentencePiece accepts no less
-TRAINER_THREADS = 16  # recorded in the model, so a fixed number gives the same file on every machine
+MIN_COVERAGE = 0.98  # the least that SentencePiece accepts
+TRAINER_THREADS = 16  # recorded in the model: with a fixed number, every machine writes the same file
+SPACE_MARK = "▁"  # U+2581: the trainer sees it in place of a space
+FIXED_PIECES = 256 + 4 + 1  # bytes, special ids and the newline
 
 
 def sentences(
     files: Iterable[str | os.PathLike[str]], max_sentence_length: int, bar: tqdm[Any] | None = None
 ) -> Iterator[str]:
-    """The lines of text files, longer ones split at sentence ends: SentencePiece skips what is too long for it.
+    """The lines of text files. Longer lines are split at sentence ends, because SentencePiece skips them.
 
-    However long a file or a line is, little of it is in memory. A bar is told of the bytes read.
+    Only a small part of a file or line is in memory at a time.
+
+    Args:
+        files: text files.
+        max_sentence_length: of a line, in UTF-8 bytes.
+        bar: progress in bytes.
     """
     for file in files:
-        rest = ""  # of a line that the next block goes on with
+        rest = ""  # the unfinished line at the end of a block
         for block in text_blocks(Path(file)):
-            # Tabs and U+2585 are marks of the trainer's own; it would drop the whole line. It never learns the names of
-            # special pieces either, such as "<s>": split off, they do not count as characters that the text needs.
+            # The trainer uses tabs and U+2585 itself, and would drop the whole line. It does not learn the names of
+            # special pieces, such as "<s>", either: removed, their characters do not count as needed.
             *lines, rest = re.split(r"[\n\t\u2585\0]|<(?:pad|unk|/?s|0x[0-9A-F]{2})>", rest + block)
             for line in lines:
                 if line:
                     yield from split_long(line, max_sentence_length)
             *pieces, rest = split_long(rest, max_sentence_length)
             yield from pieces
+
             if bar is not None:
                 bar.update(len(block.encode()))
         if rest:
@@ -63,19 +71,19 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Learn pieces from text files and write `<model_prefix>.model` and `.vocab`.
 
-    The trainer needs about 20 bytes of memory per byte of text it learns from, so of a large corpus it gets a sample.
+    The trainer needs about 20 bytes of memory per byte of text, so from a large corpus it learns from a sample.
 
     Args:
         files: text files, UTF-8.
         model_prefix: path without the ending.
-        vocab_size: number of ids, the 4 special and 256 byte pieces included.
+        vocab_size: number of ids, including 4 special and 256 byte pieces.
         model_type: "bpe" or "unigram".
-        character_coverage: share of the text's characters that get a piece, from 0.98 to 1; the rest are spelled
+        character_coverage: share of the text's characters that get a piece, from 0.98 to 1. The rest are spelled
             in bytes.
-        max_sentence_length: in bytes; longer lines are split, never dropped.
-        input_sentence_size: at most so many lines are sampled.
-        input_bytes: of larger texts, so many bytes of lines are sampled, give or take. This bounds memory.
-        seed: of that sampling.
+        max_sentence_length: in bytes. Longer lines are split, never dropped.
+        input_sentence_size: the largest number of lines that are sampled.
+        input_bytes: the largest size of the sample, roughly. This bounds memory.
+        seed: of the sampling.
         progress: show a bar while the text is read. Learning, which follows, has none.
 
     Raises:
@@ -87,20 +95,23 @@ def train_tokenizer(
     if not MIN_COVERAGE <= character_coverage <= 1:
         raise TokenizerError(f"character_coverage={character_coverage} must be between {MIN_COVERAGE} and 1")
     paths = [Path(file) for file in files]
-    prefix = Path(model_prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
+    model_file = Path(f"{Path(model_prefix)}.model")
+    model_file.parent.mkdir(parents=True, exist_ok=True)
+
+    # a random sample of the lines
     size = sum(path.stat().st_size for path in paths)
-    share, chance = input_bytes / max(size, 1), random.Random(seed)
+    share, random_numbers = input_bytes / max(size, 1), random.Random(seed)
     bar = tqdm(total=size, unit="B", unit_scale=True, disable=not progress, leave=False)
     bar.set_description("read" if share >= 1 else f"sample {share:.1%} of the lines")
 
     def sample() -> Iterator[str]:
         lines = sentences(paths, max_sentence_length, bar)
-        yield from lines if share >= 1 else (line for line in lines if chance.random() < share)
+        yield from lines if share >= 1 else (line for line in lines if random_numbers.random() < share)
         bar.set_description("learn")
 
+    # learn, without any change of the text
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sample(),
@@ -127,10 +138,13 @@ def train_tokenizer(
         raise TokenizerError(_advice(str(error), paths, vocab_size, character_coverage)) from None
     finally:
         bar.close()
-    write_atomic(prefix.with_name(prefix.name + ".model"), model.getvalue())
-    tokenizer = Tokenizer(prefix.with_name(prefix.name + ".model"))
-    rows = (f"{tokenizer.id_to_piece(i)!r}\t{tokenizer._processor.get_score(i):g}\n" for i in range(vocab_size))
-    write_atomic(prefix.with_name(prefix.name + ".vocab"), "".join(rows))
+
+    # the model, and its pieces with their scores for people to read
+    write_atomic(model_file, model.getvalue())
+    tokenizer = Tokenizer(model_file)
+    scores = [piece.score for piece in tokenizer.model_proto().pieces]
+    rows = (f"{tokenizer.id_to_piece(id)!r}\t{score:g}\n" for id, score in enumerate(scores))
+    write_atomic(model_file.with_suffix(".vocab"), "".join(rows))
     return tokenizer
 
 
@@ -143,35 +157,48 @@ def _advice(message: str, files: list[Path], vocab_size: int, character_coverage
             f"set vocab_size to {too_large[1]} or less, or add text"
         )
     if "required_chars" in message or "vocab_size" in message.lower():
-        counts: Counter[str] = Counter()
-        for line in sentences(files, 1 << 20):
-            counts.update(line.replace(" ", _SPACE))  # they are one to the trainer
-        shares = list(accumulate(count / counts.total() for _, count in counts.most_common()))
-        needed = bisect_left(shares, character_coverage) + 1
-        fewest = bisect_left(shares, MIN_COVERAGE) + 1
-        room = vocab_size - 256 - 4 - 1  # bytes, special ids and the newline
-        lower = ""
-        if fewest < room:
-            coverage = max(MIN_COVERAGE, int(10_000 * shares[room - 2]) / 10_000)
-            lower = f", or character_coverage to {coverage:g} or less"
-        elif needed > fewest:
-            lower = f", or to {fewest + 261} or more with character_coverage={MIN_COVERAGE}"
-        return (
-            f"vocab_size={vocab_size} is too small: at character_coverage={character_coverage:g} the text needs "
-            f"{needed} characters besides 256 bytes and 5 special symbols. "
-            f"Set vocab_size to {needed + 261} or more{lower} (rarer characters are then spelled in bytes)"
-        )
+        return _advice_to_enlarge(files, vocab_size, character_coverage)
     if "Input corpus" in message or "empty" in message.lower() or "sentences_" in message:
         return f"the {len(files)} text files hold no text to learn from"
     return message
 
 
+def _advice_to_enlarge(files: list[Path], vocab_size: int, character_coverage: float) -> str:
+    """What to do about a vocabulary that is too small for the characters of the text."""
+    counts: Counter[str] = Counter()
+    for line in sentences(files, 1 << 20):
+        counts.update(line.replace(" ", SPACE_MARK))  # the trainer counts the two as the same character
+    shares = list(accumulate(count / counts.total() for _, count in counts.most_common()))
+    needed = bisect_left(shares, character_coverage) + 1
+    fewest = bisect_left(shares, MIN_COVERAGE) + 1
+
+    # another way out is to cover fewer characters
+    room = vocab_size - FIXED_PIECES
+    alternative = ""
+    if fewest < room:
+        coverage = max(MIN_COVERAGE, int(10_000 * shares[room - 2]) / 10_000)
+        alternative = f", or character_coverage to {coverage:g} or less"
+    elif needed > fewest:
+        alternative = f", or to {fewest + FIXED_PIECES} or more with character_coverage={MIN_COVERAGE}"
+    return (
+        f"vocab_size={vocab_size} is too small: at character_coverage={character_coverage:g} the text needs "
+        f"{needed} characters besides 256 bytes and 5 special symbols. "
+        f"Set vocab_size to {needed + FIXED_PIECES} or more{alternative} (rarer characters are then spelled in bytes)"
+    )
+
+
 def compression_by_vocab_size(
     files: Sequence[Path], vocab_sizes: Iterable[int], folder: Path, **options: float | int | str
 ) -> dict[int, float]:
-    """Characters per token of tokenizers of several sizes, trained on and measured over the same files.
+    """Characters per token of tokenizers of several sizes, trained and measured on the same files.
 
-    Of a large corpus, ten megabytes are enough. Sizes that this text cannot support are left out.
+    From a large corpus, ten megabytes are sampled. Sizes that this text does not support are left out.
+
+    Args:
+        files: text files.
+        vocab_sizes: to try.
+        folder: where the tokenizers go.
+        options: of `train_tokenizer`.
     """
     texts = sample_texts(files)
     options = {"input_bytes": 10_000_000, **options}

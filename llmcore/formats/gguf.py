@@ -1,4 +1,4 @@
-"""GGUF files, for llama.cpp and what builds on it."""
+"""GGUF files, for llama.cpp and programs built on it: written."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from llmcore.config import ModelConfig
 from llmcore.files import replacing, resolve
 from llmcore.formats.hf_tokenizer import BPE, UNUSED, why_other_ids
 from llmcore.formats.shared import AnyCheckpoint, FormatError, open_checkpoint, translate, warn_of_other_ids, weights_of
 from llmcore.tokenizer import Tokenizer
 
+# our names of weights -> those of GGUF
 GGUF_NAMES = {
     "tok_embeddings": "token_embd",
     "norm": "output_norm",
@@ -29,59 +31,43 @@ GGUF_NAMES = {
 }
 
 
-# GGUF
-
-
 def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:
-    """Write a GGUF file, which llama.cpp and what builds on it run: weights and tokenizer in one.
+    """Write a GGUF file with the weights and the tokenizer, for llama.cpp and programs built on it.
 
-    llama.cpp turns spaces into U+2581 before it cuts a text, so a U+2581 in the text becomes a space there.
+    llama.cpp replaces spaces by U+2581 before it cuts a text, so a U+2581 in the text becomes a space there.
 
     Args:
-        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
         file: such as model.gguf; replaced if it is there.
         dtype: of the matrices, torch.float32 or torch.float16. The norms are always float32.
 
     Raises:
         CheckpointError: if there is no such checkpoint.
-        FormatError: for another dtype, or a tokenizer that is not BPE. (One that llama.cpp cannot follow in other
-            ways goes along with a warning.)
+        FormatError: for another dtype, or a tokenizer that is not BPE. A tokenizer that llama.cpp follows only in
+            part is written with a warning.
     """
     import gguf  # here, because only this function needs it
 
-    kinds = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.float16: gguf.LlamaFileType.MOSTLY_F16}
-    if dtype not in kinds:
+    file_types = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.float16: gguf.LlamaFileType.MOSTLY_F16}
+    if dtype not in file_types:
         raise FormatError(f"dtype={dtype} must be torch.float32 or torch.float16 in a GGUF file")
     checkpoint, file = open_checkpoint(checkpoint), resolve(file)
     config, tokenizer = checkpoint.model.config, checkpoint.tokenizer
-    assert config.head_dim and config.hidden_dim and config.n_kv_heads
-    if tokenizer is not None and tokenizer.model_proto().trainer_spec.model_type != BPE:
-        raise FormatError(
-            "llama.cpp cuts text as BPE does, and the tokenizer is of another kind; train one that is BPE"
-        )
     if tokenizer is not None:
+        if tokenizer.model_proto().trainer_spec.model_type != BPE:
+            raise FormatError("llama.cpp cuts text as BPE does, and this tokenizer is not BPE; train one that is BPE")
         warn_of_other_ids("llama.cpp", why_other_ids(tokenizer, config.vocab_size, prefix=True, symbols=True))
+
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
         writer.add_name(os.fsencode(checkpoint.path.parent.name).decode("utf-8", "replace"))
-        writer.add_file_type(kinds[dtype])
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_context_length(config.max_seq_len)
-        writer.add_embedding_length(config.dim)
-        writer.add_block_count(config.n_layers)
-        writer.add_feed_forward_length(config.hidden_dim)
-        writer.add_head_count(config.n_heads)
-        writer.add_head_count_kv(config.n_kv_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(config.rope_theta)
-        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_file_type(file_types[dtype])
+        _add_config(writer, config)
         _add_tokenizer(writer, tokenizer, config.vocab_size)
         for name, tensor in weights_of(checkpoint).items():
-            kind = dtype if tensor.dim() == 2 else torch.float32
-            writer.add_tensor(translate(name, GGUF_NAMES, "blk.{}."), tensor.to(kind).numpy())
+            tensor = tensor.to(dtype if tensor.dim() == 2 else torch.float32)  # vectors are the norms' weights
+            writer.add_tensor(translate(name, GGUF_NAMES, "blk.{}."), tensor.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -89,20 +75,37 @@ def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torc
     return file
 
 
+def _add_config(writer: Any, config: ModelConfig) -> None:
+    """The model's sizes."""
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+
+
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-    """The vocabulary: pieces, scores and types are SentencePiece's own."""
+    """The vocabulary, with SentencePiece's pieces, scores and types."""
     if tokenizer is None:
         writer.add_tokenizer_model("none")
         return
     proto = tokenizer.model_proto()
-    more = range(len(proto.pieces), vocab_size)  # a model may have more ids than its tokenizer
+    unused = range(len(proto.pieces), vocab_size)  # a model may have more ids than its tokenizer
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([*(part.piece.encode() for part in proto.pieces), *(f"<unused{id}>".encode() for id in more)])
-    writer.add_token_scores([*(part.score for part in proto.pieces), *(-1e9 for _ in more)])
-    writer.add_token_types([*(part.type for part in proto.pieces), *(UNUSED for _ in more)])
+    writer.add_token_list([part.piece.encode() for part in proto.pieces] + [f"<unused{id}>".encode() for id in unused])
+    writer.add_token_scores([part.score for part in proto.pieces] + [-1e9] * len(unused))
+    writer.add_token_types([part.type for part in proto.pieces] + [UNUSED] * len(unused))
+
     for name in ("bos", "eos", "unk", "pad"):
         if getattr(tokenizer, f"{name}_id") >= 0:
             getattr(writer, f"add_{name}_token_id")(getattr(tokenizer, f"{name}_id"))
-    writer.add_add_bos_token(False)  # texts are not begun with it in training either
+    writer.add_add_bos_token(False)  # texts do not begin with it in training either
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)

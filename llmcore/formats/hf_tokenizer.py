@@ -1,7 +1,7 @@
-"""Our SentencePiece tokenizer as the `tokenizer.json` of Hugging Face's `tokenizers` library, with the very same ids.
+"""Our SentencePiece tokenizer as the `tokenizer.json` of Hugging Face's `tokenizers` library, with the same ids.
 
-The library's own converter imitates SentencePiece by turning spaces into "▁" first, so that a "▁" in the text becomes
-a space. Here spaces stay spaces: pieces are stored with them, and nothing touches the text before it is cut.
+The library's own converter replaces spaces by "▁" first, as SentencePiece does, so a "▁" in the text becomes a space.
+Here the pieces are stored with spaces, and the text is not changed before it is cut.
 """
 
 from __future__ import annotations
@@ -13,26 +13,28 @@ from typing import Any
 
 from llmcore.tokenizer import Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's types of pieces
-BPE = 2  # and of models
+# SentencePiece's numbers for types of pieces and of models
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+BPE = 2
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, max_seq_len: int) -> None:
     """Write tokenizer.model, tokenizer.json and tokenizer_config.json into a folder.
 
-    A SentencePiece model that is not BPE, or that changes the text (as those of `train_tokenizer` do not), has no exact
-    equal there: its tokenizer.model is written alone, with a warning.
+    A SentencePiece model that is not BPE, or that changes the text, cannot be written as tokenizer.json. Then only
+    tokenizer.model is written, with a warning. Models of `train_tokenizer` that are BPE have no such problem.
     """
     (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     proto = tokenizer.model_proto()
     if reason := why_other_ids(tokenizer, vocab_size, space_byte=True):
         warnings.warn(f"the tokenizer {reason}: tokenizer.model is written, but no tokenizer.json", stacklevel=3)
         return
+
     special = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": proto.pieces[id].piece for name, id in special.items() if id >= 0},
-        "split_special_tokens": True,  # a "</s>" in a text is four characters, as it is to us
+        "split_special_tokens": True,  # a "</s>" in a text is four characters, as for our tokenizer
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
@@ -43,26 +45,26 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, max_
 def why_other_ids(
     tokenizer: Tokenizer, vocab_size: int, prefix: bool = False, symbols: bool = False, space_byte: bool = False
 ) -> str | None:
-    """Why a program that cuts text by plain BPE gets other ids than this tokenizer; None if it gets the same.
+    """Why a program that cuts text by plain BPE gets other ids than this tokenizer; None if it gets the same ids.
 
     Args:
-        tokenizer: whose ids are meant.
-        vocab_size: ids of the model.
+        tokenizer: to compare with.
+        vocab_size: number of ids of the model.
         prefix: whether the program can be told to put a space before each text.
         symbols: whether it keeps user-defined symbols whole.
         space_byte: whether it spells a space that has no piece as the byte 0x20, as we do.
     """
     proto = tokenizer.model_proto()
-    rules, made = proto.normalizer_spec, proto.trainer_spec
-    changes = rules.name not in ("identity", "") or rules.precompiled_charsmap or rules.remove_extra_whitespaces
+    rules, trainer = proto.normalizer_spec, proto.trainer_spec
+    changes_text = rules.name not in ("identity", "") or rules.precompiled_charsmap or rules.remove_extra_whitespaces
+    has_symbols = any(part.type == USER_DEFINED and len(part.piece) > 1 for part in proto.pieces)
     reasons = {
-        "is not BPE": made.model_type != BPE,
-        "has no byte fallback": not made.byte_fallback,
-        "changes text before cutting it": changes or (rules.add_dummy_prefix and not prefix),
+        "is not BPE": trainer.model_type != BPE,
+        "has no byte fallback": not trainer.byte_fallback,
+        "changes text before cutting it": changes_text or (rules.add_dummy_prefix and not prefix),
         "has no piece for a space": not tokenizer.has_space_piece and not space_byte,
-        "puts spaces elsewhere": made.treat_whitespace_as_suffix or not rules.escape_whitespaces,
-        "keeps symbols of its own whole": not symbols
-        and any(part.type == USER_DEFINED and len(part.piece) > 1 for part in proto.pieces),
+        "puts spaces elsewhere": trainer.treat_whitespace_as_suffix or not rules.escape_whitespaces,
+        "keeps symbols of its own whole": has_symbols and not symbols,
         f"has {tokenizer.vocab_size:,} ids, the model {vocab_size:,}": tokenizer.vocab_size > vocab_size,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -88,9 +90,9 @@ def tokenizer_json(proto: Any) -> str:
 
 
 def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
-    """Which pairs to join, the best first.
+    """The pairs of pieces to join, the best first.
 
-    SentencePiece knows only how good the joined piece is; each way to cut it into two pieces is a merge of that rank.
+    SentencePiece has a score for each joined piece. Each way to cut the piece in two gives a merge of that rank.
     """
     scores = {pieces[id]: part.score for id, part in enumerate(proto.pieces) if part.type == NORMAL}
     merges = []

@@ -44,9 +44,11 @@ HF_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
-    "README.md",  # these two are written for the Hub
+    "README.md",  # this and the picture are written for the Hub
     "training.png",
 }
+
+# our names of weights -> theirs
 HF_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -61,9 +63,10 @@ HF_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-
 OUR_NAMES = {theirs: ours for ours, theirs in HF_NAMES.items()}
-_ROPE = {
+
+# what their config.json must look like
+ROPE_SCHEMA = {
     "type": ["object", "null"],
     "properties": {"rope_type": {"type": "string"}, "type": {"type": "string"}, "rope_theta": NUMBER},
 }
@@ -81,66 +84,46 @@ HF_SCHEMA = {
         "rms_norm_eps": {"type": "number"},
         "rope_theta": NUMBER,
         "tie_word_embeddings": {"type": "boolean"},
-        "rope_parameters": _ROPE,
-        "rope_scaling": _ROPE,
+        "rope_parameters": ROPE_SCHEMA,
+        "rope_scaling": ROPE_SCHEMA,
     },
 }
+
+
+# Reading
 
 
 def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: int | None = None) -> Checkpoint:
     """Open a Hugging Face folder with a Llama as our model.
 
-    Where config.json and the weights disagree about tied embeddings, the weights decide, as in transformers: an output
-    matrix of its own opens untied, with a warning.
+    If config.json and the weights disagree about tied embeddings, the weights decide, as in transformers: a model with
+    a separate output matrix is opened untied, with a warning.
 
     Args:
-        folder: config.json and safetensors, in one file or sharded; tokenizer.model if it is to have a tokenizer.
+        folder: holds config.json and safetensors, in one file or in shards; tokenizer.model for a tokenizer.
         device: "auto", "cpu", "cuda" or "mps".
         max_seq_len: the longest window. None: the folder's `max_position_embeddings`.
 
     Returns:
-        The model with weights in the dtype they are stored in, and its tokenizer, or None (with a warning) where
-        that is not SentencePiece. Step 0.
+        The model with weights in the dtype of the file, and its tokenizer; that is None (with a warning) if it is not
+        a SentencePiece model. The step is 0.
 
     Raises:
-        FormatError: for files that cannot be read, and for what our model does not have, by name: other architectures,
-            biases, other rotary embeddings, quantised weights.
-        CheckpointError: for weights that are missing, too many, of another shape, or not finite.
+        FormatError: for files that cannot be read, and for features that our model does not have, by name: other
+            architectures, biases, other rotary embeddings, quantised weights.
+        CheckpointError: for weights that are missing, unexpected, of another shape, or not finite.
     """
     folder = resolve(folder)
-    config = _config_from_hf(read_config_file(folder / "config.json", HF_SCHEMA), folder, max_seq_len)
-    files = _weight_files(folder)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        for name, shape in _shapes(file).items():
-            if name in shapes:
-                raise FormatError(f"{display_path(file)} holds {name}, which another file of the folder holds too")
-            shapes[name] = shape
-    source = folder / "model.safetensors"
-    if not config.tie_embeddings and "lm_head.weight" not in shapes and "model.embed_tokens.weight" in shapes:
-        raise FormatError(
-            f"{display_path(folder)} holds no lm_head.weight, and config.json does not say that the embedding is "
-            "the output matrix too. If it is, set tie_word_embeddings to true there; else the weights are not complete"
-        )
-    ours = {name: _our_name(name) for name in shapes if not name.endswith("rotary_emb.inv_freq")}
-    found = {ours[name]: shapes[name] for name in ours}
-    if config.tie_embeddings and "tok_embeddings.weight" not in found and "output.weight" in found:
-        ours["lm_head.weight"] = "tok_embeddings.weight"  # stored once, under the other name
-        found["tok_embeddings.weight"] = found.pop("output.weight")
-    check_shapes(config, found, source)
+    config = _model_config(read_config_file(folder / "config.json", HF_SCHEMA), folder, max_seq_len)
 
-    weights = {}
-    assert config.head_dim
-    for file in files:
-        for name, tensor in read_tensors(file).items():
-            if name not in ours:
-                _check_frequencies(name, tensor, config, file)
-                continue
-            check_dtype(tensor, file)
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                weights[ours[name]] = to_pairs(tensor, config.head_dim)
-            else:
-                weights[ours[name]] = tensor
+    # names and shapes must fit before any weight is read
+    files = _weight_files(folder)
+    shapes = _shapes_in(files)
+    names = _our_names(shapes, config, folder)
+    source = folder / "model.safetensors"
+    check_shapes(config, {ours: shapes[theirs] for theirs, ours in names.items()}, source)
+
+    weights = _read_weights(files, names, config)
     if config.tie_embeddings and "output.weight" in weights:
         output, embedding = weights["output.weight"], weights["tok_embeddings.weight"]
         if output.dtype == embedding.dtype and torch.equal(output, embedding):
@@ -155,51 +138,55 @@ def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: i
     return as_checkpoint(config, weights, folder, source, device)
 
 
-def _config_from_hf(found: dict[str, Any], folder: Path, max_seq_len: int | None) -> ModelConfig:
-    """Our configuration from theirs; defaults are those of transformers' LlamaConfig.
+def _model_config(content: dict[str, Any], folder: Path, max_seq_len: int | None) -> ModelConfig:
+    """Our configuration from the content of config.json. Defaults are those of transformers' LlamaConfig.
 
     Raises:
-        FormatError: naming every field that our model cannot follow.
+        FormatError: naming every field that our model does not support.
     """
     file = display_path(folder / "config.json")
-    rope = found.get("rope_parameters") or {}
-    scaling = found.get("rope_scaling") or {}
+
+    # features that our model does not have
+    rope = content.get("rope_parameters") or {}
+    scaling = content.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    fits = {
-        "model_type": (found.get("model_type"), "llama"),
-        "hidden_act": (found.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (found.get("attention_bias", False), False),
-        "mlp_bias": (found.get("mlp_bias", False), False),
+    supported = {  # field -> its value, and the only value that is supported
+        "model_type": (content.get("model_type"), "llama"),
+        "hidden_act": (content.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (content.get("attention_bias", False), False),
+        "mlp_bias": (content.get("mlp_bias", False), False),
         "rope_type": (rope_type, "default"),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1)) or 1, 1),
-        "quantization_config": (found.get("quantization_config"), None),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", content.get("partial_rotary_factor", 1)) or 1, 1),
+        "quantization_config": (content.get("quantization_config"), None),
     }
-    wrong = [
+    unsupported = [
         f"{name}={shortened(value)}, and only {only!r} is supported"
-        for name, (value, only) in fits.items()
+        for name, (value, only) in supported.items()
         if value != only
     ]
-    if wrong:
-        raise FormatError(f"{file} describes a model that is not ours: " + "; ".join(wrong))
+    if unsupported:
+        raise FormatError(f"{file} describes a model with unsupported features: " + "; ".join(unsupported))
+
+    # sizes
     sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    if missing := [name for name in sizes if name not in found]:
+    if missing := [name for name in sizes if name not in content]:
         raise FormatError(f"{file} cannot be used: it has no {', '.join(missing)}")
-    thetas = {theta for theta in (rope.get("rope_theta"), found.get("rope_theta")) if theta is not None}
+    thetas = {theta for theta in (rope.get("rope_theta"), content.get("rope_theta")) if theta is not None}
     if len(thetas) > 1:
         raise FormatError(f"{file} cannot be used: it gives rope_theta twice, {' and '.join(map(str, thetas))}")
     try:
         return ModelConfig(
-            vocab_size=found["vocab_size"],
-            dim=found["hidden_size"],
-            hidden_dim=found["intermediate_size"],
-            n_layers=found["num_hidden_layers"],
-            n_heads=found["num_attention_heads"],
-            n_kv_heads=found.get("num_key_value_heads"),
-            head_dim=found.get("head_dim"),
-            norm_eps=found.get("rms_norm_eps", 1e-6),
+            vocab_size=content["vocab_size"],
+            dim=content["hidden_size"],
+            hidden_dim=content["intermediate_size"],
+            n_layers=content["num_hidden_layers"],
+            n_heads=content["num_attention_heads"],
+            n_kv_heads=content.get("num_key_value_heads"),
+            head_dim=content.get("head_dim"),
+            norm_eps=content.get("rms_norm_eps", 1e-6),
             rope_theta=thetas.pop() if thetas else 10_000.0,
-            max_seq_len=found.get("max_position_embeddings", 2048) if max_seq_len is None else max_seq_len,
-            tie_embeddings=found.get("tie_word_embeddings", False),
+            max_seq_len=content.get("max_position_embeddings", 2048) if max_seq_len is None else max_seq_len,
+            tie_embeddings=content.get("tie_word_embeddings", False),
         )
     except ConfigError as error:
         raise FormatError(f"{file} cannot be used: {error}") from None
@@ -207,32 +194,35 @@ def _config_from_hf(found: dict[str, Any], folder: Path, max_seq_len: int | None
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: one, or the shards that an index names and describes."""
-    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not index.exists():
-        if not one.exists():
+        if not single.exists():
             raise FormatError(
                 f"{display_path(folder)} holds no model.safetensors; "
                 "save it with transformers' model.save_pretrained(folder), which writes that"
             )
-        return [one]
+        return [single]
+
+    # in shards
     places = read_config_file(index, {"type": "object"}).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(map(_is_name, places.values())):
+    if not isinstance(places, dict) or not places or not all(map(_is_file_name, places.values())):
         raise FormatError(f"{display_path(index)} cannot be read: weight_map must give each tensor the name of a file")
     files = sorted({folder / file for file in places.values()})
-    if one.exists() and one not in files:
+    if single.exists() and single not in files:
         raise FormatError(
             f"{display_path(folder)} holds model.safetensors and an index of other files; delete one of the two"
         )
-    held = {file.name: _shapes(file) for file in files}
-    if lost := [name for name, file in places.items() if name not in held[file]]:
-        raise FormatError(
-            f"{display_path(folder / places[lost[0]])} does not hold {lost[0]}, which {index.name} says it does"
-        )
+    tensors = {file.name: _shapes(file) for file in files}
+    for name, file_name in places.items():
+        if name not in tensors[file_name]:
+            raise FormatError(
+                f"{display_path(folder / file_name)} does not hold {shortened(name)}, although {index.name} says so"
+            )
     return files
 
 
-def _is_name(file: Any) -> bool:
-    """Whether this is the name of a weights file in the same folder, and no path."""
+def _is_file_name(file: Any) -> bool:
+    """Whether this is the name of a weights file in the same folder, not a path."""
     return isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file) is not None
 
 
@@ -246,11 +236,35 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{display_path(file)} cannot be read: {error}") from None
 
 
-# Weights
+def _shapes_in(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in several files, by their names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        for name, shape in _shapes(file).items():
+            if name in shapes:
+                raise FormatError(
+                    f"{display_path(file)} holds {shortened(name)}, which another file of the folder holds too"
+                )
+            shapes[name] = shape
+    return shapes
+
+
+def _our_names(shapes: dict[str, tuple[int, ...]], config: ModelConfig, folder: Path) -> dict[str, str]:
+    """Our name of each weight by its Hugging Face name, without the rotary frequencies that older files hold."""
+    names = {name: _our_name(name) for name in shapes if not name.endswith("rotary_emb.inv_freq")}
+    has_embedding, has_output = "model.embed_tokens.weight" in shapes, "lm_head.weight" in shapes
+    if config.tie_embeddings and has_output and not has_embedding:
+        names["lm_head.weight"] = "tok_embeddings.weight"  # the same matrix, stored under the other name
+    if not config.tie_embeddings and has_embedding and not has_output:
+        raise FormatError(
+            f"{display_path(folder)} holds no lm_head.weight, and config.json does not say that the embedding is "
+            "the output matrix too. If it is, set tie_word_embeddings to true there; else the weights are not complete"
+        )
+    return names
 
 
 def _our_name(name: str) -> str:
-    """A weight's name here, from Hugging Face's; one that is not known stays."""
+    """Our name of a weight from its Hugging Face name. An unknown name stays as it is."""
     number, stem = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
     stem = stem.removesuffix(".weight")
     if stem not in OUR_NAMES or not name.endswith(".weight"):
@@ -258,23 +272,42 @@ def _our_name(name: str) -> str:
     return f"{f'layers.{number}.' if number else ''}{OUR_NAMES[stem]}.weight"
 
 
-def _check_frequencies(name: str, tensor: Tensor, config: ModelConfig, source: Path) -> None:
-    """Older files carry the rotary frequencies, one for each pair of a head: they are computed here, so must agree."""
+def _read_weights(files: list[Path], names: dict[str, str], config: ModelConfig) -> dict[str, Tensor]:
+    """The weights by our names, in our layout."""
     assert config.head_dim
-    own = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-    if tensor.shape != own.shape or not torch.allclose(tensor.float(), own, rtol=0.02, atol=1e-6):
+    weights = {}
+    for file in files:
+        for name, tensor in read_tensors(file).items():
+            if name not in names:
+                _check_frequencies(name, tensor, config, file)
+                continue
+            check_dtype(tensor, file)
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                tensor = to_pairs(tensor, config.head_dim)
+            weights[names[name]] = tensor
+    return weights
+
+
+def _check_frequencies(name: str, tensor: Tensor, config: ModelConfig, source: Path) -> None:
+    """Compare the rotary frequencies that older files hold, (head_dim / 2,), with those that our model computes."""
+    assert config.head_dim
+    ours = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    if tensor.shape != ours.shape or not torch.allclose(tensor.float(), ours, rtol=0.02, atol=1e-6):
         raise FormatError(
             f"{display_path(source)} holds {name} for another model than config.json describes: "
             f"head_dim={config.head_dim}, rope_theta={config.rope_theta:g}"
         )
 
 
+# Writing
+
+
 def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Path:
-    """Write a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load, without code of ours.
+    """Write a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load without our code.
 
     Args:
-        checkpoint: a loaded one, or what `load_checkpoint` takes.
-        folder: replaced as a whole; it may hold nothing but an earlier export.
+        checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
+        folder: replaced as a whole. It may hold only files of an earlier export.
         dtype: of the weights. None: their own.
 
     Returns:
@@ -283,7 +316,7 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
 
     Raises:
         CheckpointError: if there is no such checkpoint.
-        FileExistsError: if the folder holds something else.
+        FileExistsError: if the folder holds other files.
     """
     checkpoint, folder = open_checkpoint(checkpoint), resolve(folder)
     config, tokenizer = checkpoint.model.config, checkpoint.tokenizer
@@ -293,10 +326,26 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
         if name.endswith(("attention.wq.weight", "attention.wk.weight")):
             tensor = to_halves(tensor, config.head_dim)
         weights[translate(name, HF_NAMES, "model.layers.{}.")] = tensor.to(dtype or tensor.dtype).contiguous()
-    kind = str(weights["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    ids = {} if tokenizer is None else {f"{n}_token_id": getattr(tokenizer, f"{n}_id") for n in ("bos", "eos", "pad")}
-    ids = {name: id for name, id in ids.items() if id >= 0}
-    description = {
+
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        if tokenizer is not None and getattr(tokenizer, f"{name}_id") >= 0:
+            ids[f"{name}_token_id"] = getattr(tokenizer, f"{name}_id")
+    description = _hf_config(config, weights["model.embed_tokens.weight"].dtype) | ids
+
+    with replacing_folder(folder, HF_FILES) as new:
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "config.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+        (new / "generation_config.json").write_text(json.dumps(ids, indent=2), encoding="utf-8")
+        if tokenizer is not None:
+            write_hf_tokenizer(tokenizer, new, config.vocab_size, config.max_seq_len)
+    return folder
+
+
+def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json, but for the special ids."""
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -314,14 +363,6 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        "dtype": kind,
-        "torch_dtype": kind,  # before version 5
-        **ids,
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,  # before version 5
     }
-    with replacing_folder(folder, HF_FILES) as new:
-        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "config.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
-        (new / "generation_config.json").write_text(json.dumps(ids, indent=2), encoding="utf-8")
-        if tokenizer is not None:
-            write_hf_tokenizer(tokenizer, new, config.vocab_size, config.max_seq_len)
-    return folder

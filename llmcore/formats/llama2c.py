@@ -1,4 +1,4 @@
-"""llama2.c's files, version 0: a model and a tokenizer for its C program."""
+"""llama2.c's files, version 0: a model and a tokenizer for its C program, written."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ import contextlib
 import math
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
+
+from llmcore.config import ModelConfig
 from llmcore.files import replacing, resolve
 from llmcore.formats.hf_tokenizer import why_other_ids
 from llmcore.formats.shared import AnyCheckpoint, FormatError, open_checkpoint, warn_of_other_ids, weights_of
 from llmcore.model import rope_table
 from llmcore.tokenizer import Tokenizer
 
-# llama2.c
+EPS = 1e-5  # what RMSNorm adds in the C program
 
 
 def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: bool = False) -> Path:
     """Write llama2.c's format, version 0: the model in float32, and its `tokenizer.bin` in the same folder.
 
-    Three numbers are built into its C program: a text begins with id 1, and ends where that comes again; a character
-    without a piece is spelled with ids 3 + byte; RMSNorm adds 1e-5. With `adapt`, ids and weights are made to suit:
-    1 is our eos (with which a text begins here too), 3 to 258 are the bytes, and the residual stream is scaled so
-    that 1e-5 there has the effect of our norm_eps here. Without it, ids and weights are as they are.
+    Three numbers are built into its C program. A text begins with id 1, and ends when id 1 comes again. A character
+    without a piece is spelled with the ids 3 + byte. RMSNorm adds 1e-5. With `adapt`, ids and weights are changed to
+    suit: id 1 is our eos (our texts begin after it too), ids 3 to 258 are the bytes, and the weights are scaled so that
+    1e-5 there has the effect of norm_eps here. Without `adapt`, ids and weights stay as they are.
 
-    Before a prompt, the program puts a space.
+    The program puts a space before a prompt.
 
     Args:
-        checkpoint: a loaded one, or what `load_checkpoint` takes.
+        checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
         file: such as model.bin; replaced if it is there.
-        adapt: suit the C program rather than a reader of one's own.
+        adapt: True for the C program, False for another program that reads the file.
 
     Returns:
         The file: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, negative if the output matrix
@@ -50,45 +54,63 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
         )
     if tokenizer is not None:
         warn_of_other_ids("llama2.c's program", why_other_ids(tokenizer, config.vocab_size))
-    ids = list(range(config.vocab_size))  # which of our ids is at each place
+
+    ids = list(range(config.vocab_size))  # our id at each place of the vocabulary
     if adapt:
-        # the stream is so many times as large; all it meets are norms, but for eps they do not care
-        scale = math.sqrt(1e-5 / config.norm_eps)
-        for name in weights:
-            if name == "tok_embeddings.weight" or name.endswith(("wo.weight", "w2.weight")):
-                weights[name] = weights[name].float() * scale
-        if config.tie_embeddings:
-            weights["norm.weight"] = weights["norm.weight"].float() / scale
-        if tokenizer is not None:
-            ids = _ids_of_its_program(tokenizer, config.vocab_size)
-            for name in {"tok_embeddings.weight", "output.weight"} & set(weights):
-                weights[name] = weights[name][ids]
-    tensors = [weights["tok_embeddings.weight"]]
-    for part in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm"):
-        tensors += [weights[f"layers.{layer}.{part}.weight"] for layer in range(config.n_layers)]
-    for part in ("w1", "w2", "w3"):
-        tensors += [weights[f"layers.{layer}.feed_forward.{part}.weight"] for layer in range(config.n_layers)]
-    tensors += [weights["norm.weight"], *rope_table(config.head_dim, config.max_seq_len, config.rope_theta)]
-    if not config.tie_embeddings:
-        tensors.append(weights["output.weight"])
+        weights = _with_other_eps(weights, config)
+    if adapt and tokenizer is not None:
+        ids = _ids_in_llama_order(tokenizer, config.vocab_size)
+        for name in {"tok_embeddings.weight", "output.weight"} & set(weights):
+            weights[name] = weights[name][ids]
+
     sizes = (config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads)
     vocab_size = config.vocab_size if config.tie_embeddings else -config.vocab_size
     file.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as both:  # they take their places together, when both are whole
-        with open(both.enter_context(replacing(file)), "wb") as out:
+    with contextlib.ExitStack() as stack:  # the two files take their places together, when both are complete
+        with open(stack.enter_context(replacing(file)), "wb") as out:
             out.write(struct.pack("<7i", *sizes, vocab_size, config.max_seq_len))
-            for tensor in tensors:
+            for tensor in _tensors_in_order(weights, config):
                 tensor.float().numpy().astype("<f4", copy=False).tofile(out)
         if tokenizer is not None:
-            pieces = both.enter_context(replacing(file.with_name("tokenizer.bin")))
-            pieces.write_bytes(_llama2c_tokenizer(tokenizer, ids))
+            tokenizer_file = stack.enter_context(replacing(file.with_name("tokenizer.bin")))
+            tokenizer_file.write_bytes(_llama2c_tokenizer(tokenizer, ids))
     return file
 
 
-def _ids_of_its_program(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Our ids in the order of Llama's first tokenizer: unknown, begin, end, the bytes, and all the rest."""
+def _with_other_eps(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Scale weights so that the model computes the same with llama2.c's eps as ours does with norm_eps.
+
+    All that is added to the residual stream is multiplied by a factor. RMSNorm divides by the size of the stream, so
+    its output stays the same if eps grows by the square of the factor.
+    """
+    factor = math.sqrt(EPS / config.norm_eps)
+    weights = dict(weights)
+    for name in weights:
+        if name == "tok_embeddings.weight" or name.endswith(("wo.weight", "w2.weight")):
+            weights[name] = weights[name].float() * factor
+    if config.tie_embeddings:  # the output matrix is now larger, too
+        weights["norm.weight"] = weights["norm.weight"].float() / factor
+    return weights
+
+
+def _tensors_in_order(weights: dict[str, Tensor], config: ModelConfig) -> Iterator[Tensor]:
+    """The tensors of the file, one after the other: of each kind, those of all layers."""
+    assert config.head_dim
+    yield weights["tok_embeddings.weight"]
+    attention = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo")
+    for part in (*attention, "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
+        for layer in range(config.n_layers):
+            yield weights[f"layers.{layer}.{part}.weight"]
+    yield weights["norm.weight"]
+    yield from rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
+    if not config.tie_embeddings:
+        yield weights["output.weight"]
+
+
+def _ids_in_llama_order(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Our ids in the order of Llama's first tokenizer: unknown, begin, end, the bytes, and all others."""
     if (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2) and tokenizer.is_byte(3):
-        return list(range(vocab_size))  # it is one of those
+        return list(range(vocab_size))  # they are in this order
     first = [tokenizer.unk_id, tokenizer.eos_id, tokenizer.bos_id]
     first += [id for id in range(tokenizer.vocab_size) if tokenizer.is_byte(id)]
     return first + sorted(set(range(vocab_size)) - set(first))
@@ -97,12 +119,12 @@ def _ids_of_its_program(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 def _llama2c_tokenizer(tokenizer: Tokenizer, ids: list[int]) -> bytes:
     """tokenizer.bin: the longest piece's length, then for each id its score, its length and its bytes."""
     proto = tokenizer.model_proto()
-    pieces, scores = [], []
+    rows, longest = [], 0
     for id in ids:
-        known = id < tokenizer.vocab_size  # a model may have more ids than its tokenizer
-        text = tokenizer.id_to_piece(id) if known else f"<unused{id}>"
-        plain = known and not tokenizer.is_byte(id) and tokenizer.id_to_bytes(id)
-        pieces.append(plain or text.encode())
-        scores.append(proto.pieces[id].score if known else -1e9)
-    rows = [struct.pack("<fi", score, len(piece)) + piece for score, piece in zip(scores, pieces, strict=True)]
-    return struct.pack("<i", max(map(len, pieces))) + b"".join(rows)
+        piece, score = f"<unused{id}>".encode(), -1e9  # a model may have more ids than its tokenizer
+        if id < tokenizer.vocab_size:
+            text, score = tokenizer.id_to_piece(id).encode(), proto.pieces[id].score
+            piece = text if tokenizer.is_byte(id) else tokenizer.id_to_bytes(id) or text
+        rows.append(struct.pack("<fi", score, len(piece)) + piece)
+        longest = max(longest, len(piece))
+    return struct.pack("<i", longest) + b"".join(rows)

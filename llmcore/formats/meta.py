@@ -1,4 +1,4 @@
-"""Meta's own Llama folder, read."""
+"""Llama folders as Meta publishes them: read."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from llmcore.formats.shared import (
     shortened,
 )
 
+# what params.json must look like
 META_SCHEMA = {
     "type": "object",
     "required": ["dim", "n_layers", "n_heads"],
@@ -47,42 +48,46 @@ META_SCHEMA = {
 }
 
 
-# Meta
-
-
 def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: int = 2048) -> Checkpoint:
     """Open a folder as Meta publishes Llama: params.json, consolidated.00.pth, tokenizer.model.
 
     Args:
-        folder: of a model in one piece; those of 13B and more come in several.
+        folder: of a model in one file. Those of 13B and more come in several files and are not supported.
         device: "auto", "cpu", "cuda" or "mps".
-        max_seq_len: the longest window, which Meta's files do not say.
+        max_seq_len: the longest window; Meta's files do not give it.
 
     Returns:
         As `from_hf` does.
 
     Raises:
-        FormatError: if a file is missing or no such file, or the model has what ours has not, by name.
-        CheckpointError: for weights that are missing, too many, of another shape, or not finite.
+        FormatError: if a file is missing or cannot be read, and for features that our model does not have, by name.
+        CheckpointError: for weights that are missing, unexpected, of another shape, or not finite.
     """
     folder = resolve(folder)
-    params, file = read_config_file(folder / "params.json", {"type": "object"}), folder / "consolidated.00.pth"
-    wrong = [f"{name}={shortened(value)}" for name, value in params.items() if name not in META_SCHEMA["properties"]]
-    wrong += ["use_scaled_rope=True"] if params.get("use_scaled_rope") else []
-    wrong += ["weights in several pieces"] if (folder / "consolidated.01.pth").exists() else []
-    if wrong:
-        raise FormatError(f"{display_path(folder)} has what is not supported: " + "; ".join(wrong))
-    params = read_config_file(folder / "params.json", META_SCHEMA)
-    weights = _read_pth(file)
+    params_file, weights_file = folder / "params.json", folder / "consolidated.00.pth"
+    params = read_config_file(params_file, {"type": "object"})
+    known = META_SCHEMA["properties"]
+    unsupported = [f"{name}={shortened(value)}" for name, value in params.items() if name not in known]
+    if params.get("use_scaled_rope"):
+        unsupported.append("use_scaled_rope=True")
+    if (folder / "consolidated.01.pth").exists():
+        unsupported.append("weights in several pieces")
+    if unsupported:
+        raise FormatError(f"{display_path(folder)} has what is not supported: " + "; ".join(unsupported))
+
+    # part of the configuration is in the weights only
+    params = read_config_file(params_file, META_SCHEMA)
+    weights = _read_pth(weights_file)
     frequencies = weights.pop("rope.freqs", None)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     vocab_size = params.get("vocab_size", -1)
-    vocab_size = vocab_size if vocab_size > 0 else shapes.get("tok_embeddings.weight", (1,))[0]  # -1: not said
+    if vocab_size <= 0:  # not given
+        vocab_size = shapes.get("tok_embeddings.weight", (1,))[0]
     try:
         config = ModelConfig(
             vocab_size=vocab_size,
             dim=params["dim"],
-            hidden_dim=shapes.get("layers.0.feed_forward.w1.weight", (1,))[0],  # params.json has only a recipe
+            hidden_dim=shapes.get("layers.0.feed_forward.w1.weight", (1,))[0],  # params.json does not give it
             n_layers=params["n_layers"],
             n_heads=params["n_heads"],
             n_kv_heads=params.get("n_kv_heads"),
@@ -92,18 +97,19 @@ def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len:
             tie_embeddings="output.weight" not in weights,
         )
     except ConfigError as error:
-        raise FormatError(f"{display_path(folder / 'params.json')} cannot be used: {error}") from None
-    check_shapes(config, shapes, file)
+        raise FormatError(f"{display_path(params_file)} cannot be used: {error}") from None
+
+    check_shapes(config, shapes, weights_file)
     if frequencies is not None and config.head_dim and len(frequencies) != config.head_dim // 2:
         raise FormatError(
-            f"{display_path(file)} holds rope.freqs for heads of {2 * len(frequencies)}, and params.json says "
+            f"{display_path(weights_file)} holds rope.freqs for heads of {2 * len(frequencies)}, and params.json says "
             f"dim / n_heads = {config.head_dim}"
         )
-    return as_checkpoint(config, weights, folder, file, device)
+    return as_checkpoint(config, weights, folder, weights_file, device)
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote: never code, and nothing larger than the file itself.
+    """The tensors of a file that torch.save wrote. No code in the file is run, and no tensor is larger than the file.
 
     Raises:
         FormatError: naming the file, if it holds anything but tensors by name.
@@ -114,19 +120,21 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
             if any(part.file_size > part.compress_size for part in parts.infolist()):
                 raise ValueError("it holds compressed parts, which torch.save does not write")
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever its reader meets, and advises to read the file unsafely
-        first = "it holds more than tensors" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
+    except Exception as error:  # torch raises many errors, and its messages advise to read the file unsafely
+        reason = "it holds more than tensors" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
         raise FormatError(
-            f"{display_path(file)} or params.json cannot be read: {type(error).__name__}: {first}"
+            f"{display_path(file)} or params.json cannot be read: {type(error).__name__}: {reason}"
         ) from None
+
+    # only plain tensors, which the file holds completely
     if not isinstance(content, dict):
         raise FormatError(
-            f"{display_path(file)} cannot be read: it holds no weights by name, but a {type(content).__name__}"
+            f"{display_path(file)} cannot be read: it holds a {type(content).__name__} instead of weights by name"
         )
     for name, tensor in content.items():
-        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not isinstance(name, str) or not plain or tensor.is_quantized or not tensor.dim():
-            raise FormatError(f"{display_path(file)} cannot be used: {shortened(name)} is no name of a plain tensor")
+        is_plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or not is_plain or tensor.is_quantized or not tensor.dim():
+            raise FormatError(f"{display_path(file)} cannot be used: {shortened(name)} does not name a plain tensor")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise FormatError(
                 f"{display_path(file)} cannot be used: {shortened(name)} claims to be larger than what is stored"

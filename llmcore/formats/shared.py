@@ -1,8 +1,8 @@
-"""What the formats of other programs call the weights, and how they lay them out.
+"""What the formats of other programs share: names and layout of the weights, checks, and warnings.
 
-Names and shapes are Meta's in ours already. What differs is mostly the rotary embedding: Meta, llama2.c and llama.cpp
-turn neighbours (x0, x1), (x2, x3), … as we do; Hugging Face turns halves (x0, x_d/2), (x1, x_d/2+1), …, so rows of wq
-and wk change places on the way there and back.
+Our names and shapes are Meta's. The main difference is the rotary embedding. Meta, llama2.c and llama.cpp rotate
+neighbours (x0, x1), (x2, x3), … as we do. Hugging Face rotates halves (x0, x_d/2), (x1, x_d/2+1), …, so the rows of wq
+and wk are reordered on the way there and back.
 """
 
 from __future__ import annotations
@@ -24,21 +24,50 @@ from llmcore.device import pick_device
 from llmcore.files import display_path, pointer_hint, read_json
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
+AnyCheckpoint = Checkpoint | str | os.PathLike[str]
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+# Parts of JSON schemas
 SIZE = {"type": "integer", "minimum": 1, "maximum": 1 << 40}
-MAYBE_SIZE = {"type": ["integer", "null"], "minimum": 1, "maximum": 1 << 40}  # null: what is missing is said later
+MAYBE_SIZE = {"type": ["integer", "null"], "minimum": 1, "maximum": 1 << 40}
 NUMBER = {"type": ["number", "null"]}
 
 
-# Files
+class FormatError(ValueError):
+    """A file that cannot be read, or a model that a format cannot hold. The message names the file and the field."""
+
+
+# Names and layout
+
+
+def translate(name: str, names: dict[str, str], layer: str) -> str:
+    """A weight's name in another format, from its last parts and the prefix of a layer, such as "blk.{}."."""
+    stem = name.removesuffix(".weight")
+    if stem.startswith("layers."):
+        _, number, stem = stem.split(".", 2)
+        return layer.format(number) + names[stem] + ".weight"
+    return names[stem] + ".weight"
+
+
+def to_halves(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of wq or wk, (heads * head_dim, dim), from interleaved pairs to halves: first all x, then all y."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `to_halves`."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+# Reading
 
 
 def read_config_file(file: Path, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration, checked.
+    """Read a JSON file and check it against a schema.
 
     Raises:
-        FormatError: naming the file, and the field that is not as it must be.
+        FormatError: naming the file, and the first field with a wrong value.
     """
     check_file(file)
     try:
@@ -48,7 +77,7 @@ def read_config_file(file: Path, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_file(file: Path) -> None:
-    """Refuse what is no file, and Git LFS's placeholder for one."""
+    """Raise a FormatError if there is no such file, or only a Git LFS pointer to it."""
     try:
         if not file.is_file():
             raise FormatError(f"{display_path(file)} cannot be read: there is no such file")
@@ -58,8 +87,42 @@ def check_file(file: Path) -> None:
         raise FormatError(f"{display_path(file)} cannot be read: {error.strerror}") from None
 
 
-def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each weight of a model, one after the other: a file may claim any number of layers."""
+def check_dtype(tensor: Tensor, source: Path) -> None:
+    """Raise a FormatError for weights that are not floating-point numbers, such as quantised ones."""
+    if tensor.dtype not in FLOATS:
+        raise FormatError(
+            f"{display_path(source)} holds weights of {tensor.dtype}; quantised weights are not supported"
+        )
+
+
+def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Compare the weights of a configuration with those of a file, before a model is built or a weight is read.
+
+    Args:
+        config: of the model.
+        shapes: of the file's weights, by our names.
+        source: the file, for the error.
+
+    Raises:
+        CheckpointError: naming the first weights that are missing, unexpected or of another shape.
+    """
+
+    def faults() -> Iterator[str]:
+        for name, _ in _expected_shapes(config):
+            if name not in shapes and not (name == "output.weight" and config.tie_embeddings):
+                yield f"missing {name}"
+        expected = dict(_expected_shapes(config))  # the file holds all of them, so there are not too many
+        yield from (f"unexpected {name}" for name in shapes if name not in expected)
+        for name, shape in shapes.items():
+            if shape != expected.get(name, shape):
+                yield f"{name} is {shape}, the model's {expected[name]}"
+
+    if first_faults := list(itertools.islice(faults(), 8)):
+        raise CheckpointError(f"{display_path(source)} does not fit the model: " + "; ".join(first_faults))
+
+
+def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each weight of a model, lazily: a configuration may claim any number of layers."""
     assert config.head_dim and config.n_kv_heads and config.hidden_dim
     dim, hidden = config.dim, config.hidden_dim
     heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -78,78 +141,59 @@ def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "output.weight", (config.vocab_size, dim)
 
 
-def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """Compare what a configuration claims with what a file holds, by our names, before anything is built or read.
-
-    Raises:
-        CheckpointError: naming the first weights that are missing, too many or of another shape.
-    """
-
-    def wrong() -> Iterator[str]:
-        for name, _ in _expected(config):
-            if name not in found and not (name == "output.weight" and config.tie_embeddings):
-                yield f"missing {name}"
-        expected = dict(_expected(config))  # hardly more than there are in the file
-        yield from (f"unexpected {name}" for name in found if name not in expected)
-        for name, shape in found.items():
-            if shape != expected.get(name, shape):
-                yield f"{name} is {shape}, the model's {expected[name]}"
-
-    if some := list(itertools.islice(wrong(), 8)):
-        raise CheckpointError(f"{display_path(source)} does not fit the model: " + "; ".join(some))
-
-
-def check_dtype(tensor: Tensor, source: Path) -> None:
-    """Refuse weights that are not floating-point numbers, such as quantised ones."""
-    if tensor.dtype not in FLOATS:
-        raise FormatError(
-            f"{display_path(source)} holds weights of {tensor.dtype}; quantised weights are not supported"
-        )
-
-
 def as_checkpoint(
     config: ModelConfig, weights: dict[str, Tensor], folder: Path, source: Path, device: str
 ) -> Checkpoint:
-    """A foreign folder's weights, by our names, as a checkpoint, with its tokenizer if that is SentencePiece."""
-    kinds = {tensor.dtype for tensor in weights.values()}
-    widest = functools.reduce(torch.promote_types, kinds, next(iter(kinds), torch.float32))
+    """Make a checkpoint of step 0 from the weights of another program's folder.
+
+    Args:
+        config: of the model.
+        weights: by our names. All get the widest of their dtypes.
+        folder: may hold a SentencePiece `tokenizer.model`. Without one that fits, a warning says so.
+        source: the file of the weights, for errors.
+        device: "auto", "cpu", "cuda" or "mps".
+    """
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    widest = functools.reduce(torch.promote_types, dtypes, next(iter(dtypes), torch.float32))
     model = model_with(config, {name: tensor.to(widest) for name, tensor in weights.items()}, source)
-    tokenizer, file, without = None, folder / "tokenizer.model", "has no SentencePiece tokenizer.model"
-    if file.exists():
-        check_file(file)
+
+    tokenizer, tokenizer_file, problem = None, folder / "tokenizer.model", "has no SentencePiece tokenizer.model"
+    if tokenizer_file.exists():
+        check_file(tokenizer_file)
     try:
-        tokenizer = Tokenizer(file)
+        tokenizer = Tokenizer(tokenizer_file)
     except (FileNotFoundError, TokenizerError):
         pass
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        without = f"has a tokenizer of {tokenizer.vocab_size:,} ids for a model of {config.vocab_size:,}"
+        problem = f"has a tokenizer of {tokenizer.vocab_size:,} ids for a model of {config.vocab_size:,}"
         tokenizer = None
     if tokenizer is None:
         warnings.warn(
-            f"{display_path(folder)} {without}, so .tokenizer is None: turn text into ids with "
+            f"{display_path(folder)} {problem}, so .tokenizer is None: turn text into ids with "
             f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}), and call the model with ids",
             stacklevel=3,
         )
+
     model = model.to(pick_device(device)).eval()
     return Checkpoint(model, tokenizer, {"model": config.to_dict(), "step": 0}, 0, folder)
 
 
 def shortened(value: Any) -> str:
-    """A value as Python writes it, at most 200 characters of it."""
+    """A value as Python writes it, for a message: at most 200 characters."""
     text = repr(value)
     return text if len(text) < 200 else f"{text[:200]}…"
 
 
-AnyCheckpoint = Checkpoint | str | os.PathLike[str]
+# Writing
 
 
 def open_checkpoint(checkpoint: AnyCheckpoint) -> Checkpoint:
-    """A checkpoint as it is, or the one that `load_checkpoint` finds, on the CPU."""
+    """The checkpoint itself, or the one that `load_checkpoint` loads for a path, on the CPU."""
     return checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint, device="cpu")
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights by our names, on the CPU; without the output matrix where it is the embedding's."""
+    """The weights by our names, on the CPU. An output matrix that is the embedding is left out."""
     weights = {name: tensor.detach().cpu() for name, tensor in checkpoint.model.state_dict().items()}
     if checkpoint.model.config.tie_embeddings:
         del weights["output.weight"]
@@ -157,29 +201,6 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def warn_of_other_ids(program: str, reason: str | None) -> None:
-    """Warn that a program will get other ids, if there is a reason."""
+    """Warn that a program will get other ids than our tokenizer, if there is a reason (see `why_other_ids`)."""
     if reason:
         warnings.warn(f"{program} will not cut prompts as the tokenizer does: it {reason}", stacklevel=3)
-
-
-class FormatError(ValueError):
-    """A file that cannot be read, or a model that a format cannot hold. The message names the file and the field."""
-
-
-def translate(name: str, names: dict[str, str], layer: str) -> str:
-    """A weight's name in another format, from its last parts and the prefix of a layer, such as "blk.{}."."""
-    stem = name.removesuffix(".weight")
-    if stem.startswith("layers."):
-        _, number, stem = stem.split(".", 2)
-        return layer.format(number) + names[stem] + ".weight"
-    return names[stem] + ".weight"
-
-
-def to_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of wq or wk, (heads * head_dim, dim), from interleaved pairs to halves: first all x, then all y."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """The way back from `to_halves`."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
