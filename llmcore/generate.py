@@ -204,11 +204,13 @@ def _padded(prompts: Sequence[Sequence[int]], time: int, device: torch.device) -
     return ids.to(device), padding.to(device)
 
 
-def prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
+def prompt_ids(model: Transformer, tokenizer: Tokenizer | None, prompt: str) -> list[int]:
     """Ids of a prompt. An empty one starts a new document, as an eos does in training.
 
     A prompt longer than the context is cut from the left, with a warning; of a very long one only the end is encoded.
     """
+    if tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer (one of the toy task has none); choose another to write text")
     context = model.config.max_seq_len
     end = prompt[-PIECE_CHARACTERS * context :]
     ids = tokenizer.encode(end) or [tokenizer.eos_id]

@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from llmcore.checkpoint import load_checkpoint, save_checkpoint
 from llmcore.config import ModelConfig
 from llmcore.generate import generate, generate_ids, next_token_probabilities, prompt_ids, stream, surprise
 from llmcore.model import Transformer
@@ -368,3 +370,13 @@ def test_surprise_is_each_tokens_own_cross_entropy(length: int) -> None:
 def test_surprise_needs_two_tokens() -> None:
     with pytest.raises(ValueError, match="at least two tokens"):
         surprise(tiny_model(), [1])
+
+
+def test_writing_without_a_tokenizer_is_refused_in_words(tmp_path: Path) -> None:
+    """As notebook 5 meets it, opened on a run of the toy task."""
+    save_checkpoint(tmp_path, tiny_model(), None, step=1, loss=1.0)
+    checkpoint = load_checkpoint(tmp_path, device="cpu")
+    tokenizer: Any = checkpoint.tokenizer
+    for write in (generate, lambda *given: list(stream(*given))):
+        with pytest.raises(ValueError, match="the checkpoint has no tokenizer"):
+            write(checkpoint.model, tokenizer, "a", 3)
