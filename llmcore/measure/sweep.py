@@ -23,8 +23,10 @@ from llmcore.measure.compare_runs import read_events, read_run, validations
 from llmcore.runs import only_run
 
 # what a run writes into its folder before its first checkpoint
-UNFINISHED = ("metrics.jsonl", "config.json", ".lock", "curves.png", "summary.md", ".step=*.tmp", ".llmcore-*.tmp")
-UNFINISHED += ("tensorboard", "wandb", "wandb-id.txt")
+UNFINISHED = (
+    *("metrics.jsonl", "config.json", ".lock", ".step=*.tmp", ".llmcore-*.tmp", "curves.png", "summary.md"),
+    *("tensorboard", "wandb", "wandb-id.txt"),
+)
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_scifi_train.ipynb"
 
 
