@@ -4,8 +4,7 @@
 
 E is the loss that remains for any model. The second term is there because the model has only N parameters, the third
 because it was trained on only D tokens. Hoffmann et al., "Training compute-optimal large language models" (Chinchilla),
-arXiv:2203.15556,
-section 3.3 and appendix D.3.
+arXiv:2203.15556, section 3.3 and appendix D.3.
 """
 
 from __future__ import annotations

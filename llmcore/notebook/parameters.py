@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,7 @@ def check_parameters(namespace: MutableMapping[str, Any], names: str | None = No
     Raises:
         ParameterError: listing every parameter that is wrong or unknown.
     """
-    known, injected = _parameter_names(namespace.get("In", []))
+    known, injected = _parameter_names(namespace)
     wrong = []
     for name in known:
         if name in PARAMETERS:  # a reader may add parameters of their own
@@ -236,7 +236,7 @@ def check_parameters(namespace: MutableMapping[str, Any], names: str | None = No
         raise ParameterError("; ".join(wrong))
 
 
-def _parameter_names(cells: Sequence[str]) -> tuple[list[str], list[str]]:
+def _parameter_names(namespace: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """The names that the parameters cell assigns, and those that papermill's cell assigns after it.
 
     The parameters cell consists of annotated assignments, `name: type = value`. papermill's cell begins with
@@ -246,7 +246,7 @@ def _parameter_names(cells: Sequence[str]) -> tuple[list[str], list[str]]:
         ParameterError: if the parameters cell was not run.
     """
     injected: list[str] = []
-    for cell in reversed(cells):
+    for cell in reversed(namespace.get("In", [])):
         try:
             body = ast.parse(cell).body
         except SyntaxError:
@@ -257,4 +257,6 @@ def _parameter_names(cells: Sequence[str]) -> tuple[list[str], list[str]]:
         elif body and all(isinstance(node, ast.AnnAssign) for node in body):
             targets = [node.target for node in body if isinstance(node, ast.AnnAssign)]
             return [target.id for target in targets if isinstance(target, ast.Name)], injected
+    if annotated := [*namespace.get("__annotations__", {})]:  # nbval runs cells without keeping their source
+        return annotated, injected
     raise ParameterError("run the cell with the parameters first")

@@ -73,18 +73,18 @@ def compression(
 def text_pieces(
     pieces: Sequence[str], title: str, values: Sequence[float] | None = None, unit: str = "", columns: float = 34
 ) -> Figure:
-    """A text cut into its pieces, one box each; coloured in turns, or by a value with a scale beside it.
+    """A text cut into its pieces, a box for each. Colours alternate, or show a value, with a scale beside the text.
 
     Args:
         pieces: the text of each token; "⏎" stands for a newline, and ends the line.
         title: what to see.
-        values: one per piece, as its surprise in nats.
+        values: one for each piece, such as its -ln p in nats.
         unit: of the values.
         columns: width of a line, in full-width characters.
     """
-    pieces = [figure_text(piece, LABEL) for piece in pieces]
+    # place the boxes: (x, line, width, text), all but the line in full-width characters
     boxes, x, line = [], 0.0, 0
-    for piece in pieces:
+    for piece in (figure_text(piece, LABEL) for piece in pieces):
         width = max(0.6, sum(1.0 if ord(c) > 0x2E7F else 0.62 for c in piece)) + 0.25
         if x + width > columns:
             x, line = 0.0, line + 1
@@ -92,47 +92,41 @@ def text_pieces(
         x += width + 0.08
         if "⏎" in piece:
             x, line = 0.0, line + 1
-    height = 0.42 * (boxes[-1][1] + 1 if boxes else 1)
-    figure = Picture(figsize=(9, height + 0.7), layout="constrained", dpi=100)
+    lines = boxes[-1][1] + 1 if boxes else 1
+
+    # draw them
+    figure = Picture(figsize=(9, 0.42 * lines + 0.7), layout="constrained", dpi=100)
     axes = figure.add_subplot()
     colors = ["#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6"]
     scale = matplotlib.colormaps["YlOrRd"]
-    top = max(values) if values is not None and len(values) else 1.0
+    largest = max(values) if values is not None and len(values) else 1.0
     for index, (x, line, width, piece) in enumerate(boxes):
-        color = scale(0.8 * values[index] / top) if values is not None else colors[index % len(colors)]
-        axes.add_patch(
-            FancyBboxPatch(
-                (x, -line - 0.8),
-                width,
-                0.76,
-                boxstyle="round,pad=0,rounding_size=0.12",
-                facecolor=color,
-                edgecolor="none",
-            )
-        )
+        color = scale(0.8 * values[index] / largest) if values is not None else colors[index % len(colors)]
+        style = "round,pad=0,rounding_size=0.12"
+        axes.add_patch(FancyBboxPatch((x, -line - 0.8), width, 0.76, boxstyle=style, facecolor=color, edgecolor="none"))
         axes.text(x + width / 2, -line - 0.43, piece, ha="center", va="center", color="black", fontsize=11)
-    axes.set(xlim=(0, columns), ylim=(-(boxes[-1][1] + 1) if boxes else -1, 0.1))
+
+    axes.set(xlim=(0, columns), ylim=(-lines, 0.1))
     axes.set_title(figure_text(title))
     axes.axis("off")
     if values is not None:
-        shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, top / 0.8), scale)
+        shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, largest / 0.8), scale)
         bar = figure.colorbar(shades, ax=axes, fraction=0.02, pad=0.01, label=unit)
-        bar.ax.set_ylim(0, top)
+        bar.ax.set_ylim(0, largest)
     return figure
 
 
 @styled
 def rank_frequency(counts: ArrayLike, title: str) -> Figure:
-    """Token counts by rank, both logarithmic, with Zipf's line of slope -1."""
+    """Token counts by rank on logarithmic axes, with Zipf's line of slope -1."""
     ordered = np.sort(np.asarray(counts))[::-1]
     ordered = ordered[ordered > 0]
     ranks = np.arange(1, len(ordered) + 1)
     figure, [axes] = new_figure(7, 3.4)
     axes.loglog(ranks, ordered, color=BLUE, linewidth=2, label="tokens of this corpus")
-    middle = len(ordered) // 10
-    axes.loglog(
-        ranks, ordered[middle] * (middle + 1) / ranks, color=RED, linestyle="--", label="Zipf: count ∝ 1 / rank"
-    )
+    anchor = len(ordered) // 10  # the rank at which the line meets the counts
+    zipf = ordered[anchor] * (anchor + 1) / ranks
+    axes.loglog(ranks, zipf, color=RED, linestyle="--", label="Zipf: count ∝ 1 / rank")
     axes.legend()
     name_axes(axes, title, "rank of the token (log scale)", "occurrences (log scale)")
     return figure

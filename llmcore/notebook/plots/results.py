@@ -1,4 +1,4 @@
-"""Pictures of what a model predicts and how good it is."""
+"""Figures of what a model predicts and how good it is."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from llmcore.notebook.plots.style import (
 
 @styled
 def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | None = None) -> Figure:
-    """A few named values beside each other, as horizontal bars."""
+    """A few named values as horizontal bars."""
     figure, [axes] = new_figure(7, 0.8 + 0.42 * len(values))
     places = range(len(values))
     drawn = axes.barh(places, list(values.values()), color=[RED if name == highlight else BLUE for name in values])
     axes.set_yticks(places, [figure_text(name, LABEL) for name in values])
-    axes.bar_label(
-        drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values.values()], padding=4
-    )
+    numbers = [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values.values()]
+    axes.bar_label(drawn, numbers, padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.2)
     if max(values.values()) >= 1000:
@@ -47,12 +46,12 @@ def bars(values: Mapping[str, float], title: str, unit: str, highlight: str | No
 
 @styled
 def document_scores(evaluations: Mapping[str, Evaluation], title: str) -> Figure:
-    """Bits per byte of each document, hardest on top, with every model's total as a line and its interval as a band.
+    """Bits per byte of each document, the hardest on top. Each model's total is a line, and its interval a band.
 
     Of more than 24 documents, the ten hardest and the ten easiest are shown.
 
     Args:
-        evaluations: of the same documents, by model; the first gives the order.
+        evaluations: of the same documents, by model; the first model gives the order.
         title: what to see.
 
     Raises:
@@ -60,29 +59,32 @@ def document_scores(evaluations: Mapping[str, Evaluation], title: str) -> Figure
     """
     first = next(iter(evaluations.values())).documents
     names = [score.name for score in first]
+
+    # which documents, and in which rows: if some are left out, a row between stays free
     ordered = sorted(range(len(names)), key=lambda number: -first[number].bits_per_byte)
     shown = ordered if len(ordered) <= 24 else ordered[:10] + ordered[-10:]
-    gap = 0 if len(shown) == len(ordered) else 1  # a row left free for what is not shown
-    rows = np.array([place + gap * (place >= 10) for place in range(len(shown))])
+    gap = 0 if len(shown) == len(ordered) else 1
+    rows = np.array([place if place < 10 else place + gap for place in range(len(shown))])
     labels = [name if len(name) <= 24 else f"…{name[-23:]}" for name in (names[number] for number in shown)]
+
     figure, [axes] = new_figure(8, 1.2 + 0.2 * len(evaluations) + 0.26 * (len(shown) + gap))
-    for number, (name, each) in enumerate(evaluations.items()):
-        if [score.name for score in each.documents] != names:
+    for number, (name, evaluation) in enumerate(evaluations.items()):
+        if [score.name for score in evaluation.documents] != names:
             raise ValueError(f"{name} was evaluated on other documents than {next(iter(evaluations))}")
         color = (RED, BLUE, GREEN, PURPLE)[number % 4]
-        bits = [each.documents[document].bits_per_byte for document in shown]
-        total, label = each.total.bits_per_byte, f"{name}: {each.total.bits_per_byte:.3f} in all"
+        bits = [evaluation.documents[document].bits_per_byte for document in shown]
+        total = evaluation.total.bits_per_byte
+        label = f"{name}: {total:.3f} in all"
         axes.axvline(total, color=color, linewidth=1.2)
-        if each.interval:
-            axes.axvspan(*each.interval, color=color, alpha=0.12, linewidth=0)
-            label += " (line), 95% interval {:.3f} to {:.3f} (band)".format(*each.interval)
+        if evaluation.interval:
+            axes.axvspan(*evaluation.interval, color=color, alpha=0.12, linewidth=0)
+            label += " (line), 95% interval {:.3f} to {:.3f} (band)".format(*evaluation.interval)
         axes.plot(bits, rows, color=color, marker="os^D"[number % 4], linestyle="none", label=figure_text(label))
+
     axes.set_yticks(rows, [figure_text(label) for label in labels])
     if gap:
-        said = f"⋮ {len(ordered) - len(shown):,} documents between"
-        axes.text(
-            0.01, 10, said, transform=axes.get_yaxis_transform(), va="center", color=GREY, backgroundcolor="white"
-        )
+        note, left = f"⋮ {len(ordered) - len(shown):,} documents between", axes.get_yaxis_transform()
+        axes.text(0.01, 10, note, transform=left, va="center", color=GREY, backgroundcolor="white")
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.5 / len(shown))
     name_axes(axes, "", "bits per byte (less is better)", "")
@@ -109,7 +111,7 @@ def next_tokens(pieces: Sequence[str], probabilities: Sequence[float], title: st
 
 @styled
 def attention_maps(weights: ArrayLike, labels: Sequence[str], title: str) -> Figure:
-    """Every head's attention pattern, a row per layer: who (down) looks at whom (across).
+    """Every head's attention pattern, a row for each layer: which token (down) looks at which (across).
 
     Args:
         weights: (layers, heads, time, time).
