@@ -96,7 +96,7 @@ def test_an_odd_folder_is_listed_with_its_reason_beside_the_others(kind: str, tm
     assert len(figure.axes[0].get_lines()) == 1 and "unreadable: odd" in figure.get_suptitle()
     with pytest.raises((OSError, ValueError)):
         validations(odd)
-    with pytest.raises(SweepError, match=r"odd.* is no run that can be read"):
+    with pytest.raises(SweepError, match=r"odd.* holds a run that cannot be read"):
         finished(odd, {})
 
 

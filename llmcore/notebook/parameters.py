@@ -210,7 +210,7 @@ PARAMETERS: dict[str, Kind] = {
 }
 
 
-def check_parameters(namespace: MutableMapping[str, Any], names: str | None = None) -> None:
+def check_parameters(namespace: MutableMapping[str, Any]) -> None:
     """Check a notebook's parameters and put the values, in their right types, back into its namespace.
 
     Paths become absolute, from the project's root. The names are those that the parameters cell assigns. papermill may
@@ -218,7 +218,6 @@ def check_parameters(namespace: MutableMapping[str, Any], names: str | None = No
 
     Args:
         namespace: the notebook's `globals()`. IPython keeps the source of all cells that were run in its `In`.
-        names: not used any more.
 
     Raises:
         ParameterError: listing every parameter that is wrong or unknown.
