@@ -294,6 +294,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", LONG)
 def test_no_title_leaves_its_figure_and_no_glyph_is_missing(kind: str) -> None:

@@ -22,6 +22,7 @@ from llmcore.train import Event, Trainer, TrainResult
 from .helpers import (
     Batches,
     assert_same_tensors,
+    examples,
     numbers,
     quick,
     read_until,
@@ -73,7 +74,7 @@ def test_resume_is_bit_exact(variant: str, at: int, tmp_path: Path) -> None:
     assert saved[0] == saved[1]
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stops=st.lists(st.integers(1, 11), max_size=3, unique=True),
     schedule=st.sampled_from(["cosine", "wsd", "plateau"]),

@@ -45,10 +45,10 @@ from llmcore.notebook.run_page import write_summary
 from llmcore.runs import TrainingError, read_metrics
 from llmcore.train import Event, Trainer
 
-from .helpers import ROOT, Batches, assert_same_tensors, numbers, quick, state, tiny_model, trainer, weights
+from .helpers import ROOT, Batches, assert_same_tensors, examples, numbers, quick, state, tiny_model, trainer, weights
 from .test_sweep import example
 
-MANY = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(deadline=None, max_examples=examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # str.splitlines cuts at each
 
 
