@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcore.checkpoint import checkpoints, find_checkpoint, prune_checkpoints
+from llmcore.checkpoint import find_checkpoint, prune_checkpoints
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED, TrainData, ValData
 from llmcore.device import (
@@ -40,7 +40,7 @@ from llmcore.model import Transformer
 from llmcore.optim import build_optimizers, clear_gradient, clip_gradient, learning_rate_at, set_rates, update_or_skip
 from llmcore.runs import RunFolder, TrainingError, signals_call
 from llmcore.tokenizer import Tokenizer
-from llmcore.trainer_state import Progress, check_start, check_tokenizer, describe_run, load_run, save_run
+from llmcore.trainer_state import Progress, check_start, check_tokenizer, describe_run, load_run, prune_late, save_run
 
 Event = dict[str, Any]
 
@@ -185,7 +185,7 @@ class Trainer:
                 "raise max_steps to go on",
                 stacklevel=3,
             )
-            self._prune_after_a_kill()
+            prune_late(self.run_dir, self.last_checkpoint, self._description, config.keep_checkpoints)
             return
 
         self._forward = compile_if_worth(self.model, self.model.config, self.config, self.device)
@@ -215,13 +215,6 @@ class Trainer:
                 yield event
         finally:  # also after an error, and when the consumer closes the generator
             self._save_last_step()
-
-    def _prune_after_a_kill(self) -> None:
-        """Delete what the run itself would have deleted, had no kill come between its last save and that."""
-        history = self._description["history"]
-        changed = history[-1]["changed"] if history else {}
-        if checkpoints(self.run_dir)[-1:] == [self.last_checkpoint] and "train.keep_checkpoints" not in changed:
-            prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
 
     def measured_steps(self, count: int) -> list[Event]:
         """Take a few steps just as a run would, compiled or not, but write nothing: for measuring speed."""

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from llmcore.checkpoint import CheckpointError, load_weights, read_config, read_tensors, save_checkpoint
+from llmcore.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    load_weights,
+    prune_checkpoints,
+    read_config,
+    read_tensors,
+    save_checkpoint,
+)
 from llmcore.config import TrainConfig
 from llmcore.files import display_path, read_json
 from llmcore.model import Transformer
@@ -166,6 +174,14 @@ def save_run(
 
 
 # Checks before a run
+
+
+def prune_late(run_dir: Path, last: Path | None, description: dict[str, Any], keep: int) -> None:
+    """Delete what the run itself would have deleted, had no kill come between its last save and that."""
+    history = description["history"]
+    changed = history[-1]["changed"] if history else {}
+    if checkpoints(run_dir)[-1:] == [last] and "train.keep_checkpoints" not in changed:
+        prune_checkpoints(run_dir, keep)
 
 
 def check_start(step: int, init_step: int | None, max_steps: int) -> None:
