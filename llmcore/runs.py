@@ -143,7 +143,7 @@ class RunFolder:
         own = checkpoint.resolve().parent == self.path.resolve() and checkpoint.name.startswith("step=")
         if not own and (self.metrics.exists() or any(self.path.glob("step=*"))):
             raise TrainingError(
-                f"{display_path(self.path)} holds a run already, and {display_path(checkpoint)} is of another; "
+                f"{display_path(self.path)} holds a run already, and {display_path(checkpoint)} is of another one; "
                 "choose another output_dir, or copy that checkpoint into a folder of its own and go on there"
             )
 

@@ -227,7 +227,7 @@ def check_same_run(path: Path, saved: dict[str, Any], description: dict[str, Any
     pairs["optimizer"] = saved.get("train", {}).get("optimizer"), description["train"]["optimizer"]
     differing = [f"{name}: {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
     if differing:
-        raise CheckpointError(f"{display_path(path)} is of another run: " + "; ".join(differing))
+        raise CheckpointError(f"{display_path(path)} belongs to another run: " + "; ".join(differing))
 
 
 # Resuming
@@ -250,8 +250,8 @@ def load_run(
         init_step: if given, the step that it must go on from.
 
     Raises:
-        TrainingError: if it is of another step.
-        CheckpointError: if it is of another run, or naming the file and the field or tensor that is not as it must be.
+        TrainingError: if its step is not the one asked for.
+        CheckpointError: if it belongs to another run, or naming the file and the field or tensor that is not as it must be.
     """
     saved = read_config(path)
     check_same_run(path, saved, description)

@@ -265,7 +265,7 @@ def any_one_change_is_refused_or_harmless(original: Path, folder: Path, data: st
         load_checkpoint(path, device="cpu")
         trainer = resumed(path, folder / "new")
     except CheckpointError as error:
-        assert file.name in str(error) or "is of another run" in str(error) or "manifest.json" in str(error), error
+        assert file.name in str(error) or "belongs to another run" in str(error) or "manifest.json" in str(error), error
         return
     assert not must_refuse, f"{file.name} {name} {change}"
     state = json.loads((original / "trainer_state.json").read_text())
