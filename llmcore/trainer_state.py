@@ -251,7 +251,7 @@ def load_run(
 
     Raises:
         TrainingError: if its step is not the one asked for.
-        CheckpointError: if it belongs to another run, or naming the file and the field or tensor that is not as it must be.
+        CheckpointError: if it belongs to another run; or naming the file and the field or tensor at fault.
     """
     saved = read_config(path)
     check_same_run(path, saved, description)
