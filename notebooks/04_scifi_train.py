@@ -250,7 +250,7 @@ await dashboard.run(second)
 events = read_metrics(run_dir)
 print("continued from the step where it stopped:", resumed_at == trainer.step)
 print("every step is in the metrics once:", [e["step"] for e in events] == list(range(1, second.step + 1)))
-print("steps skipped for a loss that is not finite:", second.skipped)
+print("steps skipped for a loss that is not finite:", second.progress.skipped)
 
 # %% [markdown]
 # At a step down in the training loss, the model begins to read the corpus once more. It reads the same sentences again
