@@ -206,7 +206,7 @@ def test_what_a_resume_cuts_off_is_set_aside_whole(tmp_path: Path) -> None:
     assert find_checkpoint(run).name.startswith("step=000005") and find_runs(tmp_path) == [run]
     [older] = run.glob("cut.1.step=000008*")
     assert load_checkpoint(older, device="cpu").step == 8
-    with pytest.raises(TrainingError, match="is of another; choose another output_dir"):
+    with pytest.raises(TrainingError, match="is of another one; choose another output_dir"):
         build(run, resume=older)
     assert build(tmp_path / "other", resume=older).step == 8
     with pytest.warns(UserWarning, match=r"cut\.2\.\*"):
