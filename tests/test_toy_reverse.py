@@ -100,3 +100,9 @@ def test_random_strings_have_their_length_and_all_symbols() -> None:
     assert set("".join(texts)) == set(SYMBOLS)
     counts = np.array([("".join(texts)).count(symbol) for symbol in SYMBOLS])
     assert counts.min() > 100  # about 155 each
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 33, "no space", "曹操"])
+def test_a_prompt_that_cannot_be_reversed_is_refused_by_name(prompt: str) -> None:
+    with pytest.raises(ValueError, match="^prompt cannot be reversed: "):
+        toy_reverse.check_prompt(prompt)

@@ -43,12 +43,15 @@ def encode(text: str) -> list[int]:
 
 
 def check_prompt(text: str) -> None:
-    """Check that a string can be reversed.
+    """Check that a notebook's prompt is a string that can be reversed.
 
     Raises:
-        ValueError: as `encode`.
+        ValueError: naming the parameter, and the character or length at fault.
     """
-    encode(text)
+    try:
+        encode(text)
+    except ValueError as error:
+        raise ValueError(f"prompt cannot be reversed: {error}") from None
 
 
 def question(text: str) -> list[int]:
