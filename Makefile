@@ -33,7 +33,7 @@ test: $(TEST_READY)
 	$(PY) -m pytest -m slow
 	$(PY) -m tests.tools.run_nbval
 
-# Only what takes seconds, with a fifth of hypothesis's examples: less than a minute.
+# Only what takes seconds, with a fifth of hypothesis's examples.
 test-fast: $(TEST_READY)
 	FEW_EXAMPLES=1 $(PY) -m pytest -m "not slow"
 
