@@ -25,7 +25,17 @@ from torch import Tensor
 
 from llmcore.config import ConfigError, ModelConfig
 from llmcore.device import pick_device
-from llmcore.files import display_path, fsync, pointer_hint, read_json, resolve, sha256_file, to_json, write_atomic
+from llmcore.files import (
+    check_json,
+    display_path,
+    fsync,
+    pointer_hint,
+    read_json,
+    resolve,
+    sha256_file,
+    to_json,
+    write_atomic,
+)
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
@@ -36,11 +46,11 @@ FILES = ("model.safetensors", "config.json", "tokenizer.model", "trainer_state.j
 ATTEMPTS = 100  # at reading while another process saves and deletes
 
 # What the JSON files of a checkpoint must look like. They may hold more.
-_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
+COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
 _OBJECT = {"type": "object"}
 _TEXT = {"type": ["string", "null"]}
 _SAVED = {
-    "step": _COUNT,
+    "step": COUNT,
     "loss": {"type": "number"},  # NaN where nothing was measured yet
     "loss_of": {"enum": ["validation", "training"]},
 }
@@ -64,11 +74,11 @@ _CONFIG = {
     "properties": {
         **_SAVED,
         **dict.fromkeys(("model", "environment"), _OBJECT),
-        "train": {"type": "object", "properties": dict.fromkeys(("batch_size", "grad_accum_steps"), _COUNT)},
+        "train": {"type": "object", "properties": dict.fromkeys(("batch_size", "grad_accum_steps"), COUNT)},
         **dict.fromkeys(("tokenizer", "precision", "device"), _TEXT),
-        "tokens": _COUNT,
+        "tokens": COUNT,
         "val_loss": {"type": ["number", "null"]},
-        "val_step": {**_COUNT, "type": ["integer", "null"]},
+        "val_step": {**COUNT, "type": ["integer", "null"]},
         "data": {"type": ["object", "null"]},
         "bytes_per_token": {"type": ["finite number", "null"], "minimum": 0},
         "history": {"type": "array", "items": _OBJECT},
@@ -218,10 +228,12 @@ def _checked_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise _fault(path, "is not a checkpoint: it has no manifest.json")
     try:
-        version = read_json(file, {"type": "object", "required": ["format_version"]})["format_version"]
+        manifest = read_json(file, {"type": "object", "required": ["format_version"]})
+        version = manifest["format_version"]
         if type(version) is int and version != FORMAT_VERSION:
             raise _fault(file, f"has format version {version}; this code reads {FORMAT_VERSION}: update llmcore")
-        return read_json(file, _MANIFEST)
+        check_json(manifest, _MANIFEST, display_path(file))
+        return manifest
     except (OSError, ValueError) as error:
         raise _fault(path, f"is not a checkpoint: {error}") from None
 
@@ -232,11 +244,15 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the field that is not as it must be.
     """
-    return _read_json(path / "config.json", _CONFIG)
+    return read_part(path / "config.json", _CONFIG)
 
 
-def _read_json(file: Path, schema: Mapping[str, Any]) -> Any:
-    """`read_json` with our kind of error."""
+def read_part(file: Path, schema: Mapping[str, Any]) -> Any:
+    """A JSON file of a checkpoint, checked against a schema.
+
+    Raises:
+        CheckpointError: naming the file, and the field that is not as it must be.
+    """
     try:
         return read_json(file, schema)
     except (OSError, ValueError) as error:
@@ -489,7 +505,7 @@ def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> 
     wrong = _misfits(own, weights)
     if not wrong:
         used = ((name, tensor if is_empty else tensor.to(own[name].dtype)) for name, tensor in weights.items())
-        wrong = [f"{name} holds what is not finite" for name, tensor in used if not _is_finite(tensor)]
+        wrong = [f"{name} holds what is not finite" for name, tensor in used if not is_finite(tensor)]
     if not wrong and tied is not None and not torch.equal(weights["output.weight"], tied):
         wrong = ["output.weight is not tok_embeddings.weight, though tie_embeddings is true"]
     if wrong:
@@ -510,21 +526,24 @@ def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[s
         if tensor.shape != own[name].shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}")
         if tensor.dtype not in WEIGHT_TYPES:
-            wrong.append(f"{name} is {_name(tensor.dtype)}; weights must be {', '.join(map(_name, WEIGHT_TYPES))}")
+            wrong.append(
+                f"{name} is {dtype_name(tensor.dtype)}; weights must be {', '.join(map(dtype_name, WEIGHT_TYPES))}"
+            )
 
     examples = {tensor.dtype: name for name, tensor in common.items()}  # of each type
     if len(examples) > 1 and set(examples) <= set(WEIGHT_TYPES):
-        both = [f"{name} is {_name(dtype)}" for dtype, name in examples.items()]
+        both = [f"{name} is {dtype_name(dtype)}" for dtype, name in examples.items()]
         wrong.append(f"{' and '.join(both[:2])}: all weights must be of one type")
     return wrong
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all of a tensor is finite, in one pass and without a copy."""
     return all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype by its name: float32, bfloat16, …"""
     return str(dtype).removeprefix("torch.")
 
 

@@ -90,14 +90,13 @@ def read_json(file: Path, schema: Mapping[str, Any] | None = None) -> Any:
         ValueError: naming the file, and the field that is not as it must be.
     """
     try:
-        try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{display_path(file)} is not JSON: {pointer_hint(file) or error}") from None
-        check_json(content, schema or {}, display_path(file))
-        return content
-    except RecursionError:  # a message about such content would raise it too
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except RecursionError:
         raise ValueError(f"{display_path(file)} cannot be used: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{display_path(file)} is not JSON: {pointer_hint(file) or error}") from None
+    check_json(content, schema or {}, display_path(file))
+    return content
 
 
 def check_json(content: Any, schema: Mapping[str, Any], source: str) -> None:
@@ -109,7 +108,10 @@ def check_json(content: Any, schema: Mapping[str, Any], source: str) -> None:
     Raises:
         ValueError: naming the source and the first field that is not as it must be.
     """
-    errors = sorted(_validator()(schema).iter_errors(content), key=lambda error: list(map(str, error.path)))
+    try:
+        errors = sorted(_validator()(schema).iter_errors(content), key=lambda error: list(map(str, error.path)))
+    except RecursionError:  # what can be parsed may still be too deep for a message about it
+        raise ValueError(f"{source} cannot be used: it is nested too deeply") from None
     if errors:
         field = ".".join(map(str, errors[0].absolute_path))
         message = errors[0].message if len(errors[0].message) < 200 else f"{errors[0].message[:200]}…"

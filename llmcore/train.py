@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcore.checkpoint import find_checkpoint, prune_checkpoints
+from llmcore.checkpoint import find_checkpoint, is_finite, prune_checkpoints
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED, TrainData, ValData
 from llmcore.device import (
@@ -414,7 +414,7 @@ class Trainer:
             )
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+        return all(is_finite(parameter.detach()) for parameter in self.model.parameters())
 
     def _last_good(self) -> str:
         return f"Last good checkpoint: {display_path(self.last_checkpoint) if self.last_checkpoint else 'none'}"

@@ -14,31 +14,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmcore.checkpoint import (
+    COUNT,
     CheckpointError,
     checkpoints,
+    dtype_name,
     load_weights,
     prune_checkpoints,
     read_config,
+    read_part,
     read_tensors,
     save_checkpoint,
 )
 from llmcore.config import TrainConfig
-from llmcore.files import display_path, read_json
+from llmcore.files import display_path
 from llmcore.model import Transformer
 from llmcore.optim import Plateau
 from llmcore.runs import TrainingError, environment
 from llmcore.tokenizer import Tokenizer
 
 # What trainer_state.json must look like.
-_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
 _SCALER = ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
 _TRAINER_STATE = {
     "type": "object",
     "required": ["step", "tokens", "skipped", "skipped_in_a_row", "val_loss", "best_loss", "plateau", "scaler"],
     "properties": {
-        **dict.fromkeys(("step", "tokens", "skipped", "skipped_in_a_row"), _COUNT),
+        **dict.fromkeys(("step", "tokens", "skipped", "skipped_in_a_row"), COUNT),
         "val_loss": {"type": ["number", "null"]},
-        "val_step": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**53},
+        "val_step": {**COUNT, "type": ["integer", "null"]},
         "best_loss": {"type": "number or Infinity"},  # Infinity before the first validation
         "plateau": {
             "type": "object",
@@ -46,7 +48,7 @@ _TRAINER_STATE = {
             "properties": {
                 "scale": {"type": "finite number", "minimum": 0, "maximum": 1},
                 "best": {"type": "number or Infinity"},
-                "bad": _COUNT,
+                "bad": COUNT,
             },
             "additionalProperties": False,
         },
@@ -173,15 +175,15 @@ def save_run(
     )
 
 
-# Checks before a run
-
-
 def prune_late(run_dir: Path, last: Path | None, description: dict[str, Any], keep: int) -> None:
     """Delete what the run itself would have deleted, had no kill come between its last save and that."""
     history = description["history"]
     changed = history[-1]["changed"] if history else {}
     if checkpoints(run_dir)[-1:] == [last] and "train.keep_checkpoints" not in changed:
         prune_checkpoints(run_dir, keep)
+
+
+# Checks before a run
 
 
 def check_start(step: int, init_step: int | None, max_steps: int) -> None:
@@ -335,12 +337,7 @@ def read_trainer_state(
         CheckpointError: naming the file and the field or tensor that is not as it must be.
     """
     file, config = path / "trainer_state.json", read_config(path)
-    try:
-        state = read_json(file, _TRAINER_STATE)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{error}" if isinstance(error, ValueError) else f"{display_path(file)}: {error}"
-        ) from None
+    state = read_part(file, _TRAINER_STATE)
     for key in ("step", "tokens"):
         if state[key] != config.get(key, state[key]):
             raise CheckpointError(f"{display_path(file)} cannot be used: {key}: {state[key]} is not config.json's")
@@ -407,7 +404,7 @@ def _moment_fault(name: str, key: str, tensor: Tensor, parameter: nn.Parameter, 
 
 
 def _shape_and_type(shape: torch.Size, dtype: torch.dtype) -> str:
-    return f"{tuple(shape)} {str(dtype).removeprefix('torch.')}"
+    return f"{tuple(shape)} {dtype_name(dtype)}"
 
 
 def _names(model: Transformer) -> dict[Tensor, str]:

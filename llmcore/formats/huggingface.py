@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmcore.checkpoint import Checkpoint, CheckpointError, read_tensors
+from llmcore.checkpoint import Checkpoint, CheckpointError, dtype_name, read_tensors
 from llmcore.config import ConfigError, ModelConfig
 from llmcore.files import display_path, replacing_folder, resolve
 from llmcore.formats.hf_tokenizer import write_hf_tokenizer
@@ -344,7 +344,6 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
 
 def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json, but for the special ids."""
-    dtype_name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -363,6 +362,6 @@ def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        "dtype": dtype_name,
-        "torch_dtype": dtype_name,  # before version 5
+        "dtype": dtype_name(dtype),
+        "torch_dtype": dtype_name(dtype),  # before version 5
     }

@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcore.checkpoint import Checkpoint, CheckpointError, load_checkpoint, model_with
+from llmcore.checkpoint import WEIGHT_TYPES, Checkpoint, CheckpointError, load_checkpoint, model_with
 from llmcore.config import ModelConfig
 from llmcore.device import pick_device
 from llmcore.files import display_path, pointer_hint, read_json
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
 AnyCheckpoint = Checkpoint | str | os.PathLike[str]
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Parts of JSON schemas
 SIZE = {"type": "integer", "minimum": 1, "maximum": 1 << 40}
@@ -89,7 +87,7 @@ def check_file(file: Path) -> None:
 
 def check_dtype(tensor: Tensor, source: Path) -> None:
     """Raise a FormatError for weights that are not floating-point numbers, such as quantised ones."""
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in WEIGHT_TYPES:
         raise FormatError(
             f"{display_path(source)} holds weights of {tensor.dtype}; quantised weights are not supported"
         )
