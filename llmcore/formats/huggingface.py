@@ -7,6 +7,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ HF_NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 OUR_NAMES = {theirs: ours for ours, theirs in HF_NAMES.items()}
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 # what their config.json must look like
 ROPE_SCHEMA = {
@@ -118,7 +120,7 @@ def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: i
 
     # names and shapes must fit before any weight is read
     files = _weight_files(folder)
-    shapes = _shapes_in(files)
+    shapes = _merged(files)
     names = _our_names(shapes, config, folder)
     source = folder / "model.safetensors"
     check_shapes(config, {ours: shapes[theirs] for theirs, ours in names.items()}, source)
@@ -192,8 +194,8 @@ def _model_config(content: dict[str, Any], folder: Path, max_seq_len: int | None
         raise FormatError(f"{file} cannot be used: {error}") from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or the shards that an index names and describes."""
+def _weight_files(folder: Path) -> dict[Path, Shapes]:
+    """The safetensors files of a folder, with their tensors' shapes: one, or the shards that an index describes."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not index.exists():
         if not single.exists():
@@ -201,7 +203,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{display_path(folder)} holds no model.safetensors; "
                 "save it with transformers' model.save_pretrained(folder), which writes that"
             )
-        return [single]
+        return {single: _shapes(single)}
 
     # in shards
     places = read_config_file(index, {"type": "object"}).get("weight_map")
@@ -212,13 +214,13 @@ def _weight_files(folder: Path) -> list[Path]:
         raise FormatError(
             f"{display_path(folder)} holds model.safetensors and an index of other files; delete one of the two"
         )
-    tensors = {file.name: _shapes(file) for file in files}
+    shapes = {file: _shapes(file) for file in files}
     for name, file_name in places.items():
-        if name not in tensors[file_name]:
+        if name not in shapes[folder / file_name]:
             raise FormatError(
                 f"{display_path(folder / file_name)} does not hold {shortened(name)}, although {index.name} says so"
             )
-    return files
+    return shapes
 
 
 def _is_file_name(file: Any) -> bool:
@@ -226,7 +228,7 @@ def _is_file_name(file: Any) -> bool:
     return isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file) is not None
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def _shapes(file: Path) -> Shapes:
     """The shape of each tensor in a safetensors file, from its header alone."""
     check_file(file)
     try:
@@ -236,11 +238,11 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{display_path(file)} cannot be read: {error}") from None
 
 
-def _shapes_in(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in several files, by their names."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        for name, shape in _shapes(file).items():
+def _merged(files: dict[Path, Shapes]) -> Shapes:
+    """The shape of each tensor in several files. No two files may hold the same tensor."""
+    shapes: Shapes = {}
+    for file, found in files.items():
+        for name, shape in found.items():
             if name in shapes:
                 raise FormatError(
                     f"{display_path(file)} holds {shortened(name)}, which another file of the folder holds too"
@@ -249,7 +251,7 @@ def _shapes_in(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _our_names(shapes: dict[str, tuple[int, ...]], config: ModelConfig, folder: Path) -> dict[str, str]:
+def _our_names(shapes: Shapes, config: ModelConfig, folder: Path) -> dict[str, str]:
     """Our name of each weight by its Hugging Face name, without the rotary frequencies that older files hold."""
     names = {name: _our_name(name) for name in shapes if not name.endswith("rotary_emb.inv_freq")}
     has_embedding, has_output = "model.embed_tokens.weight" in shapes, "lm_head.weight" in shapes
@@ -272,7 +274,7 @@ def _our_name(name: str) -> str:
     return f"{f'layers.{number}.' if number else ''}{OUR_NAMES[stem]}.weight"
 
 
-def _read_weights(files: list[Path], names: dict[str, str], config: ModelConfig) -> dict[str, Tensor]:
+def _read_weights(files: Iterable[Path], names: dict[str, str], config: ModelConfig) -> dict[str, Tensor]:
     """The weights by our names, in our layout."""
     assert config.head_dim
     weights = {}

@@ -7,6 +7,7 @@ and wk are reordered on the way there and back.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -22,6 +23,7 @@ from llmcore.checkpoint import WEIGHT_TYPES, Checkpoint, CheckpointError, load_c
 from llmcore.config import ModelConfig
 from llmcore.device import pick_device
 from llmcore.files import display_path, pointer_hint, read_json
+from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
 AnyCheckpoint = Checkpoint | str | os.PathLike[str]
@@ -121,22 +123,15 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], sou
 
 def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each weight of a model, lazily: a configuration may claim any number of layers."""
-    assert config.head_dim and config.n_kv_heads and config.hidden_dim
-    dim, hidden = config.dim, config.hidden_dim
-    heads, kv_heads = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    yield "tok_embeddings.weight", (config.vocab_size, dim)
+    with torch.device("meta"):  # takes no memory; the first layer is like all others
+        weights = Transformer(dataclasses.replace(config, n_layers=1)).state_dict()
+    first = "layers.0."
+    block = {name.removeprefix(first): tuple(weights[name].shape) for name in weights if name.startswith(first)}
+    yield "tok_embeddings.weight", tuple(weights["tok_embeddings.weight"].shape)
     for layer in range(config.n_layers):
-        yield f"layers.{layer}.attention.wq.weight", (heads, dim)
-        yield f"layers.{layer}.attention.wk.weight", (kv_heads, dim)
-        yield f"layers.{layer}.attention.wv.weight", (kv_heads, dim)
-        yield f"layers.{layer}.attention.wo.weight", (dim, heads)
-        yield f"layers.{layer}.feed_forward.w1.weight", (hidden, dim)
-        yield f"layers.{layer}.feed_forward.w2.weight", (dim, hidden)
-        yield f"layers.{layer}.feed_forward.w3.weight", (hidden, dim)
-        yield f"layers.{layer}.attention_norm.weight", (dim,)
-        yield f"layers.{layer}.ffn_norm.weight", (dim,)
-    yield "norm.weight", (dim,)
-    yield "output.weight", (config.vocab_size, dim)
+        yield from ((f"layers.{layer}.{name}", shape) for name, shape in block.items())
+    for name in ("norm.weight", "output.weight"):
+        yield name, tuple(weights[name].shape)
 
 
 def as_checkpoint(
