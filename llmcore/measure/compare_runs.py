@@ -101,9 +101,14 @@ def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
     Raises:
         OSError, ValueError: if the run cannot be read, with the reason.
     """
-    model = ModelConfig.from_dict(read_run(run_dir)["model"])
+    return validation_points(read_run(run_dir), read_events(run_dir))
+
+
+def validation_points(config: dict[str, Any], events: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """`validations` of a run that is read already, see `read_run` and `read_events`."""
+    model = ModelConfig.from_dict(config["model"])
     points, seconds = [], 0.0
-    for event in read_events(run_dir):
+    for event in events:
         seconds += event["seconds"]
         if "val_loss" in event:
             point: dict[str, float] = {k: event[k] for k in ("val_loss", "val_bits_per_byte") if k in event}
@@ -119,7 +124,7 @@ def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]
     the reason in place of the preset: the files in a folder may be broken, of a newer version, or not of a run.
     """
     folders = [resolve(folder) for folder in run_dirs]
-    records = [_read_or_reason(folder) for folder in folders]
+    records = [_read_or_reason(folder) for folder in folders]  # each run's configuration and events
     settings = [record[0]["train"] for record in records if not isinstance(record, str)]
     names = list(settings[0]) if settings else []
     varied = [name for name in names if len({str(train.get(name)) for train in settings}) > 1]
@@ -129,14 +134,13 @@ def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]
         if isinstance(record, str):
             rows.append({"run": folder.name, "preset": f"unreadable: {record}", **dict.fromkeys(COLUMNS[2:], "–")})
         else:
-            rows.append({"run": folder.name, **_row(*record, varied)})
+            rows.append({"run": folder.name, **run_row(*record, varied)})
     return rows
 
 
-def _row(
-    config: dict[str, Any], events: list[dict[str, Any]], points: list[dict[str, float]], varied: Sequence[str]
-) -> dict[str, str]:
-    """A run's row of the table, without its name."""
+def run_row(config: dict[str, Any], events: list[dict[str, Any]], varied: Sequence[str] = ()) -> dict[str, str]:
+    """A run's row of the table without its name, from what `read_run` and `read_events` give."""
+    points = validation_points(config, events)
     model, train = ModelConfig.from_dict(config["model"]), config["train"]
     last = points[-1] if points else {}
     best = min(points, key=lambda point: (math.isnan(point["val_loss"]), point["val_loss"]), default={})
@@ -162,10 +166,10 @@ def _with_step(point: Mapping[str, float], name: str, last_step: int) -> str:
     return f"{point[name]:.3f}" + (f" at step {point['steps']:,}" if point["steps"] != last_step else "")
 
 
-def _read_or_reason(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, float]]] | str:
-    """A run's configuration, events and validations; or the reason why it cannot be read."""
+def _read_or_reason(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | str:
+    """A run's configuration and events; or the reason why it cannot be read."""
     try:
-        return read_run(folder), read_events(folder), validations(folder)
+        return read_run(folder), read_events(folder)
     except OSError as error:
         return error.strerror or str(error)
     except ValueError as error:

@@ -19,7 +19,7 @@ from typing import Any
 from llmcore.checkpoint import CheckpointError, find_checkpoint
 from llmcore.config import ModelConfig
 from llmcore.files import display_path, resolve, visible
-from llmcore.measure.compare_runs import read_events, read_run, validations
+from llmcore.measure.compare_runs import read_events, read_run, validation_points
 from llmcore.runs import run_lock
 
 # what a run writes into its folder before its first checkpoint
@@ -147,9 +147,9 @@ def run_outcome(run_dir: Path) -> dict[str, float]:
         parameters; without_tables: parameters without the embedding and output matrices; tokens; flops; loss: of the
         last validation; train_loss: the mean over the last tenth of the steps. Losses are in nats per token.
     """
-    model, last = ModelConfig.from_dict(read_run(run_dir)["model"]), validations(run_dir)[-1]
+    config, events = read_run(run_dir), read_events(run_dir)
+    model, last = ModelConfig.from_dict(config["model"]), validation_points(config, events)[-1]
     sizes = {"parameters": model.n_params(), "without_tables": model.n_params(embeddings=False)}
-    events = read_events(run_dir)
     train = statistics.fmean(event["loss"] for event in events[-max(1, len(events) // 10) :])
     return {**sizes, "tokens": last["tokens"], "flops": last["flops"], "loss": last["val_loss"], "train_loss": train}
 

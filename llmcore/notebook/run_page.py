@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from llmcore.files import resolve, write_atomic
-from llmcore.measure.compare_runs import find_runs, read_events, read_run, summarize, validations
+from llmcore.measure.compare_runs import find_runs, read_events, read_run, run_row, summarize, validation_points
 from llmcore.notebook.safe_html import ending, visible
 
 SAMPLES = 3  # the newest samples on a page
@@ -27,11 +27,11 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
     """
     folder = resolve(run_dir)
     config, events = read_run(folder), read_events(folder)
-    parts = [f"# {markdown_text(folder.name)}", _overview(folder, config, events)]
+    parts = [f"# {markdown_text(folder.name)}", _overview(config, events)]
 
     if (folder / "curves.png").exists():
         parts.append("![Training curves](curves.png)")
-    if points := validations(folder):
+    if points := validation_points(config, events):
         parts += ["## Validation", _validation_table(points)]
 
     samples = [event for event in events if "sample" in event][-SAMPLES:]
@@ -51,9 +51,9 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
     return folder / "summary.md"
 
 
-def _overview(folder: Path, config: dict[str, Any], events: list[dict[str, Any]]) -> str:
+def _overview(config: dict[str, Any], events: list[dict[str, Any]]) -> str:
     """The table at the top of a run's page: what the run is, how it stands, and what it was made with."""
-    row = summarize([folder])[0]
+    row = run_row(config, events)
     at_end = bool(events) and events[-1]["step"] >= config["train"]["max_steps"]
     values = {name: row[name] for name in ("preset", "parameters", "steps", "tokens")}
     values["state"] = "finished" if at_end else "not at its end"
