@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +25,7 @@ from llmcore.files import display_path, write_atomic
 from llmcore.notebook import plots
 from llmcore.notebook.run_page import write_summary
 from llmcore.notebook.safe_html import ending, html_text
-from llmcore.runs import read_metrics
+from llmcore.runs import read_metrics, signals_call
 from llmcore.train import Event, Trainer
 
 DRAWING_BUDGET = 0.01  # share of the time that live drawing may take
@@ -239,22 +237,15 @@ class TrainingDashboard:
     def _stops_on_signals(self, trainer: Trainer) -> Iterator[None]:
         """Stop the run on a signal between two steps too. During a step the trainer has its own handlers."""
         self._asked_to_stop = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def handle(number: int, frame: Any) -> None:
-            if self._asked_to_stop:
+        def stop() -> None:
+            if self._asked_to_stop:  # by the button
                 raise KeyboardInterrupt
             self._asked_to_stop = True
             trainer.request_stop()
 
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with signals_call(stop):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     async def _wait(self, trainer: Trainer, seconds_left: float, clock: _Clock) -> None:
         """Pause until a person presses resume or stop. Save and sample when asked to."""
