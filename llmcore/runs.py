@@ -56,11 +56,14 @@ def check_writable(output_dir: Path) -> None:
         existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
         writable = existing.is_dir() and os.access(existing, os.W_OK)
     except OSError as error:  # a name that is too long, say
-        raise TrainingError(
-            f"output_dir={display_path(output_dir)!r} cannot be written: {error.strerror}; choose another"
-        ) from None
+        raise _not_writable(output_dir, error) from None
     if not writable:
-        raise TrainingError(f"output_dir={display_path(output_dir)!r} cannot be written; choose another")
+        raise _not_writable(output_dir)
+
+
+def _not_writable(output_dir: Path, error: OSError | None = None) -> TrainingError:
+    reason = f": {error.strerror}" if error is not None else ""
+    return TrainingError(f"output_dir={display_path(output_dir)!r} cannot be written{reason}; choose another")
 
 
 @contextlib.contextmanager
@@ -76,9 +79,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / ".lock", "a+", encoding="utf-8")
     except OSError as error:
-        raise TrainingError(
-            f"output_dir={display_path(run_dir)!r} cannot be written: {error.strerror}; choose another"
-        ) from None
+        raise _not_writable(run_dir, error) from None
     with file:
         _lock(file, run_dir)
         file.truncate(0)
