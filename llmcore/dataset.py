@@ -152,12 +152,13 @@ def _check_offsets(file: Path, manifest: dict[str, Any], split: str) -> None:
     if "sources" in manifest:
         lengths = np.diff(offsets).tolist()
         # a document in both splits has only a part of its tokens here
-        named = [None if source["split"] == "both" else source["tokens"] for source in _sources_of(manifest, split)]
+        named = [None if source["split"] == "both" else source["tokens"] for source in sources_of(manifest, split)]
         if len(named) != len(lengths) or any(n not in (None, length) for n, length in zip(named, lengths, strict=True)):
             raise _fault(file, f"cannot be used: sources: they are not the documents of {part.name}")
 
 
-def _sources_of(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
+def sources_of(manifest: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    """The sources of a split's documents, in their order. One that is split by position is in both splits."""
     return [source for source in manifest["sources"] if source["split"] in (split, "both")]
 
 
@@ -250,7 +251,7 @@ class TokenDataset:
         """
         if "sources" not in self.manifest:
             raise _fault(self.path.with_name("meta.json"), "does not name its sources")
-        return [source["path"] for source in _sources_of(self.manifest, self.split)]
+        return [source["path"] for source in sources_of(self.manifest, self.split)]
 
     def texts(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> dict[str, str]:
         """The documents' texts by name, decoded without loss: the first ones up to `max_tokens`, but at least one.

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from llmcore.corpus.folder_lock import hold_folder
 from llmcore.corpus.texts import TextFile, cut_text, survey_texts, text_blocks
 from llmcore.corpus.token_files import finish_split, publish, write_manifest
-from llmcore.dataset import FORMAT_VERSION, PREPARE_AGAIN, SPLITS, DatasetError, verify_dataset
+from llmcore.dataset import FORMAT_VERSION, PREPARE_AGAIN, SPLITS, DatasetError, sources_of, verify_dataset
 from llmcore.files import display_path, one_line, write_atomic
 from llmcore.tokenizer import Tokenizer
 
@@ -169,8 +169,7 @@ def _stored_documents(folder: Path, manifest: dict[str, Any]) -> dict[str, _Stor
     documents = {}
     for split in SPLITS if manifest else ():
         spans = itertools.pairwise(np.fromfile(folder / f"{split}.offsets", dtype="<u8").tolist())
-        sources = (source for source in manifest["sources"] if source["split"] in (split, "both"))
-        for source, (start, end) in zip(sources, spans, strict=True):
+        for source, (start, end) in zip(sources_of(manifest, split), spans, strict=True):
             if source["split"] == split:
                 documents[source["sha256"]] = _StoredDocument(folder / f"{split}.bin", start, end - start)
     return documents

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llmcore.files import display_path, one_line, pointer_hint
+from llmcore.files import display_path, one_line, pointer_hint_of
 
 READ_BYTES = 1 << 16  # read at a time; the C library keeps the memory of larger blocks
 POINTER_BYTES = 1 << 10  # a pointer of Git LFS is smaller than this
@@ -78,7 +78,7 @@ def text_blocks(path: Path, digest: Any = None) -> Iterator[str]:
             raw = file.read(READ_BYTES)
             if digest is not None:
                 digest.update(raw)
-            if not place and len(raw) < POINTER_BYTES and (hint := pointer_hint(path)):
+            if not place and len(raw) < POINTER_BYTES and (hint := pointer_hint_of(raw)):
                 raise ValueError(f"{display_path(path)} cannot be read: {hint}")
 
             start, place = place, place + len(raw)
