@@ -122,6 +122,14 @@ def start(script: str, *arguments: Path | int) -> subprocess.Popen[str]:
     )
 
 
+def printed_by(script: str, *arguments: Path | int) -> str:
+    """What a script prints in a process of its own, which must end well."""
+    with start(script, *arguments) as process:
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output
+
+
 def read_until(process: subprocess.Popen[str], line: str) -> None:
     """Wait until a process prints a line."""
     assert process.stdout is not None

@@ -8,8 +8,6 @@ import pickle
 import resource
 import shutil
 import struct
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -34,7 +32,7 @@ from llmcore.checkpoint import (
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import examples, random_ids, sign, tiny_model
+from .helpers import examples, printed_by, random_ids, sign, tiny_model
 
 FILES = ["config.json", "model.safetensors", "trainer_state.json", "trainer_state.safetensors"]
 
@@ -440,35 +438,27 @@ def test_an_error_while_saving_leaves_no_folder_behind(tmp_path: Path, monkeypat
 
 
 KILLED_WHILE_SAVING = """
-import os, shutil, signal, sys, warnings
+import os, shutil, sys, warnings
 from pathlib import Path
 import torch
 from llmcore.checkpoint import find_checkpoint, load_weights, prune_checkpoints
+from tests.kill import kill_at, survives
 from tests.test_checkpoint import save, tiny_model
 
-run, watched = Path(sys.argv[1]), {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+run = Path(sys.argv[1])
 models = {step: tiny_model(step) for step in (1, 2, 3)}
 save(run, models[1], step=1), save(run, models[2], step=2)
 warnings.simplefilter("error")  # nothing half-done is even met
 at, finished = 0, False
+
+def save_and_prune():
+    kill_at(at)
+    save(run, models[3], step=3)
+    prune_checkpoints(run, 1)
+
 while not finished:
     at += 1
-    child = os.fork()
-    if not child:
-        left = at
-
-        def count(event, arguments):
-            global left
-            if event in watched:
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        save(run, models[3], step=3)
-        prune_checkpoints(run, 1)
-        os._exit(0)
-    finished = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finished = survives(save_and_prune)
     path = find_checkpoint(run)
     step = int(path.name[5:11])
     load_weights(tiny_model(9), path)
@@ -483,13 +473,5 @@ assert sorted(p.name[:11] for p in run.iterdir()) == ["step=000001", "step=00000
 
 @pytest.mark.slow
 def test_a_save_killed_anywhere_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    kills = [line.split() for line in done.stdout.splitlines()]
+    kills = [line.split() for line in printed_by(KILLED_WHILE_SAVING, tmp_path).splitlines()]
     assert len(kills) > 20 and kills[0][1] == "2" and kills[-1][1] == "3"

@@ -16,13 +16,13 @@ from .helpers import ROOT
 
 # Kills itself at every file operation of an export in turn; after each, what is there is whole, old or new.
 KILLED = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 from llmcore.files import replacing, replacing_folder
+from tests.kill import kill_at, survives
 
 place, kind = Path(sys.argv[1]), sys.argv[2]
 target = place / "out"
-watched = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "tempfile.mkdtemp"}
 
 def write(text):
     if kind == "file":
@@ -38,20 +38,14 @@ def read():
 
 write("0")
 before, at, ended = "0", 0, False
+
+def write_and_die():
+    kill_at(at, {"shutil.rmtree", "tempfile.mkdtemp"})
+    write(str(at % 10))
+
 while not ended:
     at += 1
-    child = os.fork()
-    if not child:
-        left = at
-        def count(event, arguments):
-            global left
-            left -= event in watched
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(count)
-        write(str(at % 10))
-        os._exit(0)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    ended = survives(write_and_die)
     found = read()
     assert found in (before * 2, str(at % 10) * 2), (at, found)
     before = found[0]

@@ -24,29 +24,22 @@ STEPS = 60
 # A process that trains with a checkpoint every other step, on a disk so slow that it is mostly saving. Given a number,
 # it kills itself at that file operation; given none, it waits for others to do it.
 TRAIN = """
-import os, signal, sys, time
+import sys, time
 from pathlib import Path
 import torch
 import llmcore.checkpoint, llmcore.files
 from llmcore.checkpoint import checkpoints
 from tests.helpers import quick, tiny_model, trainer
+from tests.kill import kill_at
 
-run, seed, left = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+run, seed, at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 config = quick(max_steps=int(sys.argv[4]), eval_interval=3, checkpoint_interval=2, optimizer="muon", keep_checkpoints=2)
 saved = bool(checkpoints(run))  # a resumed run starts from other weights, which must not matter
 one = trainer(run, config, tiny_model(seed if saved else 0), resume="latest" if saved else None)
 for module in (llmcore.checkpoint, llmcore.files):
     module.fsync = lambda path, disk=module.fsync: (time.sleep(0.002), disk(path))
 
-def count(event, arguments):
-    global left
-    if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}:
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-if left:
-    sys.addaudithook(count)
+kill_at(at)
 print("started", one.step, flush=True)
 one.fit()
 """

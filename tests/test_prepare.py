@@ -241,22 +241,15 @@ def test_a_file_that_changes_while_it_is_read_is_named(tokenizer: Tokenizer, san
 # Prepares with small blocks and a journal line for every few, and says how much it encoded. Given a number, it kills
 # itself at that file operation or encoded block.
 PREPARE = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
-from typing import Any
 from llmcore.corpus import prepare
 from llmcore.tokenizer import Tokenizer
+from tests.kill import kill_at
 
-texts, model, folder, left = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+texts, model, folder, at = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 prepare.BLOCK, prepare.SAVED_EVERY = 200, 2000
 encoded = 0
-
-def count(event, arguments=()):
-    global left
-    if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "block"}:
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 class Counting(Tokenizer):
     def encode_array(self, text):
@@ -266,10 +259,10 @@ class Counting(Tokenizer):
         return super().encode_array(text)
 
 tokenizer = Counting(model)
-sys.addaudithook(count)
+count = kill_at(at, {"os.truncate", "block"})
 prepare.prepare_dataset(texts, tokenizer, folder, 0.2, progress=False)
-left = 0
-print(encoded)
+print(encoded, flush=True)
+os._exit(0)  # nothing is counted any more
 """
 
 

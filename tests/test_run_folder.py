@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -45,7 +44,18 @@ from llmcore.notebook.run_page import write_summary
 from llmcore.runs import TrainingError, read_metrics
 from llmcore.train import Event, Trainer
 
-from .helpers import ROOT, Batches, assert_same_tensors, examples, numbers, quick, state, tiny_model, trainer, weights
+from .helpers import (
+    Batches,
+    assert_same_tensors,
+    examples,
+    numbers,
+    printed_by,
+    quick,
+    state,
+    tiny_model,
+    trainer,
+    weights,
+)
 from .test_sweep import example
 
 MANY = settings(deadline=None, max_examples=examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -226,8 +236,9 @@ def test_the_best_checkpoint_is_of_the_run_that_went_on(tmp_path: Path) -> None:
 
 
 KILLED_WHILE_CUTTING = """
-import json, os, shutil, signal, sys, warnings
+import json, shutil, sys, warnings
 from pathlib import Path
+from tests.kill import kill_at, survives
 from tests.test_run_folder import LONGER, at_step, build, eight
 
 warnings.simplefilter("ignore")
@@ -236,25 +247,17 @@ eight(root / "whole")
 lines = (root / "whole" / "metrics.jsonl").read_bytes().split(b"\\n")
 saved = {path.name for path in (root / "whole").glob("step=*")}
 at, finished = 0, False
+
+def cut():
+    global steps  # not closed when this ends
+    steps = build(run, resume=at_step(run, 4)).steps()
+    kill_at(at)
+    next(steps)
+
 while not finished:
     at += 1
     run = shutil.copytree(root / "whole", root / f"run-{at}")
-    child = os.fork()
-    if not child:
-        left = at
-
-        def count(event, arguments):
-            global left
-            if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}:
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        steps = build(run, resume=at_step(run, 4)).steps()
-        sys.addaudithook(count)
-        next(steps)
-        os._exit(0)
-    finished = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finished = survives(cut)
     left_over = b"".join(file.read_bytes() for file in run.glob("*metrics.jsonl"))
     assert all(line in left_over for line in lines), (at, "a line is gone")
     assert saved <= {path.name.split(".", 2)[-1] if path.name[:3] == "cut" else path.name for path in run.iterdir()}, at
@@ -269,15 +272,7 @@ print(at)
 
 @pytest.mark.slow
 def test_a_cut_killed_at_any_file_operation_loses_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_CUTTING, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 8
+    assert int(printed_by(KILLED_WHILE_CUTTING, tmp_path)) > 8
 
 
 # Lines and torn lines
