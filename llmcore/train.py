@@ -375,7 +375,7 @@ class Trainer:
 
     def request_sample(self, prompt: str | None = None) -> None:
         """Write a sample after the current step, of the configured prompt or another."""
-        self._sample_requested, self._sample_prompt = True, prompt
+        self._sample_prompt, self._sample_requested = prompt, True  # the flag last: another thread waits for it
 
     def serve_requests(self) -> Event:
         """Sample and save at once if that is requested: for a run that is paused between two steps."""

@@ -232,6 +232,25 @@ def test_a_paused_run_saves_and_samples_at_once(tmp_path: Path, watched: None, s
     assert "<b>曹操" in words(board.sample.value)
 
 
+def test_text_that_arrives_just_after_the_click_is_sampled(tmp_path: Path, watched: None, screen: Screen) -> None:
+    run = trainer(tmp_path / "run", quick(max_steps=100_000), sampler=lambda prompt: prompt[::-1])
+    person = Person(run)
+    board = person.dashboard
+
+    def ask() -> None:  # ipykernel may handle the message of the button before that of the box
+        board.sample_button.click()
+        board.prompt.value = "曹操"
+
+    asyncio.run(
+        person.act(
+            (lambda: run.step >= 2, lambda: board.pause_button.click()),
+            (person.says("paused at step"), ask),
+            (lambda: "after step" in board.sample.value, lambda: board.stop_button.click()),
+        )
+    )
+    assert "操曹" in board.sample.value
+
+
 def test_of_a_long_prompt_the_dashboard_shows_the_end(tmp_path: Path, watched: None, screen: Screen) -> None:
     config = quick(max_steps=2, sample_interval=1, sample_prompt="曹" * 200_000 + "操")
     board = TrainingDashboard()
@@ -425,9 +444,10 @@ def wide_model(tokenizer: Tokenizer, seed: int = 0) -> Transformer:
     return tiny_model(seed, std=0.3, vocab_size=tokenizer.vocab_size)
 
 
-def press_write(panel: WritingPanel) -> None:
+def press_write(panel: WritingPanel, then: Callable[[], None] = lambda: None) -> None:
     async def press() -> None:
         panel.write_button.click()
+        then()
         while panel.write_button.disabled:
             await asyncio.sleep(0)
 
@@ -448,6 +468,12 @@ def test_the_panel_writes_what_generate_writes(tokenizer: Tokenizer) -> None:
     assert "done" in panel.state.value and "30 tokens" in panel.state.value
     stand_in = panel._repr_mimebundle_()["text/html"]
     assert stand_in.count(' title="') == len(spans) and "<style>" not in stand_in
+
+
+def test_text_that_arrives_just_after_the_click_is_continued(tokenizer: Tokenizer) -> None:
+    panel = WritingPanel(wide_model(tokenizer), tokenizer, "却说", 5)
+    press_write(panel, then=lambda: setattr(panel.prompt, "value", "曹操"))
+    assert "<b>曹操</b>" in panel.result.value
 
 
 def test_stop_ends_the_writing(tokenizer: Tokenizer) -> None:

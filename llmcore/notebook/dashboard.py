@@ -31,6 +31,7 @@ from llmcore.train import Event, Trainer
 DRAWING_BUDGET = 0.01  # share of the time that live drawing may take
 REFRESH = 0.5  # seconds between two updates of the numbers
 LOOP_ROUNDS = 10  # of the event loop between two steps
+SETTLED = 0.2  # seconds that a button waits for the text that was typed before: two threads may handle the two messages
 BY_HAND = 1.0  # seconds between two cells; a program sends the next cell sooner, a person later
 VALIDATED = ("val_loss", "val_bits_per_byte", "exact_match")  # measured at a validation, shown until the next one
 
@@ -131,7 +132,8 @@ class TrainingDashboard:
         self.events: list[Event] = []
         self.overhead = 0.0
         self.panel: ipywidgets.Widget | None = None
-        self._paused = self._asked_to_stop = False
+        self._paused = self._asked_to_stop = self._asked_to_draw = False
+        self._sample_asked_at: float | None = None
         self._validated: Event = {}
 
     @staticmethod
@@ -186,10 +188,10 @@ class TrainingDashboard:
                 if display_handle is None:
                     if "val_loss" in event:
                         self._print(event, trainer, seconds_left)
-                elif now >= next_refresh or "val_loss" in event or "sample" in event:
+                elif now >= next_refresh or self._asked_to_draw or "val_loss" in event or "sample" in event:
                     self._show(event, trainer, seconds_left)
                     next_refresh = now + REFRESH
-                    if now >= next_draw:
+                    if now >= next_draw or self._asked_to_draw:
                         cost = self._draw()
                         next_draw = time.perf_counter() + cost / DRAWING_BUDGET
 
@@ -197,6 +199,7 @@ class TrainingDashboard:
                 await _let_messages_in()
                 if self._asked_to_stop:  # by a signal that may have come before the first step
                     trainer.request_stop()
+                self._request_sample(trainer)
                 if self._paused and not trainer.stop_requested:
                     await self._wait(trainer, seconds_left, clock)
 
@@ -212,7 +215,7 @@ class TrainingDashboard:
     def _begin(self, trainer: Trainer) -> None:
         """Take over the events up to the trainer's step. The trainer removes later ones at its first step."""
         self.events = [event for event in read_metrics(trainer.run_dir) if event["step"] <= trainer.step]
-        self._paused = False
+        self._paused, self._sample_asked_at = False, None
         self._validated = {}
         for event in self.events:
             self._remember(event)
@@ -254,12 +257,21 @@ class TrainingDashboard:
         self._draw()
         started = time.perf_counter()
         while self._paused and not trainer.stop_requested:
+            self._request_sample(trainer)
             if served := trainer.serve_requests():
                 event |= served
                 self._show(event, trainer, seconds_left)
+            if self._asked_to_draw:
+                self._draw()
             await asyncio.sleep(0.05)
         clock.paused += time.perf_counter() - started
         self._say("stopping after this step" if trainer.stop_requested else "training")
+
+    def _request_sample(self, trainer: Trainer) -> None:
+        """Pass a click on "sample now" to the trainer, with the text that is in the box a moment after it."""
+        if self._sample_asked_at is not None and time.monotonic() >= self._sample_asked_at + SETTLED:
+            self._sample_asked_at = None
+            trainer.request_sample(self.prompt.value)
 
     def _print(self, event: Event, trainer: Trainer, seconds_left: float) -> None:
         status = run_status(event, trainer, seconds_left)
@@ -304,7 +316,7 @@ class TrainingDashboard:
             self._say("pausing after this step" if paused else "training")
 
         def sample() -> None:
-            trainer.request_sample(self.prompt.value)
+            self._sample_asked_at = time.monotonic()
             self.sample.value = "<p>a sample comes after this step</p>"
 
         self.pause_button = button("pause", "pause", "stop for a while after this step", lambda: pause(True))
@@ -322,7 +334,7 @@ class TrainingDashboard:
         self.log_x = ipywidgets.Dropdown(
             description="x axis", options=[("linear", False), ("logarithmic", True)], layout={"width": "14em"}
         )
-        self.log_x.observe(lambda _: self._draw(), "value")
+        self.log_x.observe(lambda _: self._draw_again(), "value")
 
         steering = [self.pause_button, self.resume_button, self.stop_button, self.save_button]
         asking = [self.sample_button, self.prompt] if trainer.sampler else []
@@ -364,9 +376,15 @@ class TrainingDashboard:
         elif "checkpoint" in event:
             self.status.value += f" <small>saved {html_text(display_path(event['checkpoint']))}</small>"
 
+    def _draw_again(self) -> None:
+        """Draw the curves at once, or leave it to the cell that trains: matplotlib must not draw in two threads."""
+        self._asked_to_draw = _running is self
+        if not self._asked_to_draw:
+            self._draw()
+
     def _draw(self) -> float:
         """Draw the curves; returns the seconds it took."""
-        started = time.perf_counter()
+        self._asked_to_draw, started = False, time.perf_counter()
         self.picture.value = plots.png(self.figure(self.log_x.value), live=True)
         return time.perf_counter() - started
 

@@ -18,7 +18,7 @@ from llmcore.checkpoint import CheckpointError, load_checkpoint
 from llmcore.files import display_path, one_line
 from llmcore.generate import PIECE_CHARACTERS, Sampling, generate_ids, prompt_ids
 from llmcore.model import Transformer
-from llmcore.notebook.dashboard import output
+from llmcore.notebook.dashboard import SETTLED, output
 from llmcore.notebook.explorers import LABELLED, WIDE, Explorer, row
 from llmcore.notebook.safe_html import ending, html_text, piece_text
 from llmcore.tokenizer import Tokenizer
@@ -209,6 +209,7 @@ class WritingPanel(Explorer):
 
     async def _write(self) -> None:
         try:
+            await asyncio.sleep(SETTLED)
             await self._stream(self._drafts(), self._sampling())
         except (ValueError, CheckpointError) as error:
             self._say(f"⚠ {error}")
