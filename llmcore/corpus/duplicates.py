@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmcore.corpus.hash_table import PARTS, HashTable
+from llmcore.corpus.hash_table import HashTable
 
 LETTERS = 8  # of a passage, or words; a power of two
 SAMPLED = 16  # one passage in so many is looked at
@@ -34,6 +34,7 @@ OWN_SHARE = 1 / 8  # a document with fewer passages that are not common is compa
 LONGEST_WORD = 64  # letters; a longer word is cut
 WORD_BASE, PASSAGE_BASE, MIXER = 0x9E3779B97F4A7C15, 0xD1342543DE82EF95, 0xBF58476D1CE4E5B9  # odd, without a pattern
 ALONE, AFTER_GAP = np.uint32(1 << 31), np.uint32(1 << 30)  # marks of a letter: a unit by itself; the first of a word
+INSIDE = np.uint32(1)  # a sign inside a word that is passed over
 WITHOUT_SPACES = (  # scripts whose letters count one by one
     (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
     (0x1000, 0x109F),  # Burmese
@@ -43,7 +44,7 @@ WITHOUT_SPACES = (  # scripts whose letters count one by one
     (0x1B000, 0x1B2FF),  # old kana
     (0x20000, 0x3FFFF),  # rare Chinese
 )
-HELD_PAIRS = 1 << 22  # pairs of documents, 8 bytes each, that wait before they are counted
+MEETINGS = 1 << 24  # of two documents in a passage, that are counted in one turn, 8 bytes each
 
 
 # Passages of a text
@@ -65,9 +66,11 @@ class PassageReader:
         """Add the passages that end in this block."""
         codes = np.frombuffer(block.encode("utf-32-le", "surrogatepass"), np.uint32)
         folded = _letters().take(codes)
+        if (folded == INSIDE).any():
+            folded = folded[folded != INSIDE]
         places = np.flatnonzero(folded != 0)
         if not len(places):
-            self._ends_in_gap |= bool(block)
+            self._ends_in_gap |= len(folded) > 0
             return
 
         self._letters += len(places)
@@ -91,16 +94,20 @@ class PassageReader:
 
 @functools.cache
 def _letters() -> NDArray[np.uint32]:
-    """For each code point the letter or digit that it counts as, with the mark ALONE where it has it; 0 for all others.
+    """For each code point the letter or digit that it counts as, with the mark ALONE where it has it; else 0.
 
-    Case, width and accents make no difference: `Ａ` and `á` count as `a`, half-width `ｶ` and `ガ` as `カ`.
+    Case, width and accents make no difference: `Ａ` and `á` count as `a`, half-width `ｶ` and `ガ` as `カ`. Accents that
+    are code points of their own, and signs without width, are INSIDE: they do not end a word.
     """
     table = np.zeros(0x110000, np.uint32)
-    for code, character in enumerate(map(chr, range(len(table)))):
+    for code in (*range(0x40000), *range(0xE0000, 0xE0200)):  # no letter and no accent stands elsewhere
+        character = chr(code)
         if character.isalnum():
             lower = character.lower()
             parts = [part for part in unicodedata.normalize("NFKD", lower) if part.isalnum()]
-            table[code] = ord(parts[0] if len(parts) == 1 else lower[0])
+            table[code] = ord(parts[0] if len(parts) == 1 else lower[0]) if parts else INSIDE
+        elif unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf"):
+            table[code] = INSIDE
     for first, last in WITHOUT_SPACES:
         table[(table >= first) & (table <= last)] |= ALONE
     return table
@@ -141,7 +148,7 @@ def _sampled_passages(units: NDArray[np.uint64]) -> NDArray[np.uint64]:
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(MIXER)
     hashes ^= hashes >> np.uint64(27)
     hashes *= np.uint64(PASSAGE_BASE)
-    hashes = np.sort(hashes.take(np.flatnonzero(hashes < np.uint64((1 << 64) // SAMPLED))))
+    hashes = np.sort(hashes.take(np.flatnonzero(hashes <= np.uint64((1 << 64) // SAMPLED - 1))))
     return hashes[np.diff(hashes, prepend=~hashes[:1]) != 0]
 
 
@@ -249,9 +256,8 @@ def find_overlaps(table: HashTable, order: Sequence[int], least: float = LEAST_S
     document with hardly a passage of its own (under 1/8) is compared by all its passages: it is a book in many copies,
     or in many collections. Each of its passages is then looked for in the 16 longest documents that have it.
 
-    The table is read twice, a part at a time. In memory are one part, and 12 bytes for each pair of documents with a
-    passage in common, three times that while they are counted. A part is a random sample of all passages, so pairs with
-    far too few of them (4 standard deviations) are dropped on the way.
+    In memory are one part of the table, and up to 16 million times that two documents have a passage in common: some
+    500 MB at most. Where there are more, the table is read again for the next documents.
 
     Args:
         table: the passages.
@@ -262,87 +268,54 @@ def find_overlaps(table: HashTable, order: Sequence[int], least: float = LEAST_S
     rank = np.full(number.max(initial=0) + 2, -1)  # the last entry is for all documents with higher numbers
     rank[number] = np.arange(len(number))
 
-    # how many passages has each, and by how many of them is it compared?
-    passages, own = np.zeros(len(number), np.int64), np.zeros(len(number), np.int64)
-    for _, ranks, holders in _passages_by_part(table, rank):
+    # how many passages has each document, how many are its own, and how often do others have them?
+    passages, own, met, own_met = np.zeros((4, len(number)))
+    for ranks, holders, _ in _passages_by_part(table, rank):
+        others = np.minimum(holders - 1, COMMON)
+        is_own = holders <= COMMON
         passages += np.bincount(ranks, minlength=len(number))
-        own += np.bincount(ranks[holders <= COMMON], minlength=len(number))
+        met += np.bincount(ranks, others, minlength=len(number))
+        own += np.bincount(ranks[is_own], minlength=len(number))
+        own_met += np.bincount(ranks[is_own], others[is_own], minlength=len(number))
     has_own = own >= OWN_SHARE * passages
     counted = np.where(has_own, own, passages)
     is_compared = counted >= LEAST_PASSAGES
 
-    # how many do two of them have in common?
-    pairs = _PairCounts()
-    for part, (hashes, ranks, holders) in enumerate(_passages_by_part(table, rank), start=1):
-        shared = np.flatnonzero(holders > 1)
-        shared = shared[np.lexsort((ranks[shared], hashes[shared]))]
-        ranks, holders, place = ranks[shared], holders[shared], _places(hashes[shared])
-        rows = np.flatnonzero(is_compared[ranks] & ((holders <= COMMON) | ~has_own[ranks]))
-        for longer in range(COMMON):  # the longest that has the passage, the second, ...
-            rows = rows[place[rows] > longer]
-            pairs.add(ranks[rows - place[rows] + longer], ranks[rows])
-        pairs.drop_below(least * counted * part / PARTS)
+    # compare them, in several turns if there is much to count
+    turns = np.cumsum(np.where(has_own, own_met, met) * is_compared) // MEETINGS
+    found: list[tuple[int, int, float]] = []
+    for turn in np.unique(turns):
+        first, second, common = _count_common(table, rank, is_compared & (turns == turn), has_own)
+        share = common / counted[second]
+        enough = share >= least
+        found += zip(first[enough].tolist(), second[enough].tolist(), share[enough].tolist(), strict=True)
+    return [Overlap(order[first], order[second], share) for first, second, share in sorted(found)]
 
-    first, second, common = pairs.counts()
-    share = common / np.maximum(counted[second], 1)
-    enough = share >= least
-    found = zip(number[first[enough]].tolist(), number[second[enough]].tolist(), share[enough].tolist(), strict=True)
-    return [Overlap(*pair) for pair in found]
+
+def _count_common(
+    table: HashTable, rank: NDArray[np.int64], is_compared: NDArray[np.bool_], has_own: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of a document and a shorter one that is compared, by rank, and how many passages both have."""
+    meetings = [np.empty(0, np.int64)]
+    for ranks, holders, places in _passages_by_part(table, rank):
+        rows = np.flatnonzero((places > 0) & is_compared[ranks] & ((holders <= COMMON) | ~has_own[ranks]))
+        for longer in range(COMMON):  # the longest document with the passage, the second, ...
+            rows = rows[places[rows] > longer]
+            meetings.append(ranks[rows - places[rows] + longer] << 32 | ranks[rows])
+    pairs, common = np.unique(np.concatenate(meetings), return_counts=True)
+    return pairs >> 32, pairs & 0xFFFFFFFF, common
 
 
 def _passages_by_part(
     table: HashTable, rank: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]]:
-    """For each part: sorted hashes, the rank of a document that has each, and how many have it. None stands twice."""
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """For each part, sorted by passage: a document's rank, how many have the passage, and its place among these."""
     for rows in table.parts():
         rows = rows[rank.take(rows["document"], mode="clip") >= 0]
-        is_new = np.ones(len(rows), bool)
-        is_new[1:] = rows[1:] != rows[:-1]
-        rows = rows[is_new]
-        _, holders = np.unique(rows["hash"], return_counts=True)
-        yield rows["hash"], rank[rows["document"]], np.repeat(holders, holders)
-
-
-def _places(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Of each of these sorted hashes, its place among the equal ones, from 0."""
-    starts = np.flatnonzero(np.diff(hashes, prepend=~hashes[:1]))
-    return np.arange(len(hashes)) - np.repeat(starts, np.diff(starts, append=len(hashes)))
-
-
-class _PairCounts:
-    """How often each pair of documents was added."""
-
-    def __init__(self) -> None:
-        self._pairs, self._counts = np.empty(0, np.uint64), np.empty(0, np.uint32)
-        self._held: list[NDArray[np.uint64]] = []
-        self._held_pairs = 0
-
-    def add(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> None:
-        self._held.append((first << 32 | second).astype(np.uint64))
-        self._held_pairs += len(first)
-        if self._held_pairs >= HELD_PAIRS:
-            self._count()
-
-    def drop_below(self, expected: NDArray[np.float64]) -> None:
-        """If there are many pairs, drop those that were added far less often than is expected of the second."""
-        if len(self._pairs) + self._held_pairs >= HELD_PAIRS:
-            _, second, counts = self.counts()
-            is_kept = counts >= (expected - 4 * np.sqrt(expected))[second]
-            self._pairs, self._counts = self._pairs[is_kept], self._counts[is_kept]
-
-    def counts(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
-        """Sorted pairs: the first of each, the second, and how often it was added."""
-        self._count()
-        pairs = self._pairs.astype(np.int64)
-        return pairs >> 32, pairs & 0xFFFFFFFF, self._counts
-
-    def _count(self) -> None:
-        new, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *self._held]), return_counts=True)
-        self._held, self._held_pairs = [], 0
-        pairs = np.concatenate([self._pairs, new])
-        counts = np.concatenate([self._counts, counts.astype(np.uint32)])
-        by_pair = np.argsort(pairs, kind="stable")  # merges two sorted arrays
-        pairs, counts = pairs[by_pair], counts[by_pair]
-        starts = np.flatnonzero(np.diff(pairs, prepend=~pairs[:1]))
-        self._pairs = pairs[starts]
-        self._counts = np.add.reduceat(counts, starts, dtype=np.uint32)
+        hashes = rows["hash"]
+        passage = np.cumsum(np.diff(hashes, prepend=hashes[:1]) != 0)
+        keys = np.sort(passage << 32 | rank[rows["document"]])
+        keys = keys[np.diff(keys, prepend=-1) != 0]  # each document once
+        holders = np.bincount(keys >> 32)
+        starts = np.cumsum(holders) - holders
+        yield keys & 0xFFFFFFFF, np.repeat(holders, holders), np.arange(len(keys)) - np.repeat(starts, holders)
