@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmcore.model import KVCache, Transformer
@@ -152,7 +153,7 @@ def _generate_ids(
 
     device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
     length = longest = max(map(len, prompts))
-    seen, padding = _padded(prompts, longest + max_new_tokens, device)
+    seen, padding = _padded(prompts, longest + min(max_new_tokens, context), device)
     is_padded = bool(padding.any())
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     generator = torch.Generator(device)
@@ -167,6 +168,8 @@ def _generate_ids(
     for _ in range(max_new_tokens):
         if cache.length + length - start > context:  # the window slides
             cache.length, start = 0, length - max(1, context // 2)
+        if length == seen.shape[1]:  # twice the room, so that few tokens need new memory
+            seen, padding = (F.pad(each, (0, length)) for each in (seen, padding))
 
         # Not a decorator: inference mode must not leak into the caller between two yields.
         with torch.inference_mode():
@@ -191,7 +194,7 @@ def _generate_ids(
 def _padded(prompts: Sequence[Sequence[int]], time: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids (batch, time) that begin with the prompts, padded on the left, and where they are padded.
 
-    They have room for all tokens to come, so that no token needs new memory.
+    They have room for the next tokens, so that not each of them needs new memory.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros((len(prompts), time), dtype=torch.int64)
@@ -298,5 +301,5 @@ def surprise(model: Transformer, ids: Sequence[int]) -> list[float]:
     for start in range(0, len(ids) - 1, context):
         window = torch.as_tensor(ids[start : start + context + 1], device=device)
         logits = model(window[None, :-1])[0].float()
-        nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
+        nats += F.cross_entropy(logits, window[1:], reduction="none").tolist()
     return nats

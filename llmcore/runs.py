@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -340,6 +341,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"python": platform.python_version(), **versions, **machine, "commit": _commit()}
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -347,6 +349,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache  # the code that runs is the one that was imported, whatever is checked out later
 def _commit() -> str | None:
     """The checked-out commit, with "+changes" where tracked files differ from it; None outside a git checkout."""
     here = Path(__file__).resolve().parent
