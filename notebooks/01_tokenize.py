@@ -9,12 +9,13 @@
 # %% [markdown]
 # # 1 · From text to tokens
 #
-# *What is a token, and how many should there be?* A language model reads numbers, not letters. This notebook reads a
-# folder of texts. With SentencePiece it learns a vocabulary of frequent pieces, and it saves them as a tokenizer.
+# *What is a token, and how many should there be?* A language model reads numbers, not letters. This notebook looks
+# through a folder of texts. With SentencePiece it learns a vocabulary of frequent pieces from them, and it saves them
+# as a tokenizer.
 #
 # | in | out | time |
 # | --- | --- | --- |
-# | `data_dir`: a folder of `.txt` files | `<model_prefix>.model` and `.vocab` | 10 seconds for one novel |
+# | `data_dir`: a folder of texts | `<model_prefix>.model` and `.vocab` | 10 seconds for one novel |
 #
 # The default text is 三国演义 (*Romance of the Three Kingdoms*), **one** classical novel of 120 chapters. It is enough
 # to see that everything works and that the model learns. It does not replace four thousand modern novels. To use
@@ -26,11 +27,14 @@
 # [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
-data_dir: str = "data/sanguo"  # folder of .txt files, or data/sanguo, data/scifi, data/zhwiki
+data_dir: str = "data/sanguo"  # folder of texts (txt, zip, epub, jsonl), or data/sanguo, data/scifi, data/zhwiki
 model_prefix: str = "outputs/tokenizer"  # the tokenizer becomes <model_prefix>.model
 vocab_size: int = 4000  # number of pieces, 256 single bytes and 4 special ones included
 character_coverage: float = 0.99  # share of characters that get a piece; rarer ones are spelled in bytes
-errors: str = "strict"  # for a file that is not UTF-8: strict stops, skip leaves it out
+errors: str = "strict"  # for a text that cannot be read: strict stops, skip leaves it out
+encoding: str = "auto"  # of the files; auto finds out that of each, a name such as gb18030 is taken for all
+clean: bool = True  # leave out advertisements, control characters and leftovers of web pages
+duplicates: str = "drop"  # copies of a text: drop leaves them out, keep keeps them
 seed: int = 0  # random seed; it chooses the lines of very large corpora
 
 # %%
@@ -43,28 +47,62 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from llmcore.corpus import report
+from llmcore.corpus.library import open_library
 from llmcore.corpus.sources import open_corpus
-from llmcore.corpus.texts import readable_texts, sample_texts
 from llmcore.corpus.train_tokenizer import compression_by_vocab_size, train_tokenizer
 from llmcore.files import display_path, one_line
+from llmcore.measure.planner import preset_advice
 from llmcore.notebook import plots, widgets
 from llmcore.tokenizer import Tokenizer
 
 # %% [markdown]
-# ## The text
-# One file is one document. Here it is a chapter. If the corpus is larger than ten megabytes, this notebook looks at
-# parts of it, chosen evenly. The tokenizer learns from a sample of up to 100 megabytes of lines.
+# ## What the folder holds
+# Texts from the web come in several encodings, some of them twice, with advertisements between the lines. So we read
+# the whole folder once before we use it. Here one file is one document: a chapter. In a zip or jsonl file each text is
+# a document.
 
 # %%
-folder = open_corpus(data_dir)
-files, refused = readable_texts(folder, errors)
-texts = sample_texts(files)
-print(*(f"left out: {one_line(f'{name}: {reason}')}\n" for name, reason in refused.items()), sep="", end="")
+library = open_library(
+    open_corpus(data_dir), errors=errors, encoding=encoding, clean=clean, duplicates=duplicates, progress=True
+)
+print(*(f"left out: {one_line(f'{name}: {reason}')}\n" for name, reason in library.refused.items()), sep="", end="")
+widgets.tables(
+    {
+        "What the folder holds": report.files_by_kind(library),
+        "Scripts": report.scripts(library),
+        "The longest and the shortest documents": report.longest_and_shortest(library),
+    }
+)
+
+# %% [markdown]
+# Some text is left out. Advertisements recur in many books, so they would be what the model learns best. A book that
+# stands there twice would be read twice as often, and one copy could be held out while the model learns the other.
+# The files stay as they are. `clean=False` and `duplicates="keep"` leave nothing out.
+
+# %%
+widgets.tables(
+    {
+        "Left out by cleaning": report.cleaning(library),
+        "Lines that recur": report.recurring(library),
+        "Documents that have half of their sentences or more in common": report.copies(library),
+    }
+)
+
+# %% tags=["nbval-check-output"]
+print(f"{len(library.documents)} documents, {len(library.copy_of)} of them left out as copies,", end=" ")
+print(f"{len(library.refused)} more cannot be read; {len(library.recurring)} lines recur")
+
+# %% [markdown]
+# Let us look at the text itself. If it is larger than ten megabytes, this notebook looks at parts of it, chosen evenly.
+
+# %%
+texts = library.sample()
 characters = sum(map(len, texts))
 print(widgets.visible(texts[0][:220]))
 
 # %% tags=["nbval-check-output"]
-print(f"{len(files)} files; in the {len(texts)} looked at: {characters:,} characters,", end=" ")
+print(f"in the {len(texts)} documents looked at: {characters:,} characters,", end=" ")
 print(f"{sum(len(t.encode()) for t in texts):,} bytes of UTF-8")
 print(f"{len(set(''.join(texts))):,} different characters")
 
@@ -75,10 +113,11 @@ plots.length_histogram([len(t) for t in texts], "characters", f"{len(texts)} doc
 # ## Learning the pieces
 # Byte-pair encoding starts with single characters. It merges the two most frequent neighbours into a new piece, and
 # repeats this until the vocabulary is full. A rare character gets no piece. The tokenizer writes it as UTF-8 bytes, so
-# no text is unknown. If the vocabulary is too small for the characters, the error message says what to change.
+# no text is unknown. If the vocabulary is too small for the characters, the error message says what to change. The
+# tokenizer learns from a sample of up to 100 megabytes of lines.
 
 # %%
-tok = train_tokenizer(files, model_prefix, vocab_size, character_coverage=character_coverage, seed=seed)
+tok = train_tokenizer(library.kept, model_prefix, vocab_size, character_coverage=character_coverage, seed=seed)
 print(f"wrote {display_path(model_prefix)}.model and .vocab")
 
 # %% tags=["nbval-check-output"]
@@ -118,7 +157,7 @@ print(f"unknown tokens: {ids.count(tok.unk_id)}")
 # %%
 sizes = [int(vocab_size * factor) for factor in (0.7, 1, 1.5, 2, 3, 4)]
 with tempfile.TemporaryDirectory() as scratch:
-    ratios = compression_by_vocab_size(files, sizes, Path(scratch), character_coverage=character_coverage)
+    ratios = compression_by_vocab_size(library.kept, sizes, Path(scratch), character_coverage=character_coverage)
     largest = Tokenizer(Path(scratch, f"vocab-{max(ratios)}.model")) if ratios else tok
 
 # %%
@@ -127,6 +166,19 @@ small, large = min(ratios), max(ratios)
 saved = 1 - ratios[small] / ratios[large]
 title = f"{large / small:.1f} times the pieces, {saved:.0%} fewer tokens"
 plots.compression(list(ratios), list(ratios.values()), title, chosen=vocab_size)
+
+# %% [markdown]
+# ## What this much text can feed
+# About twenty tokens per parameter is the best use of compute (Hoffmann et al., "Chinchilla", 2022). Reading a text up
+# to four times is nearly as good as new text (Muennighoff et al., 2023). So with this text a model can grow to about a
+# fifth of its tokens. A larger one still learns, but it learns the text by heart.
+
+# %%
+tokens = round(sum(document.characters for document in library.kept) * len(ids) / characters)
+widgets.tables({f"{tokens:,} tokens": preset_advice(tokens)})
+
+# %% tags=["nbval-check-output"]
+print(f"a vocabulary that suits so much text: about {report.advised_vocab_size(library):,}")
 
 # %% [markdown]
 # ## Nothing is lost

@@ -22,11 +22,14 @@
 # [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
-data_dir: str = "data/sanguo"  # folder of .txt files
+data_dir: str = "data/sanguo"  # folder of texts
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
-dataset_dir: str = "outputs/dataset"  # where the token files go
+dataset_dir: str = "auto"  # where the token files go; auto: a folder for this corpus and tokenizer
 val_fraction: float = 0.05  # share of the documents held out
-errors: str = "strict"  # for a file that is not UTF-8: strict stops, skip leaves it out
+errors: str = "strict"  # for a text that cannot be read: strict stops, skip leaves it out
+encoding: str = "auto"  # of the files; auto finds out that of each, a name such as gb18030 is taken for all
+clean: bool = True  # leave out advertisements, control characters and leftovers of web pages
+duplicates: str = "drop"  # copies of a text: drop leaves them out, keep keeps them on one side of the split
 context_size: int = 256  # tokens in a window
 preset: str = "scifi-mini"  # its training plan is compared with this corpus
 seed: int = 0  # random seed for the order of the windows
@@ -40,9 +43,10 @@ check_parameters(globals())
 import numpy as np
 
 from llmcore import config
-from llmcore.corpus.prepare import held_out_share, prepare_dataset
+from llmcore.corpus import report
+from llmcore.corpus.library import Reader, open_library
+from llmcore.corpus.prepare import dataset_folder, held_out_share, prepare_dataset
 from llmcore.corpus.sources import open_corpus
-from llmcore.corpus.texts import find_texts, text_blocks, text_name
 from llmcore.dataset import TokenDataset
 from llmcore.files import display_path, one_line
 from llmcore.measure.planner import TOKENS_PER_PARAMETER, plan
@@ -51,7 +55,24 @@ from llmcore.tokenizer import Tokenizer
 
 # %%
 tok = Tokenizer(tokenizer_model_file)
-folder = open_corpus(data_dir)
+library = open_library(
+    open_corpus(data_dir), errors=errors, encoding=encoding, clean=clean, duplicates=duplicates, progress=True
+)
+
+# %% [markdown]
+# ## What is left out
+# Before anything is written, see what will not be in the token files: lines that recur in many documents and look like
+# a web site's own, leftovers of web pages, and copies. The files themselves are never changed. If you see an author's
+# line here, set `clean=False`.
+
+# %%
+widgets.tables(
+    {
+        "Left out by cleaning": report.cleaning(library),
+        "Lines that recur": report.recurring(library),
+        "Documents that have half of their sentences or more in common": report.copies(library),
+    }
+)
 
 # %% [markdown]
 # ## Text to token files
@@ -63,8 +84,10 @@ folder = open_corpus(data_dir)
 # stopped.
 
 # %%
-manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction, errors=errors)
-print(f"token files are in {display_path(dataset_dir)}; files left out: {len(manifest['refused'])}")
+dataset_dir = dataset_folder(dataset_dir, library.folder, tok)
+manifest = prepare_dataset(library, tok, dataset_dir, val_fraction)
+print(f"token files are in {display_path(dataset_dir)}")
+print(report.summary(manifest))
 
 # %% tags=["nbval-check-output"]
 for name, split in manifest["splits"].items():
@@ -95,11 +118,11 @@ print(len(held_out), "held out:", " ".join(map(one_line, held_out[:12])))
 
 # %% tags=["nbval-check-output"]
 first = next(source for source in manifest["sources"] if source["split"] in ("train", "both"))
-file = next(file for file in find_texts(folder) if text_name(file, folder) == first["path"])
-text = next(text_blocks(file))  # at most 64 KiB; a token is at least one byte long
+with Reader() as reader:  # a block is at most 64 KiB long; a token is at least one byte long
+    text = next(reader.blocks(next(text for text in library.kept if text.name == first["path"])))
 document = tok.decode(train.read(0, min(int(train.offsets[1]), 1 << 16)).tolist())
 length = min(len(text), len(document))
-print("the first document decodes to its file:", document[:length] == text[:length])
+print("the first document decodes to its text:", document[:length] == text[:length])
 counts = train.count_ids()
 whole = sum(source["split"] == "train" for source in manifest["sources"])
 print("each document that ends here ends with eos:", counts[tok.eos_id] == whole)

@@ -26,11 +26,14 @@
 
 # %% tags=["parameters"]
 preset: str = "scifi-mini"  # scifi-mini, scifi-117M, scifi-1.5B, zhwiki-2.46B
-data_dir: str = "data/sanguo"  # folder of .txt files
+data_dir: str = "data/sanguo"  # folder of texts
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
-dataset_dir: str = "outputs/dataset"  # token files, from notebook 2 or made here
+dataset_dir: str = "auto"  # token files, from notebook 2 or made here; auto: a folder for this corpus and tokenizer
 val_fraction: float = None  # share of the documents held out; None: as in an existing data set, else 0.05
-errors: str = None  # for a file that is not UTF-8: strict stops, skip leaves it out; None: as before, else strict
+errors: str = None  # for a text that cannot be read: strict stops, skip leaves it out; None: as before, else strict
+encoding: str = None  # of the files, a name or auto; None: as before, else auto
+clean: bool = None  # leave out advertisements and leftovers of web pages; None: as before, else True
+duplicates: str = None  # copies of a text: drop leaves them out, keep keeps them; None: as before, else drop
 output_dir: str = "outputs/runs"  # folder of all runs
 project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
 checkpoint_dir: str = None  # continue from a checkpoint, a run, latest or best
@@ -62,7 +65,8 @@ import torch
 
 from llmcore import config
 from llmcore.checkpoint import find_checkpoint, load_checkpoint, read_config
-from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus import report
+from llmcore.corpus.prepare import dataset_folder, prepare_dataset
 from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
@@ -110,7 +114,11 @@ model_config = model_config.replace(
 )
 
 # %%
-manifest = prepare_dataset(open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
+folder = open_corpus(data_dir)
+dataset_dir = dataset_folder(dataset_dir, folder, tok)
+options = {"errors": errors, "encoding": encoding, "clean": clean, "duplicates": duplicates}
+manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction, **options)
+print(report.summary(manifest))
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
 

@@ -26,11 +26,14 @@
 
 # %% tags=["parameters"]
 preset: str = "scifi-mini"  # all runs use its settings, except the size
-data_dir: str = "data/sanguo"  # folder of .txt files
+data_dir: str = "data/sanguo"  # folder of texts
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
-dataset_dir: str = "outputs/dataset"  # token files, from notebook 2 or made here
+dataset_dir: str = "auto"  # token files, from notebook 2 or made here; auto: a folder for this corpus and tokenizer
 val_fraction: float = None  # share of the documents held out; None: as in an existing data set, else 0.05
-errors: str = None  # for a file that is not UTF-8: strict stops, skip leaves it out; None: as before, else strict
+errors: str = None  # for a text that cannot be read: strict stops, skip leaves it out; None: as before, else strict
+encoding: str = None  # of the files, a name or auto; None: as before, else auto
+clean: bool = None  # leave out advertisements and leftovers of web pages; None: as before, else True
+duplicates: str = None  # copies of a text: drop leaves them out, keep keeps them; None: as before, else drop
 output_dir: str = "outputs/scaling"  # folder of the runs
 dims: str = "12 16 24 32 48 64 96 128"  # widths of the models
 budgets: str = "2.5e11 8e11 2.5e12"  # compute of a run, in FLOPs
@@ -53,7 +56,8 @@ check_parameters(globals())
 import numpy as np
 
 from llmcore import config
-from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus import report
+from llmcore.corpus.prepare import dataset_folder, prepare_dataset
 from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
@@ -81,7 +85,10 @@ check_writable(output_dir)
 tok = Tokenizer(tokenizer_model_file)
 base, _ = config.preset(preset)
 base = base.replace(vocab_size=tok.vocab_size, max_seq_len=context_size or base.max_seq_len)
-prepare_dataset(open_corpus(data_dir), tok, dataset_dir, val_fraction, errors=errors)
+folder = open_corpus(data_dir)
+dataset_dir = dataset_folder(dataset_dir, folder, tok)
+options = {"errors": errors, "encoding": encoding, "clean": clean, "duplicates": duplicates}
+print(report.summary(prepare_dataset(folder, tok, dataset_dir, val_fraction, **options)))
 epoch = len(TokenDataset(dataset_dir, "train", base.max_seq_len).tokens)
 
 # %%

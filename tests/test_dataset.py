@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -251,15 +252,15 @@ def test_unreadable_files_are_all_named_or_left_out_on_request(tokenizer: Tokeni
     (folder / "loop.txt").symlink_to(folder / "loop.txt")
     os.mkfifo(folder / "pipe.txt")
     (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="5 of 8 files in data_dir=.* cannot be read: ") as caught:
+    with pytest.raises(ValueError, match="5 of 8 texts in data_dir=.* cannot be read: ") as caught:
         prepare_dataset(folder, tokenizer, out, progress=False)
     for fault in (
-        r"gbk.txt is not UTF-8: byte 3 is 0xb2",
+        "gbk.txt may be .*, but holds too little",
         "pipe.txt: it is not a regular file",
-        r"\xff.txt",
+        r"\\xff.txt",
         "errors=skip",
     ):
-        assert fault in str(caught.value)
+        assert re.search(fault, str(caught.value))
     assert verify_dataset(out) == before  # nothing was touched
     after = prepare_dataset(folder, tokenizer, out, errors="skip", progress=False)
     assert (after["val_fraction"], after["splits"]) == (0.4, before["splits"])
@@ -267,7 +268,7 @@ def test_unreadable_files_are_all_named_or_left_out_on_request(tokenizer: Tokeni
     assert prepare_dataset(folder, tokenizer, out, progress=False) == after  # goes on as it was told
     for name in ("one", "two", "three"):
         (folder / f"{name}.txt").unlink()
-    with pytest.raises(ValueError, match="5 of 5 files"):
+    with pytest.raises(ValueError, match="5 of 5 texts"):
         prepare_dataset(folder, tokenizer, out, errors="skip", progress=False)
 
 
@@ -291,7 +292,7 @@ def test_a_fraction_that_leaves_nothing_is_refused(tokenizer: Tokenizer, tmp_pat
 def test_folders_without_text_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data_dir=.*not a folder"):
         prepare_dataset(tmp_path / "none", tokenizer, tmp_path / "d")
-    with pytest.raises(FileNotFoundError, match=r"\*.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no text \(.txt, .*found: nothing"):
         prepare_dataset(tmp_path, tokenizer, tmp_path / "d")
-    with pytest.raises(DatasetError, match="hold no text"):
+    with pytest.raises(DatasetError, match="the 2 texts in data_dir=.* are empty"):
         prepare_dataset(corpus(tmp_path / "t", a="", b=""), tokenizer, tmp_path / "d", progress=False)

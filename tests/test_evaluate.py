@@ -121,7 +121,7 @@ def test_what_cannot_be_scored_is_refused_by_name(tmp_path: Path, english_tokeni
         ([], {}, "no documents"),
         ("a text", {}, "put a single one in a list"),
         (["a", ""], {}, "without text.*text 2"),
-        ([tmp_path / "bad.txt"], {}, "bad.txt is not UTF-8"),
+        ([tmp_path / "bad.txt"], {}, "encoding of .*bad.txt is not known"),
         ([tmp_path / "good.txt"] * 2, {}, "2 documents have only 1 names: is a file named twice"),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -37,10 +37,10 @@ def test_a_notebook_that_reads_texts_has_what_errors_advise(name: str) -> None:
     source = (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8")
     [parameters] = re.findall(r'tags=\["parameters"\]\n(.*?)\n\n', source, re.DOTALL)
     has = set(re.findall(r"^(\w+):", parameters, re.MULTILINE))
-    needed = {"data_dir", "errors"} if "readable_texts(" in source else set()
+    settings = {"errors", "encoding", "clean", "duplicates"}
+    needed = {"data_dir", *settings} if "open_library(" in source else set()
     if "prepare_dataset(" in source:
-        needed |= {"data_dir", "dataset_dir", "errors", "val_fraction", "context_size", "tokenizer_model_file"}
-        assert "val_fraction, errors=errors)" in source
+        needed |= {"data_dir", "dataset_dir", "val_fraction", "context_size", "tokenizer_model_file", *settings}
     if "train_tokenizer(" in source:
         needed |= {"vocab_size", "character_coverage"}
     assert needed <= has
@@ -84,7 +84,7 @@ def test_the_facts_of_notebooks_1_and_2_hold_for_odd_corpora(
     one, facts = run_cells(
         "01_tokenize", capsys, data_dir=str(texts), model_prefix=str(tmp_path / "tok"), vocab_size=vocab_size
     )
-    assert f"{len(CORPORA[corpus])} files" in facts and "False" not in facts
+    assert f"{len(CORPORA[corpus])} documents" in facts and "False" not in facts
     assert "unknown tokens: 0" in facts
     files = {"tokenizer_model_file": str(tmp_path / "tok.model"), "dataset_dir": str(tmp_path / "d")}
     two, facts = run_cells("02_dataset", capsys, data_dir=str(texts), **files, context_size=16)

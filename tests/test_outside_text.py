@@ -7,6 +7,7 @@ import re
 import unicodedata
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote_to_bytes
 
 import pytest
@@ -95,7 +96,8 @@ def test_names_of_files_are_printed_on_one_visible_line(capsys: pytest.CaptureFi
     lines = [next(line for line in cell("01_tokenize", "left out:").splitlines() if "left out:" in line)]
     lines += [next(line for line in cell("02_dataset", "held_out[:12]").splitlines() if "held_out[:12]" in line)]
     for line in lines:
-        exec(line, {"refused": {HOSTILE: "no text"}, "held_out": [HOSTILE], "one_line": one_line})
+        library = SimpleNamespace(refused={HOSTILE: "no text"})
+        exec(line, {"library": library, "held_out": [HOSTILE], "one_line": one_line})
         printed = capsys.readouterr().out
         assert printed.count("\n") == 1 and not acts(printed) and "⟨1B⟩" in printed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -20,8 +21,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmcore.corpus import prepare
+from llmcore.corpus.library import sample_texts
 from llmcore.corpus.prepare import prepare_dataset
-from llmcore.corpus.texts import cut_text, find_texts, read_text, sample_texts, split_long, text_blocks
+from llmcore.corpus.texts import cut_text, find_texts, read_text, split_long, text_blocks
 from llmcore.corpus.train_tokenizer import sentences, train_tokenizer
 from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
 from llmcore.tokenizer import Tokenizer
@@ -53,8 +55,8 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def fresh(texts: Path, tokenizer: Tokenizer, folder: Path, **options: float) -> dict[str, bytes]:
-    prepare_dataset(texts, tokenizer, folder, progress=False, **options)  # type: ignore[arg-type]
+def fresh(texts: Path, tokenizer: Tokenizer, folder: Path, **options: Any) -> dict[str, bytes]:
+    prepare_dataset(texts, tokenizer, folder, progress=False, **options)
     return content(folder)
 
 
@@ -104,12 +106,6 @@ def test_what_lies_across_the_border_of_two_blocks_is_read_whole(tmp_path: Path,
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read_text(tmp_path / "a.txt") == text.replace("\r\n", "\n").replace("\r", "\n")
     assert len(list(text_blocks(tmp_path / "a.txt"))) >= 2
-    (tmp_path / "a.txt").write_bytes(filler.encode() + "曹操".encode("gbk"))
-    with pytest.raises(ValueError, match=f"a.txt is not UTF-8: byte {len(filler)} is 0xb2"):
-        read_text(tmp_path / "a.txt")
-    (tmp_path / "a.txt").write_bytes(filler.encode() + "曹操".encode()[:-1])
-    with pytest.raises(ValueError, match=f"a.txt is not UTF-8: byte {len(filler) + 3} is 0xe6"):
-        read_text(tmp_path / "a.txt")
 
 
 def test_lines_to_learn_from_do_not_depend_on_how_the_file_is_read(tmp_path: Path) -> None:
@@ -163,14 +159,14 @@ def test_only_new_files_are_encoded_and_the_result_is_as_if_fresh(
             (texts / f"{name}.txt").write_text(f"第{which}回\n却说曹操" * which, encoding="utf-8", newline="\n")
         recording = Recording(here / "t.model")
         if not any(files.values()):
-            with pytest.raises(DatasetError, match="hold no text"):
+            with pytest.raises(DatasetError, match="are empty"):
                 prepare_dataset(texts, recording, here / "d", progress=False)
             continue
         (here / f"fresh-{number}").mkdir()  # which knows the places of the documents, and has nothing to copy from
         if (here / "d" / "meta.json").exists():
             (here / f"fresh-{number}" / "meta.json").write_bytes((here / "d" / "meta.json").read_bytes())
-        manifest = prepare_dataset(texts, recording, here / "d", progress=False)
-        assert content(here / "d") == fresh(texts, tokenizer, here / f"fresh-{number}")
+        manifest = prepare_dataset(texts, recording, here / "d", duplicates="keep", progress=False)
+        assert content(here / "d") == fresh(texts, tokenizer, here / f"fresh-{number}", duplicates="keep")
         whole, parts = set(), set()
         for source in manifest["sources"]:
             text = read_text(texts / source["path"])
@@ -225,7 +221,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tokenizer: Tokenizer, san
     texts = tmp_path / "t"
     texts.mkdir()
     for name in "ab":
-        (texts / f"{name}.txt").write_text("却说曹操\n" * 100, encoding="utf-8")
+        (texts / f"{name}.txt").write_text(f"却说曹操{name}\n" * 100, encoding="utf-8")
     (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
 
     class Writes(Tokenizer):
@@ -402,16 +398,16 @@ def test_many_files_with_odd_names_are_all_there(tokenizer: Tokenizer, tmp_path:
             number % 4
         ]
         text = f"第{number}回 曹操\r\n" if number % 5 else f"Nº {number}"
-        raw = [text.encode(), text.encode("utf-8-sig"), text.encode("utf-16-le") + b"\xff", text.encode("gb18030")]
+        raw = [text.encode(), text.encode("utf-8-sig"), b"\0\1\2" * 30, b"\x89PNG\r\n\0" + bytes(range(256))]
         (folder / name).write_bytes(raw[number % 4 if number % 20 > 15 else number % 2])
         shown = os.fsencode((folder / name).relative_to(texts)).decode("utf-8", "backslashreplace")
         (refused if number % 20 > 15 and number % 4 > 1 else expected)[shown] = text.replace("\r\n", "\n")
-    with pytest.raises(ValueError, match=f"{len(refused)} of 400 files") as caught:
+    with pytest.raises(ValueError, match=f"{len(refused)} of 400 texts") as caught:
         prepare_dataset(texts, tokenizer, tmp_path / "d", progress=False)
     assert "errors=skip" in str(caught.value)
     manifest = prepare_dataset(texts, tokenizer, tmp_path / "d", errors="skip", progress=False)
     assert set(manifest["refused"]) == set(refused)
-    assert all("not UTF-8: byte" in reason for reason in manifest["refused"].values())
+    assert all("does not look like text" in reason for reason in manifest["refused"].values())
     places = {"train": 0, "val": 0}
     data = {split: TokenDataset(tmp_path / "d", split, 8) for split in places}
     for source in manifest["sources"]:
@@ -618,36 +614,6 @@ def test_what_was_encoded_with_lost_spaces_is_encoded_again(tmp_path: Path) -> N
     assert manifest["space"] == tokenizer.encode(" ")
 
 
-SIMPLIFIED, TRADITIONAL = "他说，这个国家的人们来自什么地方。\n" * 900, "他說，這個國家的人們來自什麼地方。\n" * 900
-
-
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [
-        (SIMPLIFIED.encode("gb18030"), "looks like GB18030: convert it with iconv -f GB18030 -t UTF-8"),
-        (TRADITIONAL.encode("gb18030"), "looks like GB18030"),
-        (TRADITIONAL.encode("big5"), "looks like Big5: convert it with iconv -f Big5 -t UTF-8"),
-        (b"ascii only\n" * 9000 + SIMPLIFIED.encode("gbk"), "looks like GB18030"),
-        (SIMPLIFIED.encode("gbk")[:30_001], "looks like GB18030"),
-        (SIMPLIFIED.encode("gbk").replace(b"\n", b"\xff\n", 9), "looks like GB18030"),
-        (SIMPLIFIED.encode("utf-16"), "looks like UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
-        (SIMPLIFIED.encode("utf-16-le"), "looks like UTF-16LE: convert it with iconv -f UTF-16LE -t UTF-8"),
-        (SIMPLIFIED.replace("\n", "").encode("utf-16-be"), "looks like UTF-16BE"),
-        ("déjà vu\n".encode("utf-16-le") * 50, "looks like UTF-16LE"),
-        (SIMPLIFIED.encode("utf-32"), "looks like UTF-32"),
-        (SIMPLIFIED.encode()[:-2], "text around it is UTF-8"),
-        (SIMPLIFIED.encode() + b"\xff" + SIMPLIFIED.encode(), "text around it is UTF-8"),
-        ("déjà vu\n".encode("cp1252") * 50, "encoding is not known: convert it to UTF-8, or remove it"),
-        (b"%PDF\0\1\2" + bytes(range(256)) * 300, "does not look like text"),
-        (b"\xff", "encoding is not known"),
-    ],
-)
-def test_a_file_that_is_not_utf8_says_what_it_may_be(tmp_path: Path, raw: bytes, said: str) -> None:
-    (tmp_path / "a.txt").write_bytes(raw)
-    with pytest.raises(ValueError, match=rf"a.txt is not UTF-8: byte \d+ is 0x..\. .*{said}"):
-        read_text(tmp_path / "a.txt")
-
-
 def test_a_git_lfs_pointer_is_not_read_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "t", {"a": "却说" * 99, "b": "曹操" * 99})
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
@@ -667,9 +633,12 @@ def test_any_bytes_are_text_or_an_error_in_words(tmp_path_factory: pytest.TempPa
     file = tmp_path_factory.mktemp("bytes") / "a.txt"
     file.write_bytes(raw)
     try:
-        assert read_text(file) == raw.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n").replace("\r", "\n")
+        text = read_text(file)
     except ValueError as error:
-        assert re.search("is not UTF-8: byte .*(iconv|convert|remove)|only a Git LFS pointer", str(error))
+        assert str(file.name) in str(error) and re.search("convert|remove|only a Git LFS pointer", str(error), re.I)
+    else:
+        with contextlib.suppress(UnicodeDecodeError):
+            assert text == raw.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n").replace("\r", "\n")
 
 
 def test_only_held_out_text_can_be_helped_by_a_larger_val_fraction(tokenizer: Tokenizer, tmp_path: Path) -> None:

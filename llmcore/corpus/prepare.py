@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import warnings
 from collections import deque
@@ -27,25 +28,36 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llmcore.corpus.folder_lock import hold_folder
-from llmcore.corpus.texts import TextFile, cut_text, survey_texts, text_blocks
+from llmcore.corpus.library import Document, Library, Reader, open_library
+from llmcore.corpus.texts import cut_text
 from llmcore.corpus.token_files import finish_split, publish, write_manifest
 from llmcore.dataset import FORMAT_VERSION, PREPARE_AGAIN, SPLITS, DatasetError, sources_of, verify_dataset
-from llmcore.files import display_path, one_line, write_atomic
+from llmcore.files import display_path, one_line, resolve, write_atomic
 from llmcore.tokenizer import Tokenizer
 
 BLOCK = 1 << 14  # characters that are encoded in one call
 SAVED_EVERY = 1 << 24  # characters between two updates of the journal, and tokens that are copied in one call
 JOURNAL = "journal.jsonl"
+OPTIONS = ("errors", "encoding", "clean", "duplicates")  # of `open_library`
+
+
+def dataset_folder(dataset_dir: str | os.PathLike[str], data_dir: Path, tokenizer: Tokenizer) -> Path:
+    """Where a notebook's token files are. "auto" is a folder of its own for each corpus and tokenizer."""
+    if str(dataset_dir) != "auto":
+        return resolve(dataset_dir)
+    identity = hashlib.sha256(f"{display_path(data_dir)}\0{tokenizer.fingerprint}".encode()).hexdigest()
+    name = re.sub(r"[^\w-]+", "_", data_dir.resolve().name)[:60]
+    return resolve("outputs/datasets") / f"{name}-{identity[:8]}"
 
 
 def prepare_dataset(
-    data_dir: str | os.PathLike[str],
+    texts: Library | str | os.PathLike[str],
     tokenizer: Tokenizer,
     dataset_dir: str | os.PathLike[str],
     val_fraction: float | None = None,
     *,
-    errors: str | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Turn a folder of texts into token files. Running it again on unchanged input does nothing.
 
@@ -56,12 +68,13 @@ def prepare_dataset(
 
     What was held out stays held out. A document that the data set in dataset_dir holds keeps its place, also when files
     are added, or when it is renamed, changed, or taken away and put back. It is recognised by its text, else by its
-    name. A text split by position stays split at the same character when other texts join it. With a higher
+    name. Copies of one text stand on the same side, and that is the held-out side if one of them was held out before.
+    A text split by position stays split at the same character when other texts join it. With a higher
     val_fraction, more documents are held out. With a lower one, all places follow from the hashes anew. Where text that
     was held out must now be trained on (a lower val_fraction, a changed text that is split by position, all others
     gone), a warning names it.
 
-    Each file is read twice, a block at a time: once for its hash, and once to encode it. A document is encoded as
+    The texts are read a block at a time, first by `open_library`, then to encode them. A document is encoded as
     `tokenizer.encode` encodes it whole, with one exception: text of over 16,384 characters without a safe place to cut
     (see `Tokenizer.inner_pairs`), such as a very long row of the same letter, is cut all the same. It decodes to the
     same text either way.
@@ -71,42 +84,51 @@ def prepare_dataset(
     the last data set are copied from it.
 
     Args:
-        data_dir: folder of `.txt` files.
+        texts: a library, or the folder of one.
         tokenizer: turns text into ids.
         dataset_dir: where the token files go.
         val_fraction: share of the documents held out; above 0, below 1. None: as in the present data set, else 0.05.
-        errors: what to do about files that cannot be read: "strict" or "skip", see `survey_texts`. None: as for the
-            present data set, else "strict".
         progress: show bars.
+        options: for a folder, those of `open_library`: errors, encoding, clean, duplicates. One that is None or not
+            given is as for the present data set.
 
     Returns:
         The manifest, as in `meta.json`: format_version, dtype, vocab_size, tokenizer (fingerprint), val_fraction,
-        errors, split_by ("position" if a text is on both sides, else "document"), splits (name -> documents,
-        tokens, characters, bytes, and sha256, offsets_sha256 and hashes_sha256 of its files), sources (path, sha256,
-        bytes, tokens, split), gone (sources that were held out and are no longer there), refused (path -> why it was
-        skipped), and sha256 of all this as JSON.
+        errors, encoding, clean, duplicates, split_by ("position" if a text is on both sides, else "document"), splits
+        (name -> documents, tokens, characters, bytes, and sha256, offsets_sha256 and hashes_sha256 of its files),
+        sources (path, sha256 of the text, encoding, damaged, bytes, tokens, split, which is "copy" for a copy that is
+        left out, and copy_of), gone (sources that were held out and are no longer there), refused (path -> why it
+        was skipped), unread (ending -> number of other files), cleaned (rule -> times, characters), recurring (lines
+        left out), and sha256 of all this as JSON.
 
     Raises:
         FileNotFoundError: if there are no texts.
         DatasetError: if the texts are all empty, or change meanwhile, or val_fraction is out of range.
         ValueError: if a file cannot be read and errors="strict". The present data set stays as it is.
     """
-    data_dir, dataset_dir = Path(data_dir), Path(dataset_dir)
+    dataset_dir = Path(dataset_dir)
     earlier = _newest_manifest(dataset_dir)
     val_fraction = earlier.get("val_fraction", 0.05) if val_fraction is None else val_fraction
-    errors = earlier.get("errors", "strict") if errors is None else errors
     if not 0 < val_fraction < 1:
         raise DatasetError(f"val_fraction={val_fraction} must be above 0 and below 1")
 
-    texts, refused = survey_texts(data_dir, errors, progress)
-    if not any(text.characters for text in texts):
-        raise DatasetError(f"the {len(texts)} files in data_dir={str(data_dir)!r} hold no text")
+    if isinstance(texts, Library):
+        library = texts
+    else:
+        as_before = {name: earlier[name] for name in OPTIONS if name in earlier}
+        given = {name: value for name, value in options.items() if value is not None}
+        library = open_library(texts, **{**as_before, **given}, progress=progress)
+    if not any(document.characters for document in library.kept):
+        raise DatasetError(f"the {len(library.documents)} texts in data_dir={str(library.folder)!r} are empty")
     settings = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
         "val_fraction": val_fraction,
-        "errors": errors,
-        "refused": refused,
+        **library.settings,
+        "refused": library.refused,
+        "unread": library.unread,
+        "cleaned": library.cleaned,
+        "recurring": [line.text for line in library.recurring],
     }
     if not tokenizer.has_space_piece:  # earlier versions spelled spaces otherwise: their documents are not copied
         settings["space"] = tokenizer.encode(" ")
@@ -118,16 +140,16 @@ def prepare_dataset(
         present: dict[str, Any] = {}
         with contextlib.suppress(DatasetError):
             present = verify_dataset(dataset_dir)
-        if _is_up_to_date(present, settings, texts):
+        if _is_up_to_date(present, settings, library):
             shutil.rmtree(unfinished, ignore_errors=True)
             return present
 
         earlier = _newest_manifest(dataset_dir)
-        plan = _plan_parts(texts, val_fraction, earlier)
-        settings["gone"] = _gone_sources(texts, earlier)
+        plan = _plan_parts(library, val_fraction, earlier)
+        settings["gone"] = _gone_sources(library.documents, earlier)
         has_same_ids = all(present.get(key) == settings.get(key) for key in ("tokenizer", "space"))
         stored = _stored_documents(dataset_dir, present) if has_same_ids else {}
-        _write_dataset(unfinished, texts, plan, tokenizer, settings, stored, progress)
+        _write_dataset(unfinished, library, plan, tokenizer, settings, stored, progress)
         publish(unfinished, dataset_dir)
         return verify_dataset(dataset_dir, tokens=False)
 
@@ -149,11 +171,12 @@ def _newest_manifest(dataset_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def _is_up_to_date(manifest: dict[str, Any], settings: dict[str, Any], texts: list[TextFile]) -> bool:
-    """Whether a data set was made with these settings from these texts."""
-    sources = [(source["path"], source["sha256"]) for source in manifest.get("sources", [])]
+def _is_up_to_date(manifest: dict[str, Any], settings: dict[str, Any], library: Library) -> bool:
+    """Whether a data set was made with these settings from this library."""
+    sources = [(source["path"], source["sha256"], source.get("copy_of")) for source in manifest.get("sources", [])]
     has_settings = all(manifest.get(key) == value for key, value in settings.items())
-    return has_settings and sources == [(text.name, text.sha256) for text in texts]
+    documents = [(text.name, text.sha256, library.copy_of.get(text.name)) for text in library.documents]
+    return has_settings and sources == documents
 
 
 class _StoredDocument(NamedTuple):
@@ -175,13 +198,23 @@ def _stored_documents(folder: Path, manifest: dict[str, Any]) -> dict[str, _Stor
     return documents
 
 
-def _gone_sources(texts: list[TextFile], earlier: dict[str, Any]) -> list[dict[str, Any]]:
+def _gone_sources(texts: list[Document], earlier: dict[str, Any]) -> list[dict[str, Any]]:
     """The sources of an earlier manifest that were held out, at least in part, and whose text is no longer there."""
     still_there = {text.sha256 for text in texts}
     return [
         source
-        for source in earlier.get("sources", []) + earlier.get("gone", [])
+        for source in _placed_sources(earlier)
         if source["split"] in ("val", "both") and source["sha256"] not in still_there
+    ]
+
+
+def _placed_sources(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sources of a manifest, those that are gone too. A copy that was left out has the place of its original."""
+    sources = manifest.get("gone", []) + manifest.get("sources", [])
+    places = {source["path"]: source["split"] for source in sources if source["split"] != "copy"}
+    return [
+        {**source, "split": places.get(source.get("copy_of"), "train")} if source["split"] == "copy" else source
+        for source in sources
     ]
 
 
@@ -192,7 +225,7 @@ def _gone_sources(texts: list[TextFile], earlier: dict[str, Any]) -> list[dict[s
 class _Part:
     """A document, or the share of it that goes into one split: characters `start` to `end` of its text."""
 
-    text: TextFile
+    text: Document
     split: str
     start: int
     end: int
@@ -201,10 +234,11 @@ class _Part:
         return self.end - self.start == self.text.characters
 
 
-def _plan_parts(texts: list[TextFile], val_fraction: float, earlier: dict[str, Any]) -> list[_Part]:
+def _plan_parts(library: Library, val_fraction: float, earlier: dict[str, Any]) -> list[_Part]:
     """The parts of all texts, in the order of writing. A text that has a place in an earlier manifest keeps it."""
-    filled = [text for text in texts if text.characters]
-    sources = _earlier_sources(filled, earlier)
+    filled = [text for text in library.kept if text.characters]
+    sources = _earlier_sources(library.documents, earlier)
+    leaders = _leaders(library, filled)
 
     # with another val_fraction, texts change sides; only with a lower one, also those that were held out
     earlier_fraction = earlier.get("val_fraction", val_fraction)
@@ -213,15 +247,16 @@ def _plan_parts(texts: list[TextFile], val_fraction: float, earlier: dict[str, A
         staying.add("val")
     if val_fraction == earlier_fraction:
         staying.add("train")
-    kept = {text.name: source["split"] for text, source in sources.items() if source["split"] in staying}
-    if len(filled) == 1:
-        kept = {filled[0].name: "both"}
-    held_out = _held_out([text.name for text in filled], val_fraction, kept)
+    kept = _kept_places(library, leaders, sources, staying)
+    if len(leaders) == 1:
+        kept = {leader.name: "both" for leader in leaders.values()}
+    held_out = _held_out([leader.name for leader in leaders.values()], val_fraction, kept)
 
     plan, lost = [], []
     for text in filled:
-        split = "val" if text.name in held_out else "train"
-        if kept.get(text.name) == "both":
+        leader = leaders[library.groups[text.name]].name
+        split = "val" if leader in held_out else "train"
+        if kept.get(leader) == "both":
             split = "both"
         cut = _first_held_out(text, split, val_fraction)
         if split == "both":
@@ -248,11 +283,36 @@ def _plan_parts(texts: list[TextFile], val_fraction: float, earlier: dict[str, A
     return plan
 
 
-def _earlier_sources(texts: list[TextFile], earlier: dict[str, Any]) -> dict[TextFile, dict[str, Any]]:
+def _leaders(library: Library, texts: list[Document]) -> dict[int, Document]:
+    """The longest of the texts in each group of copies. The place of the whole group follows from its name."""
+    leaders: dict[int, Document] = {}
+    for text in sorted(texts, key=lambda text: (-text.characters, len(text.name), text.name)):
+        leaders.setdefault(library.groups[text.name], text)
+    return leaders
+
+
+def _kept_places(
+    library: Library, leaders: dict[int, Document], sources: dict[Document, dict[str, Any]], staying: set[str]
+) -> dict[str, str]:
+    """The places that groups of copies keep, by the names of their leaders."""
+    before: dict[int, set[str]] = {}
+    for text, source in sources.items():
+        before.setdefault(library.groups[text.name], set()).add(source["split"])
+
+    kept = {}
+    for group, leader in leaders.items():
+        places = before.get(group, set()) & staying
+        if leader in sources and sources[leader]["split"] == "both":
+            kept[leader.name] = "both"
+        elif places:
+            kept[leader.name] = "train" if places == {"train"} else "val"
+    return kept
+
+
+def _earlier_sources(texts: list[Document], earlier: dict[str, Any]) -> dict[Document, dict[str, Any]]:
     """What an earlier manifest says of each text that it knows: by name and content, else by content, else by name."""
     known: dict[tuple[str, str], dict[str, Any]] = {}
-    sources = earlier.get("gone", []) + earlier.get("sources", [])
-    for source in sorted(sources, key=lambda source: source["split"]):  # "val" comes last, so it overrides
+    for source in sorted(_placed_sources(earlier), key=lambda source: source["split"]):  # "val" overrides, being last
         if source["split"] != "empty":
             name, content = source["path"], source["sha256"]
             known |= {(name, content): source, ("", content): source, (name, ""): source}
@@ -266,7 +326,7 @@ def _earlier_sources(texts: list[TextFile], earlier: dict[str, Any]) -> dict[Tex
     return recognised
 
 
-def _first_held_out(text: TextFile, split: str, val_fraction: float) -> int:
+def _first_held_out(text: Document, split: str, val_fraction: float) -> int:
     """The first character that is held out of a text in this split; the text's length if none is."""
     if split == "both":  # at least the last character
         return min(round(text.characters * (1 - val_fraction)), text.characters - 1)
@@ -330,7 +390,7 @@ class _Job:
 
 def _write_dataset(
     folder: Path,
-    texts: list[TextFile],
+    library: Library,
     plan: list[_Part],
     tokenizer: Tokenizer,
     settings: dict[str, Any],
@@ -347,18 +407,18 @@ def _write_dataset(
     # the token files
     inner_pairs = tokenizer.inner_pairs()
 
-    def jobs() -> Iterator[_Job]:
+    def jobs(reader: Reader) -> Iterator[_Job]:
         for part, record in zip(plan[completed:], written[completed:], strict=True):
             if part.is_whole_text() and not record.characters and part.text.sha256 in stored:
                 yield from _copy_jobs(part, record, stored[part.text.sha256], dtype)
             else:
-                yield from _encode_jobs(part, record, tokenizer, inner_pairs)
+                yield from _encode_jobs(part, record, reader, tokenizer, inner_pairs)
 
-    size = sum(text.text_bytes for text in texts)
+    size = sum(text.text_bytes for text in library.kept)
     done = sum(record.bytes for record in written)
     bar = tqdm(total=size, initial=done, unit="B", unit_scale=True, desc="tokenize", disable=not progress, leave=False)
-    with bar:
-        _write_tokens(folder, jobs(), dtype, bar)
+    with bar, Reader() as reader:
+        _write_tokens(folder, jobs(reader), dtype, bar)
 
     # offsets, hashes and the manifest
     splits = {}
@@ -366,7 +426,7 @@ def _write_dataset(
         own = [record for record in written if record.split == split]
         sizes = {"characters": sum(record.characters for record in own), "bytes": sum(record.bytes for record in own)}
         splits[split] = finish_split(folder, split, [record.tokens for record in own]) | sizes
-    sources = _sources(texts, plan, written)
+    sources = _sources(library, plan, written)
     manifest = {
         **settings,
         "dtype": dtype.str,
@@ -378,17 +438,23 @@ def _write_dataset(
     write_manifest(folder, manifest)
 
 
-def _sources(texts: list[TextFile], plan: list[_Part], written: list[_Written]) -> list[dict[str, Any]]:
+def _sources(library: Library, plan: list[_Part], written: list[_Written]) -> list[dict[str, Any]]:
     """What the manifest says of each text."""
-    tokens = dict.fromkeys(texts, 0)
-    splits = dict.fromkeys(texts, "empty")
+    tokens = dict.fromkeys(library.documents, 0)
+    splits = {text: "copy" if text.name in library.copy_of else "empty" for text in library.documents}
     for part, record in zip(plan, written, strict=True):
         tokens[part.text] += record.tokens
         splits[part.text] = part.split if splits[part.text] == "empty" else "both"
-    return [
-        {"path": text.name, "sha256": text.sha256, "bytes": text.bytes, "tokens": tokens[text], "split": splits[text]}
-        for text in texts
-    ]
+    sources = []
+    for text in library.documents:
+        source = {"path": text.name, "sha256": text.sha256, "encoding": text.encoding, "bytes": text.bytes}
+        source |= {"tokens": tokens[text], "split": splits[text]}
+        if text.damaged:
+            source["damaged"] = text.damaged
+        if text.name in library.copy_of:
+            source["copy_of"] = library.copy_of[text.name]
+        sources.append(source)
+    return sources
 
 
 def _copy_jobs(part: _Part, written: _Written, stored: _StoredDocument, dtype: np.dtype[Any]) -> Iterator[_Job]:
@@ -401,11 +467,13 @@ def _copy_jobs(part: _Part, written: _Written, stored: _StoredDocument, dtype: n
         yield _Job(written, read, part.text.characters if is_last else 0, part.text.text_bytes if is_last else 0)
 
 
-def _encode_jobs(part: _Part, written: _Written, tokenizer: Tokenizer, inner_pairs: set[str]) -> Iterator[_Job]:
+def _encode_jobs(
+    part: _Part, written: _Written, reader: Reader, tokenizer: Tokenizer, inner_pairs: set[str]
+) -> Iterator[_Job]:
     """Jobs that encode the rest of a part."""
     digest = hashlib.sha256()
     start = part.start + written.characters
-    blocks = _characters_between(text_blocks(part.text.path, digest), start, part.end)
+    blocks = _characters_between(reader.blocks(part.text, digest), start, part.end)
     left = part.end - start
     ends_document = part.end == part.text.characters
 
@@ -420,7 +488,7 @@ def _encode_jobs(part: _Part, written: _Written, tokenizer: Tokenizer, inner_pai
         left -= len(text)
         yield _Job(written, functools.partial(encode, text, not left), len(text), len(text.encode()))
     if digest.hexdigest() != part.text.sha256 or left:
-        raise DatasetError(f"{display_path(part.text.path)} changed while it was read; {PREPARE_AGAIN}")
+        raise DatasetError(f"{one_line(part.text.name)} changed while it was read; {PREPARE_AGAIN}")
 
 
 def _characters_between(blocks: Iterable[str], start: int, end: int) -> Iterator[str]:

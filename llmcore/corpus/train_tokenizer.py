@@ -16,7 +16,8 @@ from typing import Any
 import sentencepiece
 from tqdm import tqdm
 
-from llmcore.corpus.texts import sample_texts, split_long, text_blocks
+from llmcore.corpus.library import Document, Reader, sample_texts, text_size
+from llmcore.corpus.texts import split_long
 from llmcore.files import write_atomic
 from llmcore.tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer, TokenizerError
 
@@ -27,37 +28,38 @@ FIXED_PIECES = 256 + 4 + 1  # bytes, special ids and the newline
 
 
 def sentences(
-    files: Iterable[str | os.PathLike[str]], max_sentence_length: int, bar: tqdm[Any] | None = None
+    texts: Iterable[Document | Path], max_sentence_length: int, bar: tqdm[Any] | None = None
 ) -> Iterator[str]:
-    """The lines of text files. Longer lines are split at sentence ends, because SentencePiece skips them.
+    """The lines of texts. Longer lines are split at sentence ends, because SentencePiece skips them.
 
-    Only a small part of a file or line is in memory at a time.
+    Only a small part of a text or line is in memory at a time.
 
     Args:
-        files: text files.
+        texts: documents of a library, or files.
         max_sentence_length: of a line, in UTF-8 bytes.
         bar: progress in bytes.
     """
-    for file in files:
-        rest = ""  # the unfinished line at the end of a block
-        for block in text_blocks(Path(file)):
-            # The trainer uses tabs and U+2585 itself, and would drop the whole line. It does not learn the names of
-            # special pieces, such as "<s>", either: removed, their characters do not count as needed.
-            *lines, rest = re.split(r"[\n\t\u2585\0]|<(?:pad|unk|/?s|0x[0-9A-F]{2})>", rest + block)
-            for line in lines:
-                if line:
-                    yield from split_long(line, max_sentence_length)
-            *pieces, rest = split_long(rest, max_sentence_length)
-            yield from pieces
+    with Reader() as reader:
+        for text in texts:
+            rest = ""  # the unfinished line at the end of a block
+            for block in reader.blocks(text):
+                # The trainer uses tabs and U+2585 itself, and would drop the whole line. It does not learn the names of
+                # special pieces, such as "<s>", either: removed, their characters do not count as needed.
+                *lines, rest = re.split(r"[\n\t\u2585\0]|<(?:pad|unk|/?s|0x[0-9A-F]{2})>", rest + block)
+                for line in lines:
+                    if line:
+                        yield from split_long(line, max_sentence_length)
+                *pieces, rest = split_long(rest, max_sentence_length)
+                yield from pieces
 
-            if bar is not None:
-                bar.update(len(block.encode()))
-        if rest:
-            yield rest
+                if bar is not None:
+                    bar.update(len(block.encode()))
+            if rest:
+                yield rest
 
 
 def train_tokenizer(
-    files: Iterable[str | os.PathLike[str]],
+    texts: Iterable[Document | Path],
     model_prefix: str | os.PathLike[str],
     vocab_size: int = 8000,
     *,
@@ -69,12 +71,12 @@ def train_tokenizer(
     seed: int = 0,
     progress: bool = True,
 ) -> Tokenizer:
-    """Learn pieces from text files and write `<model_prefix>.model` and `.vocab`.
+    """Learn pieces from texts and write `<model_prefix>.model` and `.vocab`.
 
     The trainer needs about 20 bytes of memory per byte of text, so from a large corpus it learns from a sample.
 
     Args:
-        files: text files, UTF-8.
+        texts: documents of a library, or files.
         model_prefix: path without the ending.
         vocab_size: number of ids, including 4 special and 256 byte pieces.
         model_type: "bpe" or "unigram".
@@ -94,18 +96,18 @@ def train_tokenizer(
         raise TokenizerError(f"model_type={model_type!r} must be bpe or unigram")
     if not MIN_COVERAGE <= character_coverage <= 1:
         raise TokenizerError(f"character_coverage={character_coverage} must be between {MIN_COVERAGE} and 1")
-    paths = [Path(file) for file in files]
+    texts = list(texts)
     model_file = Path(f"{Path(model_prefix)}.model")
     model_file.parent.mkdir(parents=True, exist_ok=True)
 
     # a random sample of the lines
-    size = sum(path.stat().st_size for path in paths)
+    size = sum(map(text_size, texts))
     share, random_numbers = input_bytes / max(size, 1), random.Random(seed)
     bar = tqdm(total=size, unit="B", unit_scale=True, disable=not progress, leave=False)
     bar.set_description("read" if share >= 1 else f"sample {share:.1%} of the lines")
 
     def sample() -> Iterator[str]:
-        lines = sentences(paths, max_sentence_length, bar)
+        lines = sentences(texts, max_sentence_length, bar)
         yield from lines if share >= 1 else (line for line in lines if random_numbers.random() < share)
         bar.set_description("learn")
 
@@ -135,7 +137,7 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise TokenizerError(_advice(str(error), paths, vocab_size, character_coverage)) from None
+        raise TokenizerError(_advice(str(error), texts, vocab_size, character_coverage)) from None
     finally:
         bar.close()
 
@@ -148,7 +150,7 @@ def train_tokenizer(
     return tokenizer
 
 
-def _advice(message: str, files: list[Path], vocab_size: int, character_coverage: float) -> str:
+def _advice(message: str, texts: list[Document | Path], vocab_size: int, character_coverage: float) -> str:
     """SentencePiece's complaint in plain words, with numbers that would work."""
     too_large = re.search(r"value <= (\d+)", message)
     if too_large:
@@ -157,16 +159,16 @@ def _advice(message: str, files: list[Path], vocab_size: int, character_coverage
             f"set vocab_size to {too_large[1]} or less, or add text"
         )
     if "required_chars" in message or "vocab_size" in message.lower():
-        return _advice_to_enlarge(files, vocab_size, character_coverage)
+        return _advice_to_enlarge(texts, vocab_size, character_coverage)
     if "Input corpus" in message or "empty" in message.lower() or "sentences_" in message:
-        return f"the {len(files)} text files hold no text to learn from"
+        return f"the {len(texts)} texts are empty: nothing to learn from"
     return message
 
 
-def _advice_to_enlarge(files: list[Path], vocab_size: int, character_coverage: float) -> str:
+def _advice_to_enlarge(texts: list[Document | Path], vocab_size: int, character_coverage: float) -> str:
     """What to do about a vocabulary that is too small for the characters of the text."""
     counts: Counter[str] = Counter()
-    for line in sentences(files, 1 << 20):
+    for line in sentences(texts, 1 << 20):
         counts.update(line.replace(" ", SPACE_MARK))  # the trainer counts the two as the same character
     shares = list(accumulate(count / counts.total() for _, count in counts.most_common()))
     needed = bisect_left(shares, character_coverage) + 1
@@ -188,25 +190,25 @@ def _advice_to_enlarge(files: list[Path], vocab_size: int, character_coverage: f
 
 
 def compression_by_vocab_size(
-    files: Sequence[Path], vocab_sizes: Iterable[int], folder: Path, **options: float | int | str
+    texts: Sequence[Document | Path], vocab_sizes: Iterable[int], folder: Path, **options: float | int | str
 ) -> dict[int, float]:
-    """Characters per token of tokenizers of several sizes, trained and measured on the same files.
+    """Characters per token of tokenizers of several sizes, trained and measured on the same texts.
 
     From a large corpus, ten megabytes are sampled. Sizes that this text does not support are left out.
 
     Args:
-        files: text files.
+        texts: documents of a library, or files.
         vocab_sizes: to try.
         folder: where the tokenizers go.
         options: of `train_tokenizer`.
     """
-    texts = sample_texts(files)
+    sample = sample_texts(texts)
     options = {"input_bytes": 10_000_000, **options}
     ratios = {}
     for size in vocab_sizes:
         try:
-            tokenizer = train_tokenizer(files, folder / f"vocab-{size}", size, progress=False, **options)  # type: ignore[arg-type]
+            tokenizer = train_tokenizer(texts, folder / f"vocab-{size}", size, progress=False, **options)  # type: ignore[arg-type]
         except TokenizerError:
             continue
-        ratios[size] = sum(map(len, texts)) / sum(len(tokenizer.encode_array(text)) for text in texts)
+        ratios[size] = sum(map(len, sample)) / sum(len(tokenizer.encode_array(text)) for text in sample)
     return ratios

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcore.config import ModelConfig, TrainConfig
+from llmcore.config import PRESETS, ModelConfig, TrainConfig
 from llmcore.dataset import TrainData
 from llmcore.device import pick_device
 from llmcore.files import visible
@@ -28,6 +28,7 @@ from llmcore.train import Trainer
 # for a process whose memory is measured: glibc returns freed blocks of this size and more to the system
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 TOKENS_PER_PARAMETER = 20  # compute-optimal, by Hoffmann et al., "Chinchilla", arXiv:2203.15556, table 3
+GOOD_EPOCHS = 4  # reading a text so often is nearly as good as new text, by Muennighoff et al., arXiv:2305.16264
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,26 @@ class Plan:
             "compute-optimal for these FLOPs": f"{self.best_size_for_compute:,.0f} parameters, "
             f"{self.best_tokens_for_compute:,.0f} tokens",
         }
+
+
+def preset_advice(tokens: int) -> list[dict[str, str]]:
+    """What a text of this many tokens can feed: a row for each preset, but for the toy task."""
+    rows = []
+    for name, (model, train) in PRESETS.items():
+        if name == "toy-reverse":
+            continue
+        read = train.max_steps * train.grad_accum_steps * train.batch_size * model.max_seq_len
+        wanted = TOKENS_PER_PARAMETER * model.n_params()
+        share = GOOD_EPOCHS * tokens / wanted
+        rows.append(
+            {
+                "preset": name,
+                "parameters": f"{model.n_params():,}",
+                "its plan reads the text": f"{read / tokens:,.1f} times",
+                f"text, read {GOOD_EPOCHS} times": "enough" if share >= 1 else f"{share:.1%} of what is best",
+            }
+        )
+    return rows
 
 
 def plan(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcore.config import PRESETS, nearest
+from llmcore.corpus.library import CHOICES
 from llmcore.corpus.sources import CORPORA
 from llmcore.files import resolve
 from llmcore.notebook.trackers import TRACKERS
@@ -170,13 +171,16 @@ PARAMETERS: dict[str, Kind] = {
     "budgets": Kind(float, 1e6, 1e30, many=True),
     "character_coverage": Kind(float, 0.98, 1.0),
     "checkpoint_dir": Kind(Path, choices=("latest", "best"), optional=True, must_exist=True),
+    "clean": Kind(bool, optional=True),
     "context_size": Kind(int, 1, 1_048_576, optional=True),
     "data_dir": Kind(Path, must_exist=True),
-    "dataset_dir": Kind(Path, folder=True),
+    "dataset_dir": Kind(Path, choices=("auto",), folder=True),
     "device": Kind(str, choices=("auto", "cpu", "cuda", "mps")),
     "dim": Kind(int, 2, 65_536, optional=True),
     "dims": Kind(int, 2, 65_536, many=True),
-    "errors": Kind(str, choices=("strict", "skip"), optional=True),
+    "duplicates": Kind(str, choices=CHOICES["duplicates"], optional=True),
+    "encoding": Kind(str, optional=True),
+    "errors": Kind(str, choices=CHOICES["errors"], optional=True),
     "grad_accum_steps": Kind(int, 1, 100_000, optional=True),
     "held_back_dim": Kind(int, 2, 65_536),
     "held_back_epochs": Kind(float, 1e-6, 1000),

@@ -4,14 +4,14 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from IPython.display import HTML
 
 from llmcore.measure.compare_runs import summarize
 from llmcore.notebook.dashboard import TrainingDashboard, is_watched
 from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
-from llmcore.notebook.safe_html import ending, piece_text, table, visible
+from llmcore.notebook.safe_html import ending, html_text, piece_text, table, visible
 from llmcore.notebook.writing import WritingPanel
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "is_watched",
     "piece_text",
     "run_table",
+    "tables",
     "visible",
 ]
 
@@ -31,3 +32,12 @@ __all__ = [
 def run_table(run_dirs: Sequence[str | os.PathLike[str]]) -> HTML:
     """A table of runs, one row a run: see `compare_runs.summarize`."""
     return HTML(table(summarize(run_dirs), "Runs, one a row"))
+
+
+def tables(rows: Mapping[str, Sequence[Mapping[str, object]]]) -> HTML:
+    """Tables below each other, by their captions. Of one without rows only the caption is shown."""
+    return HTML(
+        "".join(
+            table(each, caption) if each else f"<p>{html_text(caption)}: none</p>" for caption, each in rows.items()
+        )
+    )
