@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import papermill
 import pytest
 
 from llmcore.corpus import report
@@ -13,6 +15,7 @@ from llmcore.corpus.library import Library, Reader, open_library
 from llmcore.corpus.prepare import dataset_folder, prepare_dataset
 from llmcore.corpus.texts import find_texts, read_text
 from llmcore.dataset import TokenDataset
+from llmcore.files import PROJECT_ROOT
 from llmcore.tokenizer import Tokenizer
 
 from .library import ADVERTISEMENT, Truth, build_library
@@ -172,3 +175,35 @@ def test_scripts_are_told_apart() -> None:
         "no letters": "123 ……",
     }
     assert {script: report.script_of(text) for script, text in texts.items()} == {script: script for script in texts}
+
+
+@pytest.mark.slow
+def test_a_library_goes_through_the_notebooks(
+    built: tuple[Path, Truth], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encodings, archives, copies, advertisements, broken bytes and files that hold no text, with default choices."""
+    monkeypatch.setenv("LLM_WORKBOOK_ROOT", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder, truth = built
+    small = {
+        "01_tokenize": {"vocab_size": 3000, "character_coverage": 0.98},
+        "02_dataset": {"context_size": 32},
+        "04_scifi_train": {"context_size": 32, "batch_size": 2, "max_steps": 12, "thorough": False, "device": "cpu"},
+    }
+    printed = {}
+    for name, parameters in small.items():
+        notebook = papermill.execute_notebook(
+            PROJECT_ROOT / "notebooks" / f"{name}.ipynb",
+            tmp_path / f"{name}.ipynb",
+            parameters={"data_dir": str(folder), **parameters},
+            progress_bar=False,
+            cwd=tmp_path,
+        )
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        printed[name] = "".join(output.get("text", "") for output in outputs)
+        printed[name] += "".join(output["data"].get("text/html", "") for output in outputs if "data" in output)
+    assert ADVERTISEMENT in printed["01_tokenize"] and "gb18030" in printed["01_tokenize"]
+    for name in ("02_dataset", "04_scifi_train"):
+        assert f"{len(truth.copies)} copies left out" in printed[name] and "3 other files" in printed[name]
+    [dataset] = (tmp_path / "outputs" / "datasets").iterdir()
+    assert json.loads((dataset / "meta.json").read_text())["recurring"] == [ADVERTISEMENT]

@@ -169,7 +169,7 @@ def test_the_chain_runs_headless_on_other_texts_and_parameters(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     text = {"data_dir": str(english)}
     one = papermill_run("01_tokenize", tmp_path, **text, vocab_size=400, character_coverage=1.0, model_prefix="tok/en")
-    assert "5 files" in output_of(one)
+    assert "5 documents" in output_of(one)
     assert (tmp_path / "tok" / "en.model").is_file()
     files = {"tokenizer_model_file": "tok/en.model", "dataset_dir": "tokens"}
     two = papermill_run("02_dataset", tmp_path, **text, **files, context_size=32, val_fraction=0.2)
