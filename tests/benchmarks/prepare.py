@@ -43,9 +43,10 @@ WORK = {
 ALONE = """
 import re, sys, time
 from pathlib import Path
-from llmcore.files import find_texts
-from llmcore.prepare import prepare_dataset
-from llmcore.tokenizer import Tokenizer, train_tokenizer
+from llmcore.corpus.prepare import prepare_dataset
+from llmcore.corpus.texts import find_texts
+from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.tokenizer import Tokenizer
 
 started = time.perf_counter()
 {}
