@@ -47,7 +47,7 @@ class Archive:
         """
         self.name, self._size = display_path(path), os.stat(path).st_size
         with contextlib.ExitStack() as opened:
-            file = opened.enter_context(_Directory(open(path, "rb", buffering=0), READ_BYTES))
+            file = opened.enter_context(_Directory(open(path, "rb", buffering=0)))
             with _in_words(self.name):
                 self._zip = opened.enter_context(zipfile.ZipFile(file))
             self._opened = opened.pop_all()
