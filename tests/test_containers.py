@@ -225,7 +225,7 @@ def test_names_are_clean_and_each_has_its_own_document(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=12), max_size=8), st.sampled_from([0, 0x800]))
-@settings(max_examples=examples(100), deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_names_end_in_documents_or_words(tmp_path_factory: Any, names: list[bytes], flag: int) -> None:
     path = raw_zip(tmp_path_factory.mktemp("zip"), [name + b".txt" for name in names], flag)
     try:
@@ -255,6 +255,11 @@ def test_a_member_that_cannot_be_read_is_named(tmp_path: Path, changes: dict[str
     assert message.startswith("a.txt in ")
 
 
+def test_a_member_that_has_gone_since_is_named(tmp_path: Path) -> None:
+    with OpenFile(packed(tmp_path, {"a.txt": b"a"})) as file, pytest.raises(ValueError, match=r"b\.txt in .*missing"):
+        file.open(Member("b.txt"))
+
+
 def test_other_members_of_a_damaged_zip_are_still_read(tmp_path: Path) -> None:
     path = packed(tmp_path, {"a.txt": b"first", "b.txt": b"second"}, zipfile.ZIP_STORED)
     path.write_bytes(path.read_bytes().replace(b"first", b"worst"))
@@ -266,7 +271,7 @@ def test_other_members_of_a_damaged_zip_are_still_read(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_a_zip_with_any_damage_ends_in_documents_or_words(tmp_path_factory: Any, data: st.DataObject) -> None:
     path = packed(tmp_path_factory.mktemp("zip"), {"a.txt": TEXT.encode() * 9, "b/c.txt": b"c"})
     content = bytearray(path.read_bytes())
@@ -331,7 +336,7 @@ def lines_file(folder: Path, content: bytes, name: str = "a.jsonl") -> Path:
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_texts_come_back_from_json_lines(
     tmp_path_factory: Any, texts: list[str], end: str, name: str, ascii_only: bool, has_mark: bool
 ) -> None:
@@ -412,9 +417,9 @@ class CountingFile(io.FileIO):
         CountingFile.counted += size or 0
         return size
 
-    def read(self, size: int | None = -1, /) -> bytes | None:
-        content = super().read(-1 if size is None else size)
-        CountingFile.counted += len(content or b"")
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(-1 if size is None else size) or b""
+        CountingFile.counted += len(content)
         return content
 
 
@@ -449,6 +454,6 @@ def test_a_pass_over_many_documents_reads_the_file_once(
     monkeypatch.undo()
 
     assert len(members) == 3000
-    allowed = os.path.getsize(path) * (3 if name == "a.zip" else 1.2) + 200_000
+    allowed = os.path.getsize(path) * 1.5 + 200_000
     assert path.stat().st_size < first_pass < allowed
     assert CountingFile.counted - first_pass < allowed

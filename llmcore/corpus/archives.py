@@ -33,6 +33,7 @@ class Archive:
     """A zip archive. Its list of members is read once; members are unpacked as they are read.
 
     Attributes:
+        name: of the file, for messages.
         members: what zipfile knows of each member that is not a folder, by its name. Names are made clean: relative,
             without "..", visible on one line. A name that occurs again gets a number: "a (2).txt".
     """
@@ -46,7 +47,7 @@ class Archive:
         """
         self.name, self._size = display_path(path), os.stat(path).st_size
         with contextlib.ExitStack() as opened:
-            file = opened.enter_context(_Directory(open(path, "rb", buffering=0), READ_BYTES))
+            file = opened.enter_context(_Directory(open(path, "rb", buffering=0)))
             with _in_words(self.name):
                 self._zip = opened.enter_context(zipfile.ZipFile(file))
             self._opened = opened.pop_all()
@@ -69,9 +70,14 @@ class Archive:
         """A member's bytes, unpacked as they are read. One can seek, back only by unpacking from the start.
 
         Raises:
-            ValueError: now or while reading, if the member is encrypted, damaged, too large, or packed in a rare way.
+            ValueError: now or while reading, if the member is missing, encrypted, damaged, too large, or packed in a
+                rare way.
         """
-        info, what = self.members[name], f"{one_line(name)} in {self.name}"
+        what = f"{one_line(name)} in {self.name}"
+        if name not in self.members:
+            raise ValueError(f"{what} is missing: get the file anew")
+
+        info = self.members[name]
         if info.flag_bits & 1:
             raise ValueError(f"{what} is encrypted: unpack the archive with its password, or remove it")
         if info.compress_type not in STEPWISE:
@@ -87,10 +93,8 @@ class Archive:
         """A member's bytes, at most `limit` of them.
 
         Raises:
-            ValueError: if the archive has no such member, or it is larger, or `open` refuses it.
+            ValueError: if it is larger, or `open` refuses it.
         """
-        if name not in self.members:
-            raise ValueError(f"{self.name} has no part {one_line(name)}, which its list of parts names: get it anew")
         with self.open(name) as member:
             content = member.read(limit + 1)
         if len(content) > limit:
@@ -127,7 +131,7 @@ def _in_words(what: str) -> Iterator[None]:
         # errors of the disk keep their kind; a wrong place in a damaged archive is not one of them
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        reason = one_line(error) or type(error).__name__
+        reason = one_line(error)[:200] or type(error).__name__  # zipfile may quote a long name
         raise ValueError(f"{what} cannot be unpacked ({reason}): get it anew, or remove it") from None
 
 

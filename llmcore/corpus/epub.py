@@ -55,7 +55,9 @@ def epub_text(archive: Archive) -> str:
     """
     _refuse_encrypted(archive)
     roots = [attributes for tag, attributes in _tags(archive, CONTAINER) if tag == "rootfile"]
-    package = roots[0].get("full-path", "") if roots else ""
+    if not roots:
+        raise ValueError(f"{archive.name} is broken: its {CONTAINER} names no package. Get the book anew")
+    package = roots[0].get("full-path", "")
     tags = _tags(archive, package)
     items = {attributes.get("id", ""): attributes for tag, attributes in tags if tag == "item"}
     not_text = _pages_without_text(archive, package, tags)
