@@ -49,7 +49,7 @@ SUPERSETS = {
     "utf-8-sig": "utf-8",
 }
 # Python calls these text encodings, but no file is in them.
-NO_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape"}
+NO_FILES = {"idna", "punycode", "undefined", "utf-7", "unicode-escape", "raw-unicode-escape"}
 # Windows in Taiwan shows these bytes of Big5 as other characters than Python's big5hkscs does.
 BIG5_SIGNS = dict(zip("•､‾∼♁☉¥¢£￭", "‧﹑¯～⊕⊙￥￠￡▓", strict=True))
 
@@ -79,10 +79,9 @@ def check_encoding(name: str) -> str:
         return name
     try:
         codec = codecs.lookup(name)
-        codec_name = codec.name.replace("_", "-") if codec.name.startswith(("raw", "unicode")) else codec.name
-        # Python's own mark of codecs such as rot13 and hex
-        if getattr(codec, "_is_text_encoding", True) and codec_name not in NO_FILES:
-            return SUPERSETS.get(codec_name, codec_name)
+        is_text = getattr(codec, "_is_text_encoding", True)  # Python's own mark; rot13 and hex are none
+        if is_text and codec.name.replace("_", "-") not in NO_FILES:
+            return SUPERSETS.get(codec.name, codec.name)
     except (LookupError, TypeError, ValueError):  # also: not a string, or one with a null character
         pass
     raise ValueError(f"encoding={name!r} is not an encoding of texts: choose auto, or one such as {USUAL}")
@@ -194,8 +193,9 @@ def find_encoding(raw: BinaryIO, name: str) -> str:
 
 
 def _mark_or_utf8(raw: BinaryIO, name: str) -> tuple[str | None, int]:
-    """The encoding that a byte order mark tells, or UTF-8 if all is; else None. And where the first block is that is
-    not plain ASCII text.
+    """The encoding if a byte order mark tells it or the text is UTF-8; else None, and the place of a sample's start.
+
+    That is the first block with something else than ASCII: no character begins in the block before.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     size = good = broken = zeros = 0
@@ -222,7 +222,7 @@ def _mark_or_utf8(raw: BinaryIO, name: str) -> tuple[str | None, int]:
         if zeros > CONTROLS_ALLOWED * size:
             if size > len(block):  # UTF-16 has zeros from its start on
                 raise ValueError(
-                    f"{name} does not look like text: {zeros} of its first {size} bytes are zero. Remove it"
+                    f"{name} does not look like text: {zeros} of its {size} first bytes are zero: remove it"
                 )
             return None, first or 0
 
@@ -260,10 +260,10 @@ def _sample(raw: BinaryIO) -> bytes:
     sample = b""
     while len(sample) < SAMPLE_LIMIT and (block := raw.read(SAMPLE_BYTES // 2)):
         sample += block
-        if not re.search(b"[" + re.escape(CONTROLS) + b"]", sample):  # else a newline may have two bytes
+        if 0 not in sample:  # else a newline may have two bytes
             *lines, last = sample.split(b"\n")
             sample = b"\n".join([*(line for line in lines if not line.isascii()), last])
-        if len(sample.translate(None, ASCII_BYTES)) >= SAMPLE_BYTES:
+        if sample.count(0) + len(sample.translate(None, ASCII_BYTES)) >= SAMPLE_BYTES:
             break
     return sample[:SAMPLE_LIMIT]
 
@@ -277,7 +277,7 @@ def _guess(sample: bytes, name: str) -> str:
     readings = []
     for encoding, languages in LANGUAGES.items():
         text = codecs.getincrementaldecoder(encoding)(MARK_BROKEN).decode(sample)  # its end may be half a character
-        if text.count(BROKEN) <= broken_allowed(len(sample)):
+        if text.count(BROKEN) <= broken_allowed(READ_BYTES):  # each costs much, too
             readings.append((_saved_bits(sample, text, languages), encoding, text))
     readings.sort(reverse=True)
 
