@@ -264,7 +264,7 @@ def find_overlaps(table: HashTable, order: Sequence[int], least: float = LEAST_S
         least: smallest share, above 0, at most 1.
     """
     number = np.array(order, np.int64)
-    rank = np.full(number.max(initial=0) + 2, -1)  # the last entry is for all documents with higher numbers
+    rank = np.full(number.max(initial=0) + 2, -1, np.int64)  # the last entry is for all documents with higher numbers
     rank[number] = np.arange(len(number))
 
     # how many passages has each document, how many are its own, and how often do others have them?
@@ -301,7 +301,12 @@ def _count_common(
         for longer in range(COMMON):  # the longest document with the passage, the second, ...
             rows = rows[places[rows] > longer]
             meetings.append(ranks[rows - places[rows] + longer] << 32 | ranks[rows])
-    pairs, common = np.unique(np.concatenate(meetings), return_counts=True)
+    pairs = np.concatenate(meetings)
+    del meetings
+    pairs.sort()  # in place: np.unique would need twice the memory
+    starts = np.flatnonzero(np.diff(pairs, prepend=-1))
+    common = np.diff(starts, append=len(pairs))
+    pairs = pairs[starts]
     return pairs >> 32, pairs & 0xFFFFFFFF, common
 
 
@@ -312,7 +317,7 @@ def _passages_by_part(
     for rows in table.parts():
         rows = rows[rank.take(rows["document"], mode="clip") >= 0]
         hashes = rows["hash"]
-        passage = np.cumsum(np.diff(hashes, prepend=hashes[:1]) != 0)
+        passage = np.cumsum(np.diff(hashes, prepend=hashes[:1]) != 0, dtype=np.int64)
         keys = np.sort(passage << 32 | rank[rows["document"]])
         keys = keys[np.diff(keys, prepend=-1) != 0]  # each document once
         holders = np.bincount(keys >> 32)
