@@ -25,7 +25,6 @@ from llmcore.corpus.cleaning import (
     RULES,
     Cleaner,
     LineCounter,
-    has_web_signs,
     line_rows,
     recurring_hashes,
     recurring_lines,
@@ -383,7 +382,7 @@ def test_the_fingerprint_says_which_lines_are_removed() -> None:
     ],
 )
 def test_signs_of_a_web_site_are_told_from_stories(line: str, signs: bool) -> None:
-    assert has_web_signs(line) == signs
+    assert bool(find_lines([f"{line}\n" * 3])) == signs
 
 
 # A built library
