@@ -63,8 +63,10 @@ _LONG_FOR_SIGNS = 40  # weight of a line for which two weak words are enough
 _ADDRESS = re.compile(ADDRESS, re.IGNORECASE)
 _STRONG = re.compile("|".join(map(re.escape, STRONG)))
 _WEAK = re.compile("|".join(map(re.escape, WEAK)))
-_DOMAINS = [dot + name for dot in ".。·．" for name in _any_case("com|net|org|cc|cn|info|vip|xyz")]
-_HINTS = [*STRONG, *WEAK, *_any_case("www|http"), "ｗｗｗ", "ＷＷＷ", "ｈｔｔｐ", *_DOMAINS]
+_DOMAINS = [dot + name for dot in ".。·" for name in _any_case("com|net|org|cc|cn|info|vip|xyz")]
+_ADDRESSES = [*_any_case("www|http"), *_DOMAINS]
+_TO_WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
+_HINTS = [*STRONG, *WEAK, *_ADDRESSES, *(address.translate(_TO_WIDE) for address in _ADDRESSES)]
 _HINT = re.compile("|".join(map(re.escape, _HINTS)))
 
 
