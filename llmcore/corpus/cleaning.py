@@ -65,6 +65,7 @@ _TAG_NAMES = (
 _ATTRIBUTES = r"[ \t]{1,9}[a-z][\w:-]{0,30}[ \t]?=[^<>\n]{0,500}"
 _TAG = re.compile(rf"</?(?:{_TAG_NAMES})(?:{_ATTRIBUTES})?[ \t]{{0,9}}/?>", re.IGNORECASE)
 _ENDS_LINE = re.compile(r"<(?:/?br|hr|/(?:p|div|h[1-6]|li|tr|dd|dt|blockquote|title))\b", re.IGNORECASE)
+_COMPLETE = re.compile(rf"&#?[0-9A-Za-z]{{1,10}};|<[^<>&;\n]{{1,{MARKUP}}}>")  # perhaps markup, with no other inside
 _CLOSING = re.compile("([;>])")
 
 
@@ -73,22 +74,27 @@ def _note(counts: Counter[str], rule: str, number: int, characters: int) -> None
     counts[f"{rule}, characters"] += characters
 
 
+def _resolved(markup: str, counts: Counter[str]) -> str | None:
+    """What stands for an entity or a tag, which is counted; None if it is neither."""
+    if markup[0] == "<":
+        if not _TAG.fullmatch(markup):
+            return None
+        rule, text = "HTML tags", "\n" if _ENDS_LINE.match(markup) else ""
+    else:
+        entity = _ENTITY.fullmatch(markup)
+        if not entity or (entity[1] and entity[1] not in _NAMES) or "\ufffd" in (text := html.unescape(markup)):
+            return None
+        rule, text = "HTML entities", "" if text not in "<&" and _UNWANTED.match(text) else text.replace("\xa0", " ")
+    _note(counts, rule, 1, len(markup) - len(text))
+    return text
+
+
 def _resolve_last(text: str, counts: Counter[str]) -> str | None:
     """The text with the entity or the tag at its end resolved; None if there is none."""
-    entity = text.endswith(";")
-    start = text.rfind("&" if entity else "<", max(0, len(text) - MARKUP))
-    if start < 0 or not (match := (_ENTITY if entity else _TAG).fullmatch(text, start)):
+    start = text.rfind("&" if text.endswith(";") else "<", max(0, len(text) - MARKUP))
+    if start < 0 or (end := _resolved(text[start:], counts)) is None:
         return None
-    if not entity:
-        replacement = "\n" if _ENDS_LINE.match(match[0]) else ""
-    elif (match[1] and match[1] not in _NAMES) or "\ufffd" in (replacement := html.unescape(match[0])):
-        return None
-    elif _UNWANTED.fullmatch(replacement) and replacement not in "<&":
-        replacement = ""
-    elif replacement == "\xa0":
-        replacement = " "
-    _note(counts, "HTML entities" if entity else "HTML tags", 1, len(match[0]) - len(replacement))
-    return text[:start] + replacement
+    return text[:start] + end
 
 
 class _Markup:
@@ -110,26 +116,31 @@ class _Markup:
         for rule, marks in (("control characters", _CONTROL), ("zero-width characters", _ZERO_WIDTH)):
             text, number = marks.subn("", text)
             _note(self._counts, rule, number, number)
+
+        # what is complete, then what has come to be markup by that, or is markup in markup
+        text = _COMPLETE.sub(self._resolve, text)
         if "<" not in text and "&" not in text:
             return text
 
-        # pieces end with ; or > and are joined to what may have begun before
+        # pieces end with ; or > and are joined to what has begun before
         done, last = [], ""
         pieces = _CLOSING.split(text)
         for piece, closing in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
             last += piece + closing
             while last.endswith((";", ">")) and (shorter := _resolve_last(last, self._counts)) is not None:
                 last = shorter
-            if len(last) > 2 * MARKUP:
-                done.append(last[:-MARKUP])
-                last = last[-MARKUP:]
 
-        # hold back from the first < or & that may still become markup
-        line = max(last.rfind("\n") + 1, len(last) - MARKUP)
-        begins = [place for sign in "<&" if (place := last.find(sign, line)) >= 0]
-        cut = min(begins, default=len(last))
-        self._open = last[cut:]
-        return "".join(done) + last[:cut]
+            # from the first < or & on, the rest of a line may still become markup
+            start = max(last.rfind("\n") + 1, len(last) - MARKUP)
+            begins = [place for sign in "<&" if (place := last.find(sign, start)) >= 0]
+            done.append(last[: min(begins, default=len(last))])
+            last = last[len(done[-1]) :]
+        self._open = last
+        return "".join(done)
+
+    def _resolve(self, match: re.Match[str]) -> str:
+        text = _resolved(match[0], self._counts)
+        return match[0] if text is None else text
 
     def close(self) -> str:
         return self._open
