@@ -27,15 +27,17 @@ AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 demo: $(READY)
 	$(PY) -m tests.tools.demo
 
+# A process for each core. Each takes about 1.5 GB, so more than four would not fit on every machine.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
+
 # Everything: llmcore, the notebooks by nbval and papermill, the pairing.
 test: $(TEST_READY)
-	$(PY) -m pytest -m "not slow"
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest $(SIDE_BY_SIDE)
 	$(PY) -m tests.tools.run_nbval
 
 # Only what takes seconds, with a fifth of hypothesis's examples.
 test-fast: $(TEST_READY)
-	FEW_EXAMPLES=1 $(PY) -m pytest -m "not slow"
+	FEW_EXAMPLES=1 $(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 # A real JupyterLab in headless Chromium: the widgets are used, screenshots go to outputs/screenshots/.
 test-browser: $(TEST_READY)

@@ -3,50 +3,62 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
-import select
 import shutil
 import signal
-import subprocess
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+import llmcore.checkpoint
+import llmcore.files
 from llmcore.checkpoint import checkpoints
 
-from .helpers import numbers, start
+from .helpers import numbers, quick, tiny_model, trainer
+from .kill import kill_at
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "8"))
 STEPS = 60
 
-# A process that trains with a checkpoint every other step, on a disk so slow that it is mostly saving. Given a number,
-# it kills itself at that file operation; given none, it waits for others to do it.
-TRAIN = """
-import sys, time
-from pathlib import Path
-import torch
-import llmcore.checkpoint, llmcore.files
-from llmcore.checkpoint import checkpoints
-from tests.helpers import quick, tiny_model, trainer
-from tests.kill import kill_at
-
-run, seed, at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-config = quick(max_steps=int(sys.argv[4]), eval_interval=3, checkpoint_interval=2, optimizer="muon", keep_checkpoints=2)
-saved = bool(checkpoints(run))  # a resumed run starts from other weights, which must not matter
-one = trainer(run, config, tiny_model(seed if saved else 0), resume="latest" if saved else None)
-for module in (llmcore.checkpoint, llmcore.files):
-    module.fsync = lambda path, disk=module.fsync: (time.sleep(0.002), disk(path))
-
-kill_at(at)
-print("started", one.step, flush=True)
-one.fit()
-"""
+# One process imports torch and this file. Each run is a copy of it, which starts in no time.
+COPIES = multiprocessing.get_context("forkserver")
+COPIES.set_forkserver_preload([__name__])
 
 
-def train(run: Path, seed: int = 0, kill_at: int = 0) -> subprocess.Popen[str]:
-    return start(TRAIN, run, seed, kill_at, STEPS)
+def train(run: Path, seed: int, at: int, started: Connection) -> None:
+    """Train with a checkpoint every other step, on a disk so slow that it is mostly saving.
+
+    Args:
+        run: its folder. A run that is there goes on, from other weights, which must not matter.
+        seed: of the weights that a resumed run begins with.
+        at: the number of the file operation at which this process kills itself; 0 if others do it.
+        started: is told when the training begins.
+    """
+    config = quick(max_steps=STEPS, eval_interval=3, checkpoint_interval=2, optimizer="muon", keep_checkpoints=2)
+    saved = bool(checkpoints(run))
+    one = trainer(run, config, tiny_model(seed if saved else 0), resume="latest" if saved else None)
+    for module in (llmcore.checkpoint, llmcore.files):
+        disk = module.fsync
+        module.fsync = lambda path, disk=disk: (time.sleep(0.002), disk(path))  # type: ignore[attr-defined]
+    kill_at(at)
+    started.send("started")
+    one.fit()
+
+
+def start(run: Path, seed: int = 0, at: int = 0) -> ForkServerProcess:
+    """Train in a process of its own; returns when the training begins."""
+    told, started = COPIES.Pipe(duplex=False)
+    process = COPIES.Process(target=train, args=(run, seed, at, started))
+    process.start()
+    started.close()
+    assert told.recv() == "started"
+    return process
 
 
 def everything(run: Path) -> dict[str, object]:
@@ -67,22 +79,22 @@ def everything(run: Path) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_if_never_killed(tmp_path: Path) -> None:
-    with train(tmp_path / "straight") as process:
-        assert process.wait() == 0, process.stderr and process.stderr.read()
+    straight_run = start(tmp_path / "straight")
+    straight_run.join()
+    assert straight_run.exitcode == 0
     straight = everything(tmp_path / "straight")
     chance = random.Random(0)
     killed = finished = before_any_checkpoint = 0
     while killed < ROUNDS:
         run, number = tmp_path / f"run-{finished}", chance.randrange(1000)
         itself = chance.random() < 0.5  # at a file operation; else from outside, at any instruction
-        with train(run, number, kill_at=chance.randrange(1, 200) if itself else 0) as process:
-            assert process.stdout and process.stderr
-            assert process.stdout.readline().startswith("started"), process.stderr.read()
-            if not itself:
-                select.select([process.stdout], [], [], chance.uniform(0, 1.5))
-                process.send_signal(signal.SIGKILL)
-            code = process.wait()
-            assert code in (0, -signal.SIGKILL), process.stderr.read()
+        process = start(run, number, at=chance.randrange(1, 200) if itself else 0)
+        if not itself:
+            process.join(chance.uniform(0, 1.5))
+            process.kill()
+        process.join()
+        code = process.exitcode
+        assert code in (0, -signal.SIGKILL)
         killed += code != 0
         if not checkpoints(run):
             before_any_checkpoint += 1
@@ -91,6 +103,7 @@ def test_a_run_killed_again_and_again_ends_as_if_never_killed(tmp_path: Path) ->
             assert everything(run) == straight, f"round {killed} of run {finished}"
             finished += 1
     print(f"{killed} kills, {finished} runs to the end, all as if never killed; {before_any_checkpoint} too early")
-    with train(run) as process:
-        assert process.wait() == 0, process.stderr and process.stderr.read()
+    last = start(run)
+    last.join()
+    assert last.exitcode == 0
     assert everything(run) == straight

@@ -30,12 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmcore.corpus.hash_table import HashTable
+from llmcore.corpus.web_signs import FIRST_WIDE, WIDE_WEIGHT, has_web_signs, is_verse_or_speech, places_of_signs
 
 LONGEST = 400  # characters of a line that may recur
 OFTEN = 3  # times that a line with signs of a web site must stand in a library
 MANY = 5  # documents, and 1% of all, in which another line must stand
 LONG = 64  # weight of such a line: 16 Chinese characters, or 64 letters of an alphabet
-_FIRST_WIDE, _WIDE_WEIGHT = 0x2E80, 4  # from this code on, a character says as much as four letters
 MOST_LINES = 20_000  # recurring lines; the most frequent are found
 
 RULES = (
@@ -46,100 +46,6 @@ RULES = (
     "HTML tags",
     "runs of blank lines",
 )
-
-
-# Signs of a web site
-
-
-def _any_case(words: str) -> list[str]:
-    """English words, separated by |, as they are mostly written."""
-    forms = ((word, word.capitalize(), word.title(), word.upper()) for word in words.split("|"))
-    return list(dict.fromkeys(form for group in forms for form in group))
-
-
-# An address is a sign in speech too. The width and the case of its letters do not matter.
-ADDRESS = r"https?:/|www\s?[.。·,]|(?<=[a-z0-9])[.。·](?:com|net|org|cc|cn|info|vip|xyz)(?![a-z])"
-
-# One of these words is enough.
-_STRONG_WORDS = """
-小说网 中文网 阅读网 文学网 读书网 看书网 文学城 笔趣阁 追书神器 txt TXT 书友 本站 公众号 QQ群 qq群 Q群 交流群 群号
-小說網 中文網 閱讀網 文學網 讀書網 筆趣閣 書友 公眾號 群號
-纯手打 手打更新 手打会员 手打全文 手打版 更新最快 最快更新 更新更快 无弹窗 无广告 全文字 更多精彩 精彩小说 好看的小说
-純手打 手打會員 無彈窗 無廣告 精彩小說 好看的小說
-记住网址 最新网址 首发域名 一秒记住 手机用户 手机阅读 手机版 百度搜索
-求收藏 求推荐 求月票 求订阅 推荐票 支持正版 支持作者
-記住網址 最新網址 首發域名 一秒記住 手機用戶 手機閱讀 手機版 求推薦 求訂閱 推薦票
-返回目录 返回书页 章节目录 章节列表 最新章节 加入书签 加入书架 本章未完 章节错误 章节内容 刷新页面 点此举报
-在线阅读 全文阅读 免费阅读
-返回目錄 返回書頁 章節目錄 章節列表 最新章節 加入書籤 加入書架 章節錯誤 線上閱讀 全文閱讀 免費閱讀
-本书由 本文由 本电子书 小时内删除 仅供试读 仅供交流 仅供学习 版权归 版权所有 扫描校对 扫校 精校版
-本書由 小時內刪除 僅供試讀 僅供交流 版權歸 版權所有
-"""
-STRONG = _STRONG_WORDS.split() + _any_case(
-    "rights reserved|project gutenberg|gutenberg-tm|read more at|read more chapters|read the latest|read this book at|"
-    "read novel|free ebook|free e-book|ebook converter|more free novels|visit us at|visit our website|subscribe to|"
-    "sign up for|click here|follow us|join our|patreon|newsletter|latest chapter|if you find any errors|report chapter"
-)
-# Of these, three different ones; or two in a line that is not short.
-_WEAK_WORDS = """
-下载 论坛 收藏 首发 微信 QQ 网址 域名 登录 登陆 访问 转载 订阅 书架 章节 阅读 免费 更新 网站 正版
-整理 上传 校对 制作 提供 小说 搜索 点击 注册 广告 扫码 二维码 浏览 网友 欢迎 关注 推荐 全文 全集 完本
-作者 本书 喜欢 地址 请到 删除 手打 书库 书迷 电子书 目录 追书 看书 书源 换源 缓存 app APP 安卓 举报
-下載 論壇 首發 網址 登錄 登陸 訪問 轉載 訂閱 書架 章節 閱讀 免費 網站 上傳 校對 製作 小說
-點擊 註冊 廣告 瀏覽 網友 歡迎 推薦 本書 請到 書庫 電子書 目錄
-上一章 下一章 上一页 下一页 上一頁 下一頁
-"""
-WEAK = _WEAK_WORDS.split() + _any_case(
-    "download|translator:|editor:|uploaded|ebook|online|website|chapter|free|copyright|proofread|previous|next"
-)
-OPENING_QUOTES = tuple("“‘「『\"'")
-_LONG_FOR_SIGNS = 40  # weight of a line for which two weak words are enough
-
-_ADDRESS = re.compile(ADDRESS, re.IGNORECASE)
-_STRONG = re.compile("|".join(map(re.escape, STRONG)))
-_WEAK = re.compile("|".join(map(re.escape, WEAK)))
-_DOMAINS = [dot + name for dot in ".。·．" for name in _any_case("com|net|org|cc|cn|info|vip|xyz")]
-_HINTS = [*STRONG, *WEAK, *_any_case("www|http"), "ｗｗｗ", "ＷＷＷ", "ｈｔｔｐ", *_DOMAINS]
-_HINT = re.compile("|".join(map(re.escape, _HINTS)))
-
-
-@functools.cache
-def _hint_tables() -> list[NDArray[np.uint64]]:
-    """Which hints have a character as their first, second and third: a bit for the hints that begin alike.
-
-    If three characters in a row have a bit in common, a hint may begin there. This is far quicker than a search for
-    hundreds of words.
-    """
-    tables = [np.zeros(1 << 16, np.uint64) for _ in range(3)]
-    beginnings = {(hint[0], len(hint) > 2): None for hint in _HINTS}
-    bits = {beginning: np.uint64(1 << number % 64) for number, beginning in enumerate(beginnings)}
-    for hint in _HINTS:
-        bit = bits[hint[0], len(hint) > 2]
-        tables[0][ord(hint[0])] |= bit
-        tables[1][ord(hint[1])] |= bit
-        tables[2][ord(hint[2]) if len(hint) > 2 else slice(None)] |= bit
-    return tables
-
-
-def has_web_signs(line: str) -> bool:
-    """Whether a line has signs of a web site. Speech has none, unless there is an address in it."""
-    if _ADDRESS.search(unicodedata.normalize("NFKC", line)):
-        return True
-    if line.lstrip().startswith(OPENING_QUOTES):
-        return False
-    if _STRONG.search(line):
-        return True
-    weak = {word.lower() for word in _WEAK.findall(line)}
-    weight = sum(_WIDE_WEIGHT if ord(letter) >= _FIRST_WIDE else 1 for letter in line if letter.isalpha())
-    return len(weak) >= 3 or (len(weak) == 2 and weight >= _LONG_FOR_SIGNS)
-
-
-def is_verse_or_speech(line: str) -> bool:
-    """Whether a line begins with a quotation mark, or has several clauses, all of three to seven characters."""
-    if line.lstrip().startswith(OPENING_QUOTES):
-        return True
-    clauses = [clause for clause in re.split(r"[^\w\s]+", line) if clause.strip()]
-    return len(clauses) > 1 and all(3 <= len(clause.strip()) <= 7 for clause in clauses)
 
 
 # Marks and markup, rules 2 to 5
@@ -159,6 +65,7 @@ _TAG_NAMES = (
 _ATTRIBUTES = r"[ \t]{1,9}[a-z][\w:-]{0,30}[ \t]?=[^<>\n]{0,500}"
 _TAG = re.compile(rf"</?(?:{_TAG_NAMES})(?:{_ATTRIBUTES})?[ \t]{{0,9}}/?>", re.IGNORECASE)
 _ENDS_LINE = re.compile(r"<(?:/?br|hr|/(?:p|div|h[1-6]|li|tr|dd|dt|blockquote|title))\b", re.IGNORECASE)
+_COMPLETE = re.compile(rf"&#?[0-9A-Za-z]{{1,10}};|<[^<>&;\n]{{1,{MARKUP}}}>")  # perhaps markup, with no other inside
 _CLOSING = re.compile("([;>])")
 
 
@@ -167,22 +74,27 @@ def _note(counts: Counter[str], rule: str, number: int, characters: int) -> None
     counts[f"{rule}, characters"] += characters
 
 
+def _resolved(markup: str, counts: Counter[str]) -> str | None:
+    """What stands for an entity or a tag, which is counted; None if it is neither."""
+    if markup[0] == "<":
+        if not _TAG.fullmatch(markup):
+            return None
+        rule, text = "HTML tags", "\n" if _ENDS_LINE.match(markup) else ""
+    else:
+        entity = _ENTITY.fullmatch(markup)
+        if not entity or (entity[1] and entity[1] not in _NAMES) or "\ufffd" in (text := html.unescape(markup)):
+            return None
+        rule, text = "HTML entities", "" if text not in "<&" and _UNWANTED.match(text) else text.replace("\xa0", " ")
+    _note(counts, rule, 1, len(markup) - len(text))
+    return text
+
+
 def _resolve_last(text: str, counts: Counter[str]) -> str | None:
     """The text with the entity or the tag at its end resolved; None if there is none."""
-    entity = text.endswith(";")
-    start = text.rfind("&" if entity else "<", max(0, len(text) - MARKUP))
-    if start < 0 or not (match := (_ENTITY if entity else _TAG).fullmatch(text, start)):
+    start = text.rfind("&" if text.endswith(";") else "<", max(0, len(text) - MARKUP))
+    if start < 0 or (end := _resolved(text[start:], counts)) is None:
         return None
-    if not entity:
-        replacement = "\n" if _ENDS_LINE.match(match[0]) else ""
-    elif (match[1] and match[1] not in _NAMES) or "\ufffd" in (replacement := html.unescape(match[0])):
-        return None
-    elif _UNWANTED.fullmatch(replacement) and replacement not in "<&":
-        replacement = ""
-    elif replacement == "\xa0":
-        replacement = " "
-    _note(counts, "HTML entities" if entity else "HTML tags", 1, len(match[0]) - len(replacement))
-    return text[:start] + replacement
+    return text[:start] + end
 
 
 class _Markup:
@@ -204,26 +116,31 @@ class _Markup:
         for rule, marks in (("control characters", _CONTROL), ("zero-width characters", _ZERO_WIDTH)):
             text, number = marks.subn("", text)
             _note(self._counts, rule, number, number)
+
+        # what is complete, then what has come to be markup by that, or is markup in markup
+        text = _COMPLETE.sub(self._resolve, text)
         if "<" not in text and "&" not in text:
             return text
 
-        # pieces end with ; or > and are joined to what may have begun before
+        # pieces end with ; or > and are joined to what has begun before
         done, last = [], ""
         pieces = _CLOSING.split(text)
         for piece, closing in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
             last += piece + closing
             while last.endswith((";", ">")) and (shorter := _resolve_last(last, self._counts)) is not None:
                 last = shorter
-            if len(last) > 2 * MARKUP:
-                done.append(last[:-MARKUP])
-                last = last[-MARKUP:]
 
-        # hold back from the first < or & that may still become markup
-        line = max(last.rfind("\n") + 1, len(last) - MARKUP)
-        begins = [place for sign in "<&" if (place := last.find(sign, line)) >= 0]
-        cut = min(begins, default=len(last))
-        self._open = last[cut:]
-        return "".join(done) + last[:cut]
+            # from the first < or & on, the rest of a line may still become markup
+            start = max(last.rfind("\n") + 1, len(last) - MARKUP)
+            begins = [place for sign in "<&" if (place := last.find(sign, start)) >= 0]
+            done.append(last[: min(begins, default=len(last))])
+            last = last[len(done[-1]) :]
+        self._open = last
+        return "".join(done)
+
+    def _resolve(self, match: re.Match[str]) -> str:
+        text = _resolved(match[0], self._counts)
+        return match[0] if text is None else text
 
     def close(self) -> str:
         return self._open
@@ -233,7 +150,6 @@ class _Markup:
 
 _PIECE = 1 << 15  # characters that are looked at together
 _WHITE, _OTHER, _LETTER, _WIDE = range(4)
-_BEGINS_HINT = 4  # is added
 _NUMERALS = "〇零一二三四五六七八九十百千万萬两兩"
 
 _BASE = 0x9E37_79B9_7F4A_7C15
@@ -242,17 +158,17 @@ _INVERSES = np.cumprod(np.full(len(_POWERS), pow(_BASE, -1, 1 << 64), np.uint64)
 
 
 @functools.cache
-def _kinds() -> NDArray[np.uint8]:
+def _classes() -> NDArray[np.uint8]:
     """For each character of the basic plane: white space, a letter, a wide letter (Chinese, kana, hangul), or other."""
-    kinds = np.full(1 << 16, _OTHER, np.uint8)
+    classes = np.full(1 << 16, _OTHER, np.uint8)
     for code in range(1 << 16):
         if chr(code).isspace():
-            kinds[code] = _WHITE
+            classes[code] = _WHITE
         elif unicodedata.category(chr(code))[0] in "LM":
-            kinds[code] = _WIDE if code >= _FIRST_WIDE else _LETTER
-    kinds[[ord(numeral) for numeral in _NUMERALS]] = _OTHER
-    kinds[-1] = _WIDE  # stands for all characters beyond the plane
-    return kinds + _BEGINS_HINT * (_hint_tables()[0] > 0).astype(np.uint8)
+            classes[code] = _WIDE if code >= FIRST_WIDE else _LETTER
+    classes[[ord(numeral) for numeral in _NUMERALS]] = _OTHER
+    classes[-1] = _WIDE  # stands for all characters beyond the plane
+    return classes
 
 
 class _Lines:
@@ -262,7 +178,6 @@ class _Lines:
         text: the lines; all but perhaps the last one end with a newline.
         codes: uint16, of its characters; 0xFFFF for those beyond the basic plane.
         starts, ends: where a line begins, and where its newline ends.
-        kinds: uint8, of its characters; see `_kinds`.
         hashes: uint64, of a line's letters; the lowest bit is 1.
         weights: of its letters, 0 for a line longer than `LONGEST`.
         blank: whether it has nothing but white space.
@@ -282,8 +197,7 @@ class _Lines:
         short = lengths <= LONGEST
 
         # letters and white space
-        self.kinds = _kinds().take(self.codes)
-        classes = self.kinds & 3
+        classes = _classes().take(self.codes)
 
         def per_line(marked: NDArray[np.bool_]) -> NDArray[np.int64]:
             """How many marked characters a line has."""
@@ -291,7 +205,7 @@ class _Lines:
 
         is_letter = classes >= _LETTER
         letters = per_line(is_letter)
-        self.weights = (letters + (_WIDE_WEIGHT - 1) * per_line(classes == _WIDE)) * short
+        self.weights = (letters + (WIDE_WEIGHT - 1) * per_line(classes == _WIDE)) * short
         self.blank = (per_line(classes != _WHITE) == 0) & short
 
         # the sum of code × base^place over a line's letters, divided by the base's power where the line begins
@@ -316,12 +230,7 @@ class _Lines:
 
     def with_web_signs(self) -> NDArray[np.int64]:
         """The numbers of the lines that have signs of a web site."""
-        first, second, third = _hint_tables()
-        places = np.flatnonzero(self.kinds & _BEGINS_HINT)
-        padded = np.append(self.codes, np.zeros(2, np.uint16))
-        places = places[(first[padded[places]] & second[padded[places + 1]] & third[padded[places + 2]]) > 0]
-        hints = [place for place in places.tolist() if _HINT.match(self.text, place)]
-        lines = np.unique(np.searchsorted(self.ends, hints, "right"))
+        lines = np.unique(np.searchsorted(self.ends, places_of_signs(self.text, self.codes), "right"))
         lines = lines[self.weights[lines] > 0]
         return np.array([number for number in lines if has_web_signs(self.line(number))], np.int64)
 
@@ -560,11 +469,14 @@ def _texts_of(hashes: NDArray[np.uint64], blocks: Iterable[str]) -> dict[int, st
     wanted, odd = set(hashes.tolist()), _odd(hashes)
 
     def look(lines: _Lines) -> None:
-        for number in np.flatnonzero(lines.among(odd)).tolist():
-            line = lines.line(number)
-            key = int(lines.hashes[number]) - (not has_web_signs(line))
+        found = lines.among(odd)
+        if not found.any():
+            return
+        with_signs = set(lines.with_web_signs().tolist())
+        for number in np.flatnonzero(found).tolist():
+            key = int(lines.hashes[number]) - (number not in with_signs)
             if key in wanted:
-                texts.setdefault(key, line.strip())
+                texts.setdefault(key, lines.line(number).strip())
 
     passage = _Passage(_NONE, Counter(), look)
     for block in blocks:
@@ -621,7 +533,8 @@ class Cleaner:
 
 
 def rule_rows(counts: Counter[str]) -> list[dict[str, Any]]:
-    """What each rule removed: rows for a table or a manifest. A tag that becomes a newline is one character less."""
+    """What each rule removed: rows for a table or a manifest. What takes the place of a tag or an entity is
+    subtracted from its characters."""
     return [{"rule": rule, "removed": counts[rule], "characters": counts[f"{rule}, characters"]} for rule in RULES]
 
 

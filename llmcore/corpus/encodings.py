@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 READ_BYTES = 1 << 16  # read at a time; the C library keeps the memory of larger blocks
-SAMPLE_BYTES = 1 << 14  # that are not ASCII: enough to tell encodings apart without doubt
+SAMPLE_BYTES = 1 << 13  # that are not ASCII: enough to tell encodings apart without doubt
 SAMPLE_LIMIT = 1 << 18  # of a sample with the ASCII in it
 
 # How many byte sequences of a text may be broken. Three: a text that was cut out of a longer one, between any two
@@ -30,7 +30,7 @@ BROKEN_ALLOWED = 3
 BYTES_PER_BROKEN = 1000
 GOOD_PER_BROKEN = 3  # characters that are good UTF-8, before a text with a broken sequence is taken for UTF-8
 CONTROLS = bytes({*range(0x20), 0x7F} - set(b"\t\n\f\r\x1a\x1b"))
-CONTROLS_ALLOWED = 0.01  # of the bytes; images and programs have more
+CONTROLS_ALLOWED = 0.01  # of the bytes; images, programs and UTF-16 have more
 
 BROKEN = "\udfff"  # stands for a broken sequence while a text is decoded; good bytes never give half a surrogate
 MARK_BROKEN = "llmcore.mark_broken"
@@ -49,7 +49,7 @@ SUPERSETS = {
     "utf-8-sig": "utf-8",
 }
 # Python calls these text encodings, but no file is in them.
-NO_FILES = {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape"}
+NO_FILES = {"idna", "punycode", "undefined", "utf-7", "unicode-escape", "raw-unicode-escape"}
 # Windows in Taiwan shows these bytes of Big5 as other characters than Python's big5hkscs does.
 BIG5_SIGNS = dict(zip("•､‾∼♁☉¥¢£￭", "‧﹑¯～⊕⊙￥￠￡▓", strict=True))
 
@@ -79,10 +79,9 @@ def check_encoding(name: str) -> str:
         return name
     try:
         codec = codecs.lookup(name)
-        codec_name = codec.name.replace("_", "-") if codec.name.startswith(("raw", "unicode")) else codec.name
-        # Python's own mark of codecs such as rot13 and hex
-        if getattr(codec, "_is_text_encoding", True) and codec_name not in NO_FILES:
-            return SUPERSETS.get(codec_name, codec_name)
+        is_text = getattr(codec, "_is_text_encoding", True)  # Python's own mark; rot13 and hex are none
+        if is_text and codec.name.replace("_", "-") not in NO_FILES:
+            return SUPERSETS.get(codec.name, codec.name)
     except (LookupError, TypeError, ValueError):  # also: not a string, or one with a null character
         pass
     raise ValueError(f"encoding={name!r} is not an encoding of texts: choose auto, or one such as {USUAL}")
@@ -194,11 +193,12 @@ def find_encoding(raw: BinaryIO, name: str) -> str:
 
 
 def _mark_or_utf8(raw: BinaryIO, name: str) -> tuple[str | None, int]:
-    """The encoding that a byte order mark tells, or UTF-8 if all is; else None. And where the first block is that is
-    not plain ASCII text.
+    """The encoding if a byte order mark tells it or the text is UTF-8; else None, and the place of a sample's start.
+
+    That is the first block with something else than ASCII: no character begins in the block before.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    size = good = broken = controls = 0
+    size = good = broken = zeros = 0
     first = None
     while block := raw.read(READ_BYTES):
         if not size:
@@ -207,18 +207,23 @@ def _mark_or_utf8(raw: BinaryIO, name: str) -> tuple[str | None, int]:
                     return encoding, 0
 
         text = decoder.decode(block)
-        controls += len(block) - len(block.translate(None, CONTROLS))
-        if first is None and (controls or not block.isascii()):
+        zeros += block.count(0)
+        if first is None and (zeros or not block.isascii()):
             first = size
         size += len(block)
         if not text.isascii():
-            bad = max(0, text.count("\ufffd") - block.count("\ufffd".encode()))  # that character may itself be there
+            if bad := text.count("\ufffd"):
+                bad = max(0, bad - block.count("\ufffd".encode()))  # the file may hold that character itself
             broken += bad
             if broken > broken_allowed(size):
                 _refuse_mixture(text, good, broken, name)
                 return None, first or 0
             good += _foreign(text) - bad
-        if controls > CONTROLS_ALLOWED * size:
+        if zeros > CONTROLS_ALLOWED * size:
+            if size > len(block):  # UTF-16 has zeros from its start on
+                raise ValueError(
+                    f"{name} does not look like text: {zeros} of its {size} first bytes are zero: remove it"
+                )
             return None, first or 0
 
     if good < GOOD_PER_BROKEN * broken:
@@ -253,12 +258,12 @@ def _refuse_mixture(text: str, good: int, broken: int, name: str) -> None:
 def _sample(raw: BinaryIO) -> bytes:
     """What comes next in a stream: lines that are not plain ASCII, until `SAMPLE_BYTES` of their bytes are not."""
     sample = b""
-    while len(sample) < SAMPLE_LIMIT and (block := raw.read(READ_BYTES)):
+    while len(sample) < SAMPLE_LIMIT and (block := raw.read(SAMPLE_BYTES // 2)):
         sample += block
-        if not re.search(b"[" + re.escape(CONTROLS) + b"]", sample):  # else a newline may have two bytes
+        if 0 not in sample:  # else a newline may have two bytes
             *lines, last = sample.split(b"\n")
             sample = b"\n".join([*(line for line in lines if not line.isascii()), last])
-        if len(sample.translate(None, ASCII_BYTES)) >= SAMPLE_BYTES:
+        if sample.count(0) + len(sample.translate(None, ASCII_BYTES)) >= SAMPLE_BYTES:
             break
     return sample[:SAMPLE_LIMIT]
 
@@ -272,7 +277,7 @@ def _guess(sample: bytes, name: str) -> str:
     readings = []
     for encoding, languages in LANGUAGES.items():
         text = codecs.getincrementaldecoder(encoding)(MARK_BROKEN).decode(sample)  # its end may be half a character
-        if text.count(BROKEN) <= broken_allowed(len(sample)):
+        if text.count(BROKEN) <= broken_allowed(READ_BYTES):  # each costs much, too
             readings.append((_saved_bits(sample, text, languages), encoding, text))
     readings.sort(reverse=True)
 
@@ -293,7 +298,8 @@ def _guess(sample: bytes, name: str) -> str:
     from charset_normalizer import from_bytes  # here, because few texts need it
 
     found = from_bytes(sample, cp_isolation=OTHER_ENCODINGS).best()
-    if found is None or foreign < FOREIGN_AT_LEAST:
+    words = sum(map(len, re.findall(rb"[\x80-\xff]{3,}", sample)))  # of other alphabets
+    if found is None or words < max(WORDS_AT_LEAST, foreign / 2):
         raise ValueError(
             f"the encoding of {name} is not known: give it as encoding=, convert the file to UTF-8, or remove it"
         )
@@ -361,7 +367,7 @@ LATIN = {  # letters of languages that write most of a word in ASCII
     "hungarian": "áéíóöőúüűÁÉÖÜ",
     "turkish": "ışğçöüİŞÇÖÜ",
 }
-QUOTES = "’“”‘„—–…«»•·°§©®™£€½´\u00a0"
+QUOTES = "’“”‘„—–…«»•·°§©®™£€½´ºª\u00a0"
 CHINESE_MARKS = "，。、：；？！“”‘’《》「」『』（）—…　·─〈〉【】～﹏○□★☆※"
 JAPANESE_MARKS = "、。「」・ー　！？『』（）々〜～…―─：○●◎□【】"
 KANA = "".join(map(chr, range(0x3041, 0x3094)))
@@ -373,7 +379,7 @@ ASCII_BYTES = bytes(range(0x80))
 # Costs in bits. ASCII costs the same in every language, so that English between the lines tells nothing.
 ASCII_BITS, CONTROL_BITS, RARE_BITS, BROKEN_BITS = 6, 16, 19, 30
 AHEAD_AT_LEAST = 4  # of the next encoding, and of random bytes: 16 times as likely
-FOREIGN_AT_LEAST = 20  # bytes that are not ASCII, for the general detector
+WORDS_AT_LEAST = 20  # bytes in words of other alphabets, for the general detector
 
 LANGUAGES = {  # that are written in each encoding
     "gb18030": ("simplified", "traditional"),

@@ -181,6 +181,27 @@ def print_kind(kind: str, originals: list[str], copies: list[str], holding: Sequ
     print(f"| {kind} | {len(shares)} of {len(pairs)} | {spread} | {wrong} |", flush=True)
 
 
+def print_short() -> None:
+    """A row for each length: of short documents, fewer passages are looked at, so their share is known less well."""
+    chance, new = random.Random(0), NewText()
+    print(
+        "\n| documents of so many letters | found, whole | 60% of it, then new text | 50% |\n| --- | --- | --- | --- |"
+    )
+    for size in (200, 500, 1000, 2000, 5000, 15_000):
+        originals = [letters(new.write(2 * size))[:size] for _ in range(200)]
+        row = []
+        for share in (1.0, 0.6, 0.5):
+            copies = [cut(text, share, chance) + letters(new.write(2 * size))[size:][: round(size * (1 - share))]
+                      for text in originals]  # fmt: skip
+            found = copies_among(originals + [f"　{text}" for text in copies])
+            right = {tuple(sorted((overlap.first, overlap.second))) for overlap in found.overlaps}
+            assert right <= {(number, 200 + number) for number in range(200)}, (
+                "different documents were taken for copies"
+            )
+            row.append(f"{len(right) / 200:.0%}")
+        print(f"| {size} | {' | '.join(row)} |", flush=True)
+
+
 def print_different() -> None:
     """How alike different texts look: the highest share of any two chapters and any two books."""
     for what, texts in (("120 chapters", chapters()), ("40 books", books())):
@@ -270,13 +291,14 @@ def print_large_library(kind: str, megabytes: int) -> None:
     started = time.perf_counter()
     with HashTable() as table:
         sizes, hashes = read_library(table, large_library(kind, megabytes))
-        read = time.perf_counter()
+        read, peak = time.perf_counter(), memory("VmHWM")
         found = find_copies(table, sizes, [f"{number:06d}.txt" for number in range(len(sizes))], hashes)
     done = time.perf_counter()
     copies = sum(copy is not None for copy in found.copy_of)
     print(
         f"| {megabytes} MB, {len(sizes):,} books: {kind} | {copies:,} | {len(found.overlaps):,} | "
-        f"{read - started:.0f} | {done - read:.1f} | {(memory('VmHWM') - before) / MB:.0f} |",
+        f"{read - started:.0f} | {done - read:.1f} | {(peak - before) / MB:.0f} | "
+        f"{(memory('VmHWM') - before) / MB:.0f} |",
         flush=True,
     )
 
@@ -294,13 +316,14 @@ def main() -> None:
 
     print(f"Copies of books on {machine()}\n")
     print_recall()
+    print_short()
     print()
     print_different()
     print_sentences()
     print_speed()
     print(
-        "\n| library | copies | pairs | seconds to make, hash and read it | to find copies | memory for both, MB |\n"
-        "| --- | --- | --- | --- | --- | --- |",
+        "\n| library | copies | pairs | seconds to make and read it | to find copies | memory to read, MB | for all |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |",
         flush=True,
     )
     for megabytes in (180, 1000) if "--full" in sys.argv else (180,):
