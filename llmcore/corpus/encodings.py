@@ -290,8 +290,8 @@ def _guess(sample: bytes, name: str) -> str:
             return encoding
         likely = ", ".join(reading[1] for reading in readings if saved - reading[0] <= AHEAD_AT_LEAST)
         raise ValueError(
-            f"{name} holds too little to tell its encoding (likely: {likely}): give it as encoding=, convert the file to "
-            "UTF-8, or remove it"
+            f"{name} holds too little to tell its encoding (likely: {likely}): give it as encoding=, convert the file "
+            "to UTF-8, or remove it"
         )
 
     if controls > CONTROLS_ALLOWED * len(sample):
