@@ -288,9 +288,10 @@ def _guess(sample: bytes, name: str) -> str:
         rival = max((reading[0] for reading in readings if reading[2] != text), default=0)
         if saved - max(rival, 0) > AHEAD_AT_LEAST:
             return encoding
+        likely = ", ".join(reading[1] for reading in readings if saved - reading[0] <= AHEAD_AT_LEAST)
         raise ValueError(
-            f"{name} may be {encoding}, but holds too little to be sure: give its encoding as encoding=, convert it to "
-            "UTF-8, or remove it"
+            f"{name} holds too little to tell its encoding (likely: {likely}): give it as encoding=, convert the file "
+            "to UTF-8, or remove it"
         )
 
     if controls > CONTROLS_ALLOWED * len(sample):
