@@ -277,7 +277,9 @@ def _guess(sample: bytes, name: str) -> str:
     readings = []
     for encoding, languages in LANGUAGES.items():
         text = codecs.getincrementaldecoder(encoding)(MARK_BROKEN).decode(sample)  # its end may be half a character
-        if text.count(BROKEN) <= broken_allowed(READ_BYTES):  # each costs much, too
+        good = text.replace(BROKEN, "")
+        says_something = good if encoding.startswith("utf-16") else not good.isascii()
+        if says_something and text.count(BROKEN) <= broken_allowed(READ_BYTES):  # each costs much, too
             readings.append((_saved_bits(sample, text, languages), encoding, text))
     readings.sort(reverse=True)
 

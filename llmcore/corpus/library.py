@@ -142,7 +142,7 @@ class Reader:
             self.close()
             self._file, self._path = OpenFile(document.path), document.path
         with self._file.open(document.member) as raw:
-            blocks = decoded_blocks(raw, document.encoding, document.name)
+            blocks = decoded_blocks(raw, document.encoding, one_line(document.name))
             yield from document.cleaner.clean(blocks) if document.cleaner else blocks
 
     def close(self) -> None:
@@ -331,10 +331,10 @@ class _Survey:
         with file.open(member) as raw:
             encoding = file.encoding or self._settings["encoding"]
             if encoding == "auto":
-                encoding = find_encoding(raw, name)
+                encoding = find_encoding(raw, one_line(name))
             digest, damage, characters, text_bytes = hashlib.sha256(), Damage(), 0, 0
             passages, lines = PassageReader(self._passages, number), LineCounter(self._lines, number)
-            for block in decoded_blocks(raw, encoding, name, damage):
+            for block in decoded_blocks(raw, encoding, one_line(name), damage):
                 passages.read(block)
                 if self._settings["clean"]:
                     lines.add(block)
@@ -400,7 +400,7 @@ def _in_threads(
 def _refusal(refused: dict[str, str], count: int, folder: Path, some_readable: bool) -> str:
     """The message for texts that cannot be read."""
     some = list(refused.items())[:5]
-    reasons = "; ".join(reason if name in reason else f"{one_line(name)}: {reason}" for name, reason in some)
+    reasons = "; ".join(reason if one_line(name) in reason else f"{one_line(name)}: {reason}" for name, reason in some)
     return (
         f"{len(refused)} of {count} texts in data_dir={str(folder)!r} cannot be read: {reasons}"
         f"{'; …' if len(refused) > 5 else ''}. Mend them"
