@@ -363,8 +363,8 @@ class LineCounter:
 def recurring_hashes(table: HashTable, group_of: Sequence[int]) -> NDArray[Any]:
     """The hashes that occur often enough to be a web site's line: at most `MOST_LINES`, the most frequent first.
 
-    A part of the table is in memory at a time. Copies of one book must not make all its lines recurrent: they count as one
-    document, which has a line as often as the copy in which it stands most often.
+    A part of the table is in memory at a time. Copies of one book must not make all its lines recurrent: they count as
+    one document, which has a line as often as the copy in which it stands most often.
 
     Args:
         table: filled by `LineCounter`.
