@@ -246,7 +246,7 @@ class _Passage:
     Args:
         recurring: the sorted hashes of the lines to remove.
         counts: what is removed is added to it.
-        look: called with the lines, after rules 2 to 5 and before any is removed. It does not see long lines.
+        look: called with the lines after rules 2 to 5, before any is removed. It may not see lines that are too long.
     """
 
     def __init__(
@@ -363,8 +363,8 @@ class LineCounter:
 def recurring_hashes(table: HashTable, group_of: Sequence[int]) -> NDArray[Any]:
     """The hashes that occur often enough to be a web site's line: at most `MOST_LINES`, the most frequent first.
 
-    A part of the table is read at a time. Copies of one book must not make all its lines recurrent: they count as one
-    document, which has a line as often as the copy in which it stands most often.
+    A part of the table is in memory at a time. Copies of one book must not make all its lines recurrent: they count as
+    one document, which has a line as often as the copy in which it stands most often.
 
     Args:
         table: filled by `LineCounter`.
@@ -533,8 +533,10 @@ class Cleaner:
 
 
 def rule_rows(counts: Counter[str]) -> list[dict[str, Any]]:
-    """What each rule removed: rows for a table or a manifest. What takes the place of a tag or an entity is
-    subtracted from its characters."""
+    """What each rule removed, as rows for a table or a manifest.
+
+    The characters are those by which the text became shorter: of "<br>", which becomes a newline, three.
+    """
     return [{"rule": rule, "removed": counts[rule], "characters": counts[f"{rule}, characters"]} for rule in RULES]
 
 

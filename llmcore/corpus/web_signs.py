@@ -72,15 +72,14 @@ _HINT = re.compile("|".join(map(re.escape, _HINTS)))
 
 def has_web_signs(line: str) -> bool:
     """Whether a line has signs of a web site. Speech has none, unless there is an address in it."""
-    if _ADDRESS.search(unicodedata.normalize("NFKC", line)):
-        return True
-    if line.lstrip().startswith(OPENING_QUOTES):
-        return False
-    if _STRONG.search(line):
-        return True
-    weak = {word.lower() for word in _WEAK.findall(line)}
-    weight = sum(WIDE_WEIGHT if ord(letter) >= FIRST_WIDE else 1 for letter in line if letter.isalpha())
-    return len(weak) >= 3 or (len(weak) == 2 and weight >= _LONG_FOR_SIGNS)
+    if not line.lstrip().startswith(OPENING_QUOTES):
+        if _STRONG.search(line):
+            return True
+        weak = {word.lower() for word in _WEAK.findall(line)}
+        weight = sum(WIDE_WEIGHT if ord(letter) >= FIRST_WIDE else 1 for letter in line if letter.isalpha())
+        if len(weak) >= 3 or (len(weak) == 2 and weight >= _LONG_FOR_SIGNS):
+            return True
+    return _ADDRESS.search(unicodedata.normalize("NFKC", line)) is not None
 
 
 def is_verse_or_speech(line: str) -> bool:
