@@ -13,7 +13,7 @@ OUTPUT = PROJECT_ROOT / "outputs" / "bench"
 def main() -> None:
     """Run the benchmarks one after the other, each in a process of its own."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    for name in ("steps", "decode", "memory", "prepare", "encodings", "cleaning", "duplicates", "checkpoint", "startup"):
+    for name in ("steps", "decode", "memory", "prepare", "checkpoint", "startup"):
         print(f"\n## {name}\n", flush=True)
         with subprocess.Popen(
             [sys.executable, "-m", f"tests.benchmarks.{name}"], stdout=subprocess.PIPE, text=True, cwd=PROJECT_ROOT
