@@ -215,6 +215,7 @@ def open_library(
         survey = _Survey(places, settings, refused, lines, passages)
         survey.run(progress)
         documents = [document for document in survey.documents if document is not None]
+        refused = dict(sorted(refused.items()))  # the threads have filled it in another order each time
         if refused and (errors == "strict" or not documents):
             raise ValueError(_refusal(refused, len(refused) + len(documents), folder, bool(documents)))
 

@@ -36,7 +36,8 @@ def files_by_kind(library: Library) -> list[Row]:
         for (kind, encoding), documents in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
     blank = dict.fromkeys(rows[0] if rows else (), "")
-    rows += [{**blank, "file": kind, "encoding": "not read", "documents": n} for kind, n in library.unread.items()]
+    for kind, number in library.unread.items():
+        rows.append({**blank, "file": kind or "no ending", "encoding": "not read", "documents": number})
     if library.refused:
         rows.append({**blank, "file": "any", "encoding": "cannot be read", "documents": len(library.refused)})
     return rows
