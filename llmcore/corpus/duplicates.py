@@ -304,7 +304,9 @@ def _count_common(
     pairs = np.concatenate(meetings)
     del meetings
     pairs.sort()  # in place: np.unique would need twice the memory
-    starts = np.flatnonzero(np.diff(pairs, prepend=-1))
+    is_new = np.ones(len(pairs), bool)
+    is_new[1:] = pairs[1:] != pairs[:-1]
+    starts = np.flatnonzero(is_new)
     common = np.diff(starts, append=len(pairs))
     pairs = pairs[starts]
     return pairs >> 32, pairs & 0xFFFFFFFF, common
