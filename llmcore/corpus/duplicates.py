@@ -256,7 +256,8 @@ def find_overlaps(table: HashTable, order: Sequence[int], least: float = LEAST_S
     or in many collections. Each of its passages is then looked for in the 16 longest documents that have it.
 
     In memory are one part of the table, and up to 16 million times that two documents have a passage in common: some
-    350 MB at most, and a few hundred bytes for each document and each pair found. Where there are more, the table is read again for the next documents.
+    350 MB at most, and a few hundred bytes for each document and each pair found. Where there are more, the table is
+    read again for the next documents.
 
     Args:
         table: the passages.
