@@ -96,7 +96,7 @@ texts = st.lists(
 ).map("".join)
 
 
-@settings(deadline=None, max_examples=examples(100))
+@settings(deadline=None, max_examples=examples(60))
 @given(texts, texts, texts)
 def test_shares_are_those_of_a_slow_count(start: str, middle: str, end: str) -> None:
     first, second = start + middle + end, middle + end + start[:10]
@@ -257,6 +257,13 @@ def test_no_book_is_left_out_for_one_that_is_left_out() -> None:
     assert found.copy_of == [None, 2, None]
     assert found.groups == [2, 2, 2]
     assert found.shares[1] == pytest.approx(2 / 3, abs=0.1)
+
+
+def test_two_books_that_a_third_joins_are_a_group_of_the_longest() -> None:
+    short, long = new_text(0, 2000), new_text(1, 2500)
+    found = copies_among([short[:700] + long[:700], short, long])
+    assert found.copy_of[1:] == [None, None]
+    assert found.groups == [2, 2, 2]
 
 
 def test_exact_copies_of_a_copy_follow_it() -> None:

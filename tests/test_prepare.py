@@ -638,7 +638,9 @@ def test_any_bytes_are_text_or_an_error_in_words(tmp_path_factory: pytest.TempPa
         assert str(file.name) in str(error) and re.search("convert|remove|only a Git LFS pointer", str(error), re.I)
     else:
         with contextlib.suppress(UnicodeDecodeError):
-            assert b"\0" in raw or text == raw.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n").replace("\r", "\n")
+            assert b"\0" in raw or text == raw.removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n").replace(
+                "\r", "\n"
+            )
 
 
 def test_only_held_out_text_can_be_helped_by_a_larger_val_fraction(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -256,7 +256,8 @@ def find_overlaps(table: HashTable, order: Sequence[int], least: float = LEAST_S
     or in many collections. Each of its passages is then looked for in the 16 longest documents that have it.
 
     In memory are one part of the table, and up to 16 million times that two documents have a passage in common: some
-    500 MB at most. Where there are more, the table is read again for the next documents.
+    350 MB at most, and a few hundred bytes for each document and each pair found. Where there are more, the table is
+    read again for the next documents.
 
     Args:
         table: the passages.
@@ -304,7 +305,9 @@ def _count_common(
     pairs = np.concatenate(meetings)
     del meetings
     pairs.sort()  # in place: np.unique would need twice the memory
-    starts = np.flatnonzero(np.diff(pairs, prepend=-1))
+    is_new = np.ones(len(pairs), bool)
+    is_new[1:] = pairs[1:] != pairs[:-1]
+    starts = np.flatnonzero(is_new)
     common = np.diff(starts, append=len(pairs))
     pairs = pairs[starts]
     return pairs >> 32, pairs & 0xFFFFFFFF, common

@@ -6,9 +6,11 @@ other documents have too. The files are never changed. What is left out is left 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -325,6 +327,8 @@ class _Survey:
                 try:
                     self._read(number, file)
                 except (OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise OSError(error.errno, f"no room for temporary files in {tempfile.gettempdir()}") from None
                     self._refused[self._places[number].name] = _reason(error)
 
     def _read(self, number: int, file: OpenFile) -> None:
