@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import papermill
 import pytest
 
 from llmcore.corpus import report
+from llmcore.corpus.hash_table import HashTable
 from llmcore.corpus.library import Library, Reader, open_library
 from llmcore.corpus.prepare import dataset_folder, prepare_dataset
 from llmcore.corpus.texts import find_texts, read_text
@@ -175,6 +177,17 @@ def test_scripts_are_told_apart() -> None:
         "no letters": "123 ……",
     }
     assert {script: report.script_of(text) for script, text in texts.items()} == {script: script for script in texts}
+
+
+def test_a_full_disk_for_temporary_files_leaves_no_text_out(
+    built: tuple[Path, Truth], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HashTable, "add", full)
+    with pytest.raises(OSError, match="no room for temporary files in /"):
+        open_library(built[0], errors="skip")
 
 
 @pytest.mark.slow
