@@ -20,6 +20,7 @@ from IPython.display import HTML
 
 from llmcore.checkpoint import checkpoints, save_checkpoint
 from llmcore.config import ModelConfig
+from llmcore.corpus.library import open_library
 from llmcore.corpus.prepare import prepare_dataset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.dataset import TokenDataset
@@ -366,8 +367,9 @@ def small_data(english: Path, tmp_path: Path) -> tuple[TokenDataset, Tokenizer]:
     for file in english.iterdir():
         (texts / file.name).write_text(file.read_text(encoding="utf-8")[:3000], encoding="utf-8")
     (texts / "<b>hostile.txt").write_text(HOSTILE * 3, encoding="utf-8")
-    tok = train_tokenizer(texts.iterdir(), tmp_path / "en", 400, character_coverage=1.0)
-    prepare_dataset(texts, tok, tmp_path / "data", 0.2)
+    library = open_library(texts, encoding="utf-8", clean=False)
+    tok = train_tokenizer(library.kept, tmp_path / "en", 400, character_coverage=1.0)
+    prepare_dataset(library, tok, tmp_path / "data", 0.2)
     return TokenDataset(tmp_path / "data", "train", 32), tok
 
 
@@ -558,7 +560,8 @@ def test_written_text_is_escaped_token_by_token(tmp_path: Path, english: Path) -
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "a.txt").write_text((HOSTILE + "\n") * 200, encoding="utf-8")
-    tok = train_tokenizer(texts.iterdir(), tmp_path / "t", 320, character_coverage=1.0)
+    library = open_library(texts, encoding="utf-8", clean=False)
+    tok = train_tokenizer(library.kept, tmp_path / "t", 320, character_coverage=1.0)
     panel = WritingPanel(wide_model(tok), tok, HOSTILE, 60)
     panel.temperature.value = 2.0
     press_write(panel)
