@@ -86,8 +86,8 @@ def longest_and_shortest(library: Library, count: int = 3) -> list[Row]:
     return [{"document": document.name, "characters": f"{document.characters:,}"} for document in chosen]
 
 
-def copies(library: Library) -> list[Row]:
-    """Documents that are copies of others or of parts of them."""
+def copies(library: Library, count: int = 30) -> list[Row]:
+    """Documents that are copies of others or of parts of them; first those with most in common."""
     sizes = {document.name: f"{document.characters:,}" for document in library.documents}
     dropped = library.copy_of
     return [
@@ -99,7 +99,7 @@ def copies(library: Library) -> list[Row]:
             "in common": f"{copy.share:.0%}",
             "": "left out" if copy.name in dropped else "kept, on the same side of the split",
         }
-        for copy in sorted(library.copies, key=lambda copy: (-copy.share, copy.name))
+        for copy in sorted(library.copies, key=lambda copy: (-copy.share, copy.name))[:count]
     ]
 
 
