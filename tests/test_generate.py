@@ -51,7 +51,7 @@ def test_cached_greedy_equals_whole_forward_passes(length: int, context: int, co
     assert generated(model, [prompt], count, **GREEDY) == [naive_greedy(model, prompt, count)]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(15))
 @given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=5), seed=st.integers(0, 9))
 def test_prompts_together_give_what_each_gives_alone(lengths: list[int], seed: int) -> None:
     model = tiny_model(seed, std=0.2).double()

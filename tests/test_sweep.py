@@ -55,6 +55,7 @@ def test_the_sweep_runs_every_point_of_its_grid_and_sorts_them(english: Path, tm
     (tmp_path / "notebooks").symlink_to(PROJECT_ROOT / "notebooks")
     program = re.sub(r"GRID = .*", 'GRID = {"learning_rate": [1e-5, 1e-3]}', example())
     fixed = {"preset": "scifi-mini", "max_steps": 8, "context_size": 32, "data_dir": str(english), "device": "cpu"}
+    fixed["thorough"] = False  # another test lets the notebook measure all that it can
     program = re.sub(r"FIXED = .*", lambda _: f"FIXED = {fixed}", program)
     (tmp_path / "sweep.py").write_text(program, encoding="utf-8")
     environment = {**os.environ, "LLM_WORKBOOK_ROOT": str(tmp_path), "LLM_WORKBOOK_WATCHED": "0"}
