@@ -141,13 +141,13 @@ def root(tmp_path: Path, sanguo: Path) -> Path:
 def test_nbval_notices_one_changed_output(root: Path) -> None:
     notebook = read("01_tokenize")
     cell = next(c for c in code_cells(notebook) if "nbval-check-output" in c.metadata.get("tags", []))
-    cell.outputs[0].text = cell.outputs[0].text.replace("120 files", "121 files")
+    cell.outputs[0].text = cell.outputs[0].text.replace("120 documents", "121 documents")
     changed = root / "changed.ipynb"
     nbformat.write(notebook, changed)
     result = run_nbval(changed, root)
     assert result.returncode == 1
     assert "1 failed" in result.stdout
-    assert "121 files" in result.stdout
+    assert "+ 120 document" in result.stdout
 
 
 def papermill_run(name: str, root: Path, **parameters: object) -> NotebookNode:

@@ -302,7 +302,7 @@ def test_killed_anywhere_it_goes_on_and_ends_as_if_never_killed(
     assert saved, "no kill left anything to go on with"
     # in the last stretch of a long preparation
     folder = tmp_path / "late"
-    assert outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder, 120)) is None
+    assert outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder, 160)) is None
     encoded = outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder, 0))
     assert encoded is not None and 0 < encoded < whole / 2
     assert content(folder) == straight

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 PARTS = 64  # files; a part must fit into memory when it is sorted
-HELD_ROWS = 1 << 20  # pairs that wait in memory, 12 bytes each, before they are written
+HELD_ROWS = 1 << 17  # pairs that wait in memory, 12 bytes each, before they are written
 ROW = np.dtype([("hash", "<u8"), ("document", "<u4")])
 
 
 class HashTable:
     """Pairs of a 64-bit hash and a document's number. All pairs with the same hash stand in the same part.
 
-    Up to a million pairs stay in memory. More go to temporary files without a name, so nothing is left of them after a
+    Up to 131,072 pairs stay in memory. More go to temporary files without a name, so nothing is left of them after a
     kill. They lie in the folder that the environment variable TMPDIR names. A billion bytes of Chinese text have some
     17 million sampled passages (see `duplicates`): 200 MB on the disk, 3 MB a part.
     """
