@@ -25,9 +25,11 @@ from .library import ADVERTISEMENT, Truth, build_library
 
 @pytest.fixture(scope="module")
 def built(sanguo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Truth]:
-    chapters = [read_text(file) for file in find_texts(sanguo)[:60]]
+    """Some 200 files, made of two parts of each chapter."""
+    chapters = [read_text(file) for file in find_texts(sanguo)]
+    parts = [chapter[start : start + 1200] + "\n" for chapter in chapters for start in (0, 1200)]
     folder = tmp_path_factory.mktemp("library") / "books"
-    return folder, build_library(folder, [chapter[:3000].rpartition("\n")[0] + "\n" for chapter in chapters])
+    return folder, build_library(folder, parts)
 
 
 @pytest.fixture(scope="module")
