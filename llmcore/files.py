@@ -71,13 +71,13 @@ def sha256_file(path: Path) -> str:
 def pointer_hint(file: Path) -> str:
     """What to do about a file of which only Git LFS's pointer is there; "" for any other file."""
     with open(file, "rb") as opened:
-        return pointer_hint_of(opened.read(40))
-
-
-def pointer_hint_of(start: bytes) -> str:
-    """`pointer_hint` of a file from its first 40 bytes or more."""
-    is_pointer = start.startswith(b"version https://git-lfs.github.com/spec/")
+        is_pointer = opened.read(40).startswith(b"version https://git-lfs.github.com/spec/")
     return "it is only a Git LFS pointer to the real file; fetch that with: git lfs pull" if is_pointer else ""
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether an operation failed for want of room, of the disk or of what a user may fill of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 # JSON

@@ -81,13 +81,7 @@ widgets.tables(
 # The files stay as they are. `clean=False` and `duplicates="keep"` leave nothing out.
 
 # %%
-widgets.tables(
-    {
-        "Left out by cleaning": report.cleaning(library),
-        "Lines that recur": report.recurring(library),
-        "Documents that have half of their sentences or more in common": report.copies(library),
-    }
-)
+widgets.tables(report.left_out(library))
 
 # %% tags=["nbval-check-output"]
 print(f"{len(library.documents)} documents, {len(library.copy_of)} of them left out as copies,", end=" ")

@@ -66,13 +66,7 @@ library = open_library(
 # line here, set `clean=False`.
 
 # %%
-widgets.tables(
-    {
-        "Left out by cleaning": report.cleaning(library),
-        "Lines that recur": report.recurring(library),
-        "Documents that have half of their sentences or more in common": report.copies(library),
-    }
-)
+widgets.tables(report.left_out(library))
 
 # %% [markdown]
 # ## Text to token files

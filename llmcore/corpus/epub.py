@@ -169,7 +169,7 @@ class _Reader(HTMLParser):
             self.start(tag, {name: value or "" for name, value in attrs})
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
-        raise NotImplementedError
+        """Called at each start tag."""
 
 
 class _TagReader(_Reader):

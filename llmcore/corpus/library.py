@@ -6,7 +6,7 @@ other documents have too. The files are never changed. What is left out is left 
 
 from __future__ import annotations
 
-import errno
+import functools
 import hashlib
 import itertools
 import os
@@ -26,11 +26,10 @@ from llmcore.corpus.containers import Member, OpenFile
 from llmcore.corpus.duplicates import PassageReader, find_copies
 from llmcore.corpus.encodings import Damage, check_encoding, decoded_blocks, find_encoding
 from llmcore.corpus.hash_table import HashTable
-from llmcore.corpus.texts import find_files, text_blocks, text_name
-from llmcore.files import one_line
+from llmcore.corpus.texts import CHOICES, find_files, text_blocks, text_name
+from llmcore.files import is_disk_full, one_line
 
 SAMPLE_BYTES = 10_000_000
-CHOICES = {"errors": ("strict", "skip"), "duplicates": ("drop", "keep")}
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,15 @@ class Library:
     recurring: list[RecurringLine]
     cleaned: list[dict[str, Any]]
 
-    @property
+    @functools.cached_property
     def copy_of(self) -> dict[str, str]:
         """For each document that is left out as a copy, by name: the document that is kept."""
         return {copy.name: copy.of for copy in self.copies} if self.settings["duplicates"] == "drop" else {}
 
-    @property
+    @functools.cached_property
     def kept(self) -> list[Document]:
         """The documents to work with: all but copies that are left out."""
-        copy_of = self.copy_of
-        return [document for document in self.documents if document.name not in copy_of]
+        return [document for document in self.documents if document.name not in self.copy_of]
 
     def sample(self, max_bytes: int = SAMPLE_BYTES) -> list[str]:
         """Texts to look at: all of a small library; of a larger one the beginnings of evenly spaced documents."""
@@ -327,7 +325,7 @@ class _Survey:
                 try:
                     self._read(number, file)
                 except (OSError, ValueError) as error:
-                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    if isinstance(error, OSError) and is_disk_full(error):
                         raise OSError(error.errno, f"no room for temporary files in {tempfile.gettempdir()}") from None
                     self._refused[self._places[number].name] = _reason(error)
 
@@ -337,23 +335,38 @@ class _Survey:
             encoding = file.encoding or self._settings["encoding"]
             if encoding == "auto":
                 encoding = find_encoding(raw, one_line(name))
-            digest, damage, characters, text_bytes = hashlib.sha256(), Damage(), 0, 0
+            measure, damage = _Measure(), Damage()
             passages, lines = PassageReader(self._passages, number), LineCounter(self._lines, number)
             for block in decoded_blocks(raw, encoding, one_line(name), damage):
                 passages.read(block)
                 if self._settings["clean"]:
                     lines.add(block)
-                in_utf8 = block.encode()
-                digest.update(in_utf8)
-                characters, text_bytes = characters + len(block), text_bytes + len(in_utf8)
+                measure.add(block)
             size = raw.tell()
 
         lines.close()
         if lines.counts.total():
             self.unclean.add(name)
         self.letters[number] = passages.finish()
-        known = (digest.hexdigest(), characters, text_bytes)
-        self.documents[number] = Document(path, member, name, encoding, size, damage.count, *known)
+        known = (encoding, size, damage.count, measure.sha256(), measure.characters, measure.text_bytes)
+        self.documents[number] = Document(path, member, name, *known)
+
+
+class _Measure:
+    """The hash of a text that comes in blocks, and its sizes."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self.characters = self.text_bytes = 0
+
+    def add(self, block: str) -> None:
+        in_utf8 = block.encode()
+        self._digest.update(in_utf8)
+        self.characters += len(block)
+        self.text_bytes += len(in_utf8)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _clean(
@@ -368,15 +381,17 @@ def _clean(
             for document in in_file:
                 counts: Counter[str] = Counter()
                 if recurring or document.name in unclean:
-                    digest, characters, text_bytes = hashlib.sha256(), 0, 0
+                    measure = _Measure()
                     for block in cleaner.clean(reader.blocks(document), counts):
-                        in_utf8 = block.encode()
-                        digest.update(in_utf8)
-                        characters, text_bytes = characters + len(block), text_bytes + len(in_utf8)
+                        measure.add(block)
                     if counts:
-                        sha256 = digest.hexdigest()
-                        document = replace(document, sha256=sha256, characters=characters, text_bytes=text_bytes)
-                        document = replace(document, cleaner=cleaner)
+                        document = replace(
+                            document,
+                            sha256=measure.sha256(),
+                            characters=measure.characters,
+                            text_bytes=measure.text_bytes,
+                            cleaner=cleaner,
+                        )
                 cleaned.append((document, counts))
         return cleaned
 

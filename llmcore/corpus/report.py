@@ -7,14 +7,15 @@ import math
 from collections import Counter
 from typing import Any
 
+from llmcore.corpus import encodings
 from llmcore.corpus.cleaning import line_rows
 from llmcore.corpus.containers import ending
 from llmcore.corpus.library import Document, Library, Reader
 
 LOOKED_AT = 4  # blocks of 64 KiB at the beginning of a document, to see its script
 # Frequent characters that only one of the two ways to write Chinese has
-SIMPLIFIED = set("这国们来个说时会为学对过还发经开问实现战军门见长马东车书听爱气让给样头边点认谁难")
-TRADITIONAL = set("這國們來個說時會為學對過還發經開問實現戰軍門見長馬東車書聽愛氣讓給樣頭邊點認誰難")
+SIMPLIFIED = set(encodings.SIMPLIFIED) - set(encodings.TRADITIONAL)
+TRADITIONAL = set(encodings.TRADITIONAL) - set(encodings.SIMPLIFIED)
 
 Row = dict[str, Any]
 
@@ -89,7 +90,6 @@ def longest_and_shortest(library: Library, count: int = 3) -> list[Row]:
 def copies(library: Library, count: int = 30) -> list[Row]:
     """Documents that are copies of others or of parts of them; first those with most in common."""
     sizes = {document.name: f"{document.characters:,}" for document in library.documents}
-    dropped = library.copy_of
     return [
         {
             "copy": copy.name,
@@ -97,7 +97,7 @@ def copies(library: Library, count: int = 30) -> list[Row]:
             "of": copy.of,
             "its characters": sizes[copy.of],
             "in common": f"{copy.share:.0%}",
-            "": "left out" if copy.name in dropped else "kept, on the same side of the split",
+            "": "left out" if copy.name in library.copy_of else "kept, on the same side of the split",
         }
         for copy in sorted(library.copies, key=lambda copy: (-copy.share, copy.name))[:count]
     ]
@@ -111,6 +111,15 @@ def cleaning(library: Library) -> list[Row]:
 def recurring(library: Library, count: int = 20) -> list[Row]:
     """The lines that are left out because they recur, the most frequent first."""
     return line_rows(library.recurring[:count])
+
+
+def left_out(library: Library) -> dict[str, list[Row]]:
+    """Everything that is left out, in tables by their captions."""
+    return {
+        "Left out by cleaning": cleaning(library),
+        "Lines that recur": recurring(library),
+        "Documents that have half of their sentences or more in common": copies(library),
+    }
 
 
 def advised_vocab_size(library: Library) -> int:

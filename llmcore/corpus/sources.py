@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from llmcore.files import (
     display_path,
     hub_failure,
     hub_token,
+    is_disk_full,
     one_line,
     pointer_hint,
     replacing_folder,
@@ -230,7 +230,7 @@ def _unzip(archive: Path, folder: Path) -> None:
         archive.unlink()
         raise CorpusError(f"{name} is not a whole zip file ({error}); removed, so try again") from None
     except Exception as error:  # encrypted, an unknown method, damage inside, odd names: zipfile raises many errors
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and is_disk_full(error):
             raise CorpusError(f"no room on the disk to unpack {name}: make room and try again") from None
         archive.unlink()
         raise CorpusError(f"{name} cannot be unpacked ({error}); removed, so try again") from None

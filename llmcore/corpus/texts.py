@@ -11,6 +11,9 @@ from llmcore.corpus.containers import READ_ENDINGS, OpenFile, ending, is_litter,
 from llmcore.corpus.encodings import decoded_blocks, find_encoding
 from llmcore.files import display_path
 
+# What may be chosen about a folder of texts. Here, because the check of a notebook's parameters needs nothing else.
+CHOICES = {"errors": ("strict", "skip"), "duplicates": ("drop", "keep")}
+
 # Which files
 
 

@@ -98,20 +98,25 @@ class Plan:
         }
 
 
+def _tokens_read(model: ModelConfig, train: TrainConfig) -> int:
+    """Tokens that a run sees."""
+    context = train.context_size or model.max_seq_len
+    return train.max_steps * train.grad_accum_steps * train.batch_size * context
+
+
 def preset_advice(tokens: int) -> list[dict[str, str]]:
     """What a text of this many tokens can feed: a row for each preset, but for the toy task."""
     rows = []
     for name, (model, train) in PRESETS.items():
         if name == "toy-reverse":
             continue
-        read = train.max_steps * train.grad_accum_steps * train.batch_size * model.max_seq_len
-        wanted = TOKENS_PER_PARAMETER * model.n_params()
-        share = GOOD_EPOCHS * tokens / wanted
+        parameters = model.n_params()
+        share = GOOD_EPOCHS * tokens / (TOKENS_PER_PARAMETER * parameters)
         rows.append(
             {
                 "preset": name,
-                "parameters": f"{model.n_params():,}",
-                "its plan reads the text": f"{read / tokens:,.1f} times",
+                "parameters": f"{parameters:,}",
+                "its plan reads the text": f"{_tokens_read(model, train) / tokens:,.1f} times",
                 f"text, read {GOOD_EPOCHS} times": "enough" if share >= 1 else f"{share:.1%} of what is best",
             }
         )
@@ -140,7 +145,7 @@ def plan(
     device = pick_device(device).type
     context = train.context_size or model.max_seq_len
     parameters, per_token = model.n_params(), model.flops_per_token(context)
-    tokens = train.max_steps * train.grad_accum_steps * train.batch_size * context
+    tokens = _tokens_read(model, train)
     optimal = math.sqrt(tokens * per_token / (6 * TOKENS_PER_PARAMETER))
     memory, available = predict_memory(model, train, device), available_memory(device)
 

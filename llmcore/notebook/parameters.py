@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llmcore.config import PRESETS, nearest
-from llmcore.corpus.library import CHOICES
 from llmcore.corpus.sources import CORPORA
+from llmcore.corpus.texts import CHOICES
 from llmcore.files import resolve
 from llmcore.notebook.trackers import TRACKERS
 
