@@ -74,7 +74,10 @@ _CONFIG = {
     "properties": {
         **_SAVED,
         **dict.fromkeys(("model", "environment"), _OBJECT),
-        "train": {"type": "object", "properties": dict.fromkeys(("batch_size", "grad_accum_steps"), COUNT)},
+        "train": {
+            "type": "object",
+            "properties": dict.fromkeys(("batch_size", "grad_accum_steps", "max_steps"), COUNT),
+        },
         **dict.fromkeys(("tokenizer", "precision", "device"), _TEXT),
         "tokens": COUNT,
         "val_loss": {"type": ["number", "null"]},

@@ -268,8 +268,8 @@ _LONG: dict[str, Any] = {"eval_interval": 500, "eval_batches": 20, "checkpoint_i
 _FULL: dict[str, Any] = {"activation_checkpointing": "full", **_LONG}
 _SMALL: dict[str, Any] = {"max_steps": 100_000, "optimizer": "muon", "warmup_steps": 200, "min_lr_ratio": 0.0, **_LONG}
 
-# What a preset means is the tokens of a step, batch x accumulation x context: notebook 4 cuts them to fit the memory. But
-# for the first two, `max_steps` is the most: notebook 4 takes fewer steps where these read the text four times.
+# What a preset means is the tokens of a step, batch x accumulation x context: notebook 4 cuts them to fit the memory.
+# After the first two, `max_steps` is the most: notebook 4 takes fewer steps where these read the text four times.
 PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     # Reversing strings of letters and digits: notebook 03. 66 tokens: 62 symbols and four specials.
     # A small rope_theta, because there are only 66 positions: pairs that hardly turn within them carry no information.
