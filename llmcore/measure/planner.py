@@ -265,12 +265,10 @@ def text_advice(parameters: int, tokens: int, text_tokens: int) -> str:
     fed = GOOD_EPOCHS * text_tokens / TOKENS_PER_PARAMETER
     names = [name for name in PRESETS if name != "toy-reverse"]
     best = max((name for name in names if PRESETS[name][0].n_params() <= fed), key=names.index, default=names[0])
-    epochs, share = tokens / text_tokens, tokens / parameters
     lines = [f"this text, read {GOOD_EPOCHS} times, can feed {fed / 1e6:,.1f}M parameters: preset {best}"]
-    if share < TOKENS_PER_PARAMETER / 2:
-        lines.append(
-            f"this model is larger: it reads {share:,.1f} tokens for a parameter, where {TOKENS_PER_PARAMETER} are best"
-        )
+    if parameters > 2 * fed:
+        lines.append(f"this model has {parameters / fed:,.0f} times as many: it learns, but much of it by heart")
+    epochs = tokens / text_tokens
     if epochs > 1.25 * GOOD_EPOCHS:
         worth = 1 + REPEATS_LEARNT * (1 - math.exp(-(epochs - 1) / REPEATS_LEARNT))
         lines.append(

@@ -12,7 +12,7 @@ that two cores read in four minutes, so that the clock's noise is no part of it.
 `OMP_NUM_THREADS=1` is soonest done.
 
 `10M` and `40M` are how the optimizers and rates of scifi-10M and scifi-40M were chosen: short runs of their own shape
-and context on the same novel, by the same chapters. They read less than half of the novel, in steps of 2,048 tokens. That is
+and context on the same novel, by the same chapters. They read less than half of the novel, in steps of 2,048 tokens:
 enough to tell a rate that learns from one that does not, and not more.
 """
 
