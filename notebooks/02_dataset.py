@@ -49,7 +49,7 @@ from llmcore.corpus.prepare import dataset_folder, held_out_share, prepare_datas
 from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
 from llmcore.files import display_path, one_line
-from llmcore.measure.planner import TOKENS_PER_PARAMETER, plan
+from llmcore.measure.planner import TOKENS_PER_PARAMETER, choose_steps, plan
 from llmcore.notebook import plots, widgets
 from llmcore.tokenizer import Tokenizer
 
@@ -154,6 +154,7 @@ print("the same step gives the same batch:", bool((x == again).all()))
 
 # %%
 model_config, train_config = config.preset(preset)
+train_config = choose_steps(preset, model_config, train_config, len(train.tokens))
 cost = plan(model_config.replace(vocab_size=tok.vocab_size), train_config)
 rows = {
     "tokens in the training split": len(train.tokens),

@@ -17,7 +17,8 @@
 # | --- | --- | --- |
 # | `data_dir`; `tokenizer_model_file` from notebook 1 | `<output_dir>/<project>/`, a run | 4 minutes on two CPU cores |
 #
-# On one 80 GB GPU, `preset` takes `scifi-117M`, `scifi-1.5B` or `zhwiki-2.46B`.
+# On a GPU, `preset` takes `scifi-10M` or `scifi-40M`; with 16 GB also `scifi-117M`; with 80 GB also `scifi-1.5B` or
+# `zhwiki-2.46B`.
 #
 # Before: [3 · A toy task](03_toyreverse.ipynb) · Next: [5 · Writing](05_generate.ipynb)
 #
@@ -25,35 +26,44 @@
 # [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
-preset: str = "scifi-mini"  # scifi-mini, scifi-117M, scifi-1.5B, zhwiki-2.46B
+# What most runs set
+preset: str = "scifi-mini"  # scifi-mini, scifi-10M, scifi-40M, scifi-117M, scifi-1.5B, zhwiki-2.46B
 data_dir: str = "data/sanguo"  # folder of texts
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
+output_dir: str = "outputs/runs"  # folder of all runs
+project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
+checkpoint_dir: str = None  # continue from a checkpoint, a run, latest or best
+epochs: float = None  # how often to read the text; None: as max_steps says
+max_steps: int = None  # optimizer steps; None: scifi-mini's own, else four epochs; a resume keeps the run's
+prompt: str = "却说曹操"  # samples continue this text
+device: str = "auto"  # auto, cpu, cuda, mps
+seed: int = 0  # random seed for the initial weights and the order of the data
+
+# The rest: None is the preset's, or what suits the text, the memory or the run that is continued
+init_step: int = None  # with checkpoint_dir: the step that the checkpoint must have
 dataset_dir: str = "auto"  # token files, from notebook 2 or made here; auto: a folder for this corpus and tokenizer
 val_fraction: float = None  # share of the documents held out; None: as in an existing data set, else 0.05
 errors: str = None  # for a text that cannot be read: strict stops, skip leaves it out; None: as before, else strict
 encoding: str = None  # of the files, a name or auto; None: as before, else auto
 clean: bool = None  # leave out advertisements and leftovers of web pages; None: as before, else True
 duplicates: str = None  # copies of a text: drop leaves them out, keep keeps them; None: as before, else drop
-output_dir: str = "outputs/runs"  # folder of all runs
-project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
-checkpoint_dir: str = None  # continue from a checkpoint, a run, latest or best
-init_step: int = None  # with checkpoint_dir: the step that the checkpoint must have
-context_size: int = None  # tokens in a window; None: the preset's
-dim: int = None  # width of the model; None: the preset's
-n_layers: int = None  # blocks; None: the preset's
-n_heads: int = None  # heads in a block; None: the preset's
-max_steps: int = None  # optimizer steps; None: the preset's
-batch_size: int = None  # windows per step; None: the preset's
-grad_accum_steps: int = None  # batches added up in a step, to save memory; None: the preset's
-learning_rate: float = None  # peak; None: the preset's
-weight_decay: float = None  # on matrices; None: the preset's
-activation_checkpointing: str = None  # none, selective or full; None: the preset's
-prompt: str = "却说曹操"  # samples continue this text
-device: str = "auto"  # auto, cpu, cuda, mps
+context_size: int = None  # tokens in a window
+dim: int = None  # width of the model; n_heads and the width of the MLP follow
+n_layers: int = None  # blocks
+n_heads: int = None  # heads in a block
+tokens_per_step: int = None  # tokens in an optimizer step, which decide what it learns
+batch_size: int = None  # windows per forward pass, which decide how much memory it needs; None: what fits
+grad_accum_steps: int = None  # forward passes per step; None: as many as tokens_per_step needs
+activation_checkpointing: str = None  # none, selective or full; None: what fits
+optimizer: str = None  # adamw or muon; each needs a learning_rate of its own
+learning_rate: float = None  # peak, of AdamW
+muon_learning_rate: float = None  # peak, of Muon's matrices
+schedule: str = None  # of the rates: cosine, wsd or plateau
+weight_decay: float = None  # on matrices
 precision: str = "auto"  # auto, bf16, fp16, fp32
+compile: str = "auto"  # auto (if the run is long enough to win the time back), on, off
 tracker: str = None  # tensorboard, wandb or None
 thorough: bool = True  # measure speed and memory, and evaluate all held-out text; a sweep needs neither
-seed: int = 0  # random seed for the initial weights and the order of the data
 
 # %%
 from llmcore.notebook.parameters import check_parameters
@@ -75,7 +85,7 @@ from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
 from llmcore.measure.memory import check_memory, predict_memory
 from llmcore.measure.ngram import evaluate_ngram
-from llmcore.measure.planner import measure_memory, plan
+from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, text_advice
 from llmcore.model import Transformer
 from llmcore.notebook import plots, widgets
 from llmcore.notebook.run_page import write_index
@@ -89,8 +99,9 @@ device = str(pick_device(device))
 check_writable(output_dir)
 check_tracker(tracker)
 start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
-last_step = max_steps or config.preset(preset)[1].max_steps
-if start and (reached := read_config(start)["step"]) >= last_step:
+saved = read_config(start).get("train", {}) if start else {}
+last_step = max_steps or (None if epochs else saved.get("max_steps"))
+if start and last_step and (reached := read_config(start)["step"]) >= last_step:
     raise ValueError(
         f"max_steps={last_step}, but checkpoint_dir={display_path(start)!r} is already at step {reached}; "
         "raise max_steps, or open the checkpoint in notebook 5"
@@ -105,12 +116,11 @@ if start and (reached := read_config(start)["step"]) >= last_step:
 tok = Tokenizer(tokenizer_model_file)
 model_config, train_config = config.preset(preset)
 window = context_size or model_config.max_seq_len
+shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads}
 model_config = model_config.replace(
     vocab_size=tok.vocab_size,
     max_seq_len=window,
-    dim=dim or model_config.dim,
-    n_layers=n_layers or model_config.n_layers,
-    n_heads=n_heads or model_config.n_heads,
+    **{name: value for name, value in shape.items() if value is not None},
 )
 
 # %%
@@ -122,18 +132,45 @@ print(report.summary(manifest))
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
 
+# %% [markdown]
+# A preset says how many tokens a step reads, because this decides what a step learns. The step is cut into batches that
+# fit into the memory, and their gradients are added up. A run that is continued on a smaller device is cut into smaller
+# batches and learns the same.
+
 # %%
+given = {
+    "optimizer": optimizer,
+    "learning_rate": learning_rate,
+    "muon_learning_rate": muon_learning_rate,
+    "schedule": schedule,
+    "weight_decay": weight_decay,
+}
 train_config = train_config.replace(
-    max_steps=last_step,
-    warmup_steps=min(train_config.warmup_steps, last_step // 10),  # a short run has a short warm-up
-    batch_size=batch_size or train_config.batch_size,
-    grad_accum_steps=grad_accum_steps or train_config.grad_accum_steps,
-    learning_rate=learning_rate or train_config.learning_rate,
-    weight_decay=train_config.weight_decay if weight_decay is None else weight_decay,
-    activation_checkpointing=activation_checkpointing or train_config.activation_checkpointing,
+    compile=compile,
     precision=precision,
     seed=seed,
     sample_prompt=prompt,
+    **{name: value for name, value in given.items() if value is not None},
+)
+train_config = choose_batch(
+    preset,
+    model_config,
+    train_config,
+    device,
+    tokens_per_step=tokens_per_step,
+    batch_size=batch_size,
+    grad_accum_steps=grad_accum_steps,
+    activation_checkpointing=activation_checkpointing,
+    saved=saved,
+)
+train_config = choose_steps(
+    preset,
+    model_config,
+    train_config,
+    len(train_data.tokens),
+    max_steps=max_steps,
+    epochs=epochs,
+    saved=saved,
 )
 
 # %% tags=["nbval-check-output"]
@@ -157,11 +194,14 @@ print(f"parameters: {cost.parameters:,}")
 
 # %% [markdown]
 # Hoffmann et al. ("Chinchilla", 2022) asked which model has the lowest loss for a given amount of compute. It is about
-# the one that reads twenty tokens per parameter. This holds if there is enough text to read it only once.
+# the one that reads twenty tokens per parameter. This holds if there is enough text to read it only once. To read it up
+# to four times is nearly as good (Muennighoff et al., 2023). So the larger presets read a text four times, unless
+# `epochs` or `max_steps` says otherwise.
 
 # %%
 print(f"this run: {cost.parameters / 1e6:.1f}M parameters, {cost.tokens / cost.parameters:.1f} tokens for each")
 print(f"it reads the training text {cost.epochs(len(train_data.tokens)):.1f} times")
+print(text_advice(cost.parameters, cost.tokens, len(train_data.tokens)))
 print(f"the same compute, spent best: {cost.best_size_for_compute / 1e6:.1f}M parameters,", end=" ")
 print(f"{cost.best_tokens_for_compute / 1e6:.1f}M tokens")
 
@@ -373,6 +413,7 @@ plots.compare_runs(runs)
 # ## What to try next
 # - `learning_rate = 1e-2` or `4e-2`, with another `project`: which curve ends lower?
 # - `max_steps = 300` for a first look, or twice the preset's: when does the validation loss rise again?
-# - On a GPU: `preset = "scifi-117M"` with a tokenizer of 16,000 pieces and `data_dir = "data/scifi"`.
+# - On a GPU: `preset = "scifi-10M"` or `"scifi-40M"` with a tokenizer of 8,000 pieces and `data_dir = "data/scifi"`, or
+#   `"scifi-117M"` with 16,000 pieces.
 #
 # **[Next: 5 · Writing](05_generate.ipynb)**
