@@ -185,9 +185,8 @@ class Trainer:
     def _loop(self) -> Generator[Event]:
         config = self.config
         if config.max_steps <= self.step <= self._saved_step:
-            warnings.warn(
-                f"nothing is left to train: the run is at step {self.step}; raise max_steps to go on", stacklevel=3
-            )
+            where = f"step {self.step} of max_steps={config.max_steps}"
+            warnings.warn(f"nothing is left to train: the run is at {where}; raise max_steps to go on", stacklevel=3)
             prune_late(self.run_dir, self.last_checkpoint, self._description, config.keep_checkpoints)
             back_up(self.run_dir, self._copy)
             return

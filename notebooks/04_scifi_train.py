@@ -10,8 +10,8 @@
 # # 4 · Training a language model
 #
 # *Can a few million numbers learn to write like a novelist?* This notebook first says what a training run will cost.
-# Then it trains a Llama-like model on the corpus, stops in the middle, and continues from the checkpoint. At the end it
-# compares the model with a good file compressor and with counted 4-grams.
+# Then it trains a Llama-like model on the corpus. A short run stops in the middle and continues from the checkpoint. At
+# the end it compares the model with a good file compressor and with counted 4-grams.
 #
 # | in | out | time |
 # | --- | --- | --- |
@@ -36,8 +36,11 @@ clean: bool = None  # leave out advertisements and leftovers of web pages; None:
 duplicates: str = None  # copies of a text: drop leaves them out, keep keeps them; None: as before, else drop
 output_dir: str = "outputs/runs"  # folder of all runs
 project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
-checkpoint_dir: str = None  # continue from a checkpoint, a run, latest or best
+checkpoint_dir: str = None  # continue from a checkpoint, a run, latest or best; auto: from this project's run, or start
 init_step: int = None  # with checkpoint_dir: the step that the checkpoint must have
+checkpoint_interval: int = None  # steps between checkpoints; None: the preset's
+checkpoint_minutes: float = None  # minutes after which to save in any case, 0: never for that; None: the preset's
+backup_dir: str = None  # a folder on another drive, where a copy of the run is kept; auto takes it if the run is lost
 context_size: int = None  # tokens in a window; None: the preset's
 dim: int = None  # width of the model; None: the preset's
 n_layers: int = None  # blocks; None: the preset's
@@ -64,14 +67,15 @@ check_parameters(globals())
 import torch
 
 from llmcore import config
-from llmcore.checkpoint import find_checkpoint, load_checkpoint, read_config
+from llmcore.checkpoint import check_has_state, find_checkpoint, load_checkpoint, read_config
 from llmcore.corpus import report
 from llmcore.corpus.prepare import dataset_folder, prepare_dataset
 from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
-from llmcore.files import display_path
+from llmcore.files import display_path, resolve
 from llmcore.measure.compare_runs import find_runs
+from llmcore.measure.disk import check_disk
 from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
 from llmcore.measure.memory import check_memory, predict_memory
 from llmcore.measure.ngram import evaluate_ngram
@@ -84,13 +88,19 @@ from llmcore.notebook.widgets import TrainingDashboard
 from llmcore.runs import check_writable, free_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
+from llmcore.trainer_state import auto_start
 
 device = str(pick_device(device))
 check_writable(output_dir)
 check_tracker(tracker)
-start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
+if checkpoint_dir == "auto":
+    start = auto_start(resolve(output_dir) / project, backup_dir)
+else:
+    start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
+if start:
+    check_has_state(start)
 last_step = max_steps or config.preset(preset)[1].max_steps
-if start and (reached := read_config(start)["step"]) >= last_step:
+if start and (reached := read_config(start)["step"]) >= last_step and checkpoint_dir != "auto":
     raise ValueError(
         f"max_steps={last_step}, but checkpoint_dir={display_path(start)!r} is already at step {reached}; "
         "raise max_steps, or open the checkpoint in notebook 5"
@@ -131,6 +141,8 @@ train_config = train_config.replace(
     learning_rate=learning_rate or train_config.learning_rate,
     weight_decay=train_config.weight_decay if weight_decay is None else weight_decay,
     activation_checkpointing=activation_checkpointing or train_config.activation_checkpointing,
+    checkpoint_interval=train_config.checkpoint_interval if checkpoint_interval is None else checkpoint_interval,
+    checkpoint_minutes=train_config.checkpoint_minutes if checkpoint_minutes is None else checkpoint_minutes,
     precision=precision,
     seed=seed,
     sample_prompt=prompt,
@@ -144,10 +156,14 @@ print(f"made with this tokenizer: {manifest['tokenizer'] == tok.fingerprint}")
 # %% [markdown]
 # ## What it will cost
 # We compute the memory from the shapes of all tensors. We measure the speed with a few steps of another model. A run
-# that does not fit into memory ends here, and the error names the parameters to lower.
+# that does not fit into memory or onto the disk ends here, and the error names the parameters to lower.
 
 # %%
 check_memory(model_config, train_config, device)
+run_dir = start.parent if start else free_run_dir(output_dir, project)
+if checkpoint_dir == "auto":
+    run_dir = resolve(output_dir) / project
+check_disk(model_config, train_config, device, run_dir, backup_dir)
 cost = plan(model_config, train_config, device, data=train_data if thorough else None)
 for name, value in cost.rows().items():
     print(f"{name:32} {value}")
@@ -199,60 +215,51 @@ for policy, points in measured.items():
         print(f"{policy}, batch {size}: predicted {expected / 1e6:,.0f} MB, measured {peak / 1e6:,.0f} MB")
 
 # %% [markdown]
-# ## Training, first half
+# ## Training
 # In JupyterLab the curve is live. Buttons pause, resume, stop and save the run, and sample a prompt of your own. You
 # may close the tab: the run continues. A headless run prints a line at each validation and keeps the last picture.
 #
-# We want to show what happens when a run is interrupted. So a callback requests a stop in the middle.
+# We want to show what happens when a run is interrupted. So a callback requests a stop in the middle of a short run such
+# as the default one. A longer run is trained to its end here. A finished run is only shown.
 
 # %%
-torch.manual_seed(seed)
-run_dir = start.parent if start else free_run_dir(output_dir, project)
 track = tracker_callback(tracker, project, run_dir, model_config.to_dict() | train_config.to_dict())
-trainer = Trainer(
-    Transformer(model_config),
-    train_data,
-    val_data,
-    train_config,
-    run_dir,
-    tokenizer=tok,
-    callbacks=[track],
-    device=device,
-    resume=start,
-    init_step=init_step,
-)
+
+
+def new_trainer(weights_seed, **options):
+    torch.manual_seed(weights_seed)
+    parts = [Transformer(model_config), train_data, val_data, train_config, run_dir]
+    return Trainer(*parts, tokenizer=tok, callbacks=[track], device=device, backup_dir=backup_dir, **options)
+
+
+trainer = new_trainer(seed, resume=start, init_step=init_step)
+is_finished = trainer.step == train_config.max_steps
+stops = cost.flops < 1e14 and not is_finished  # the default run takes 3.4e13
 half = (trainer.step + train_config.max_steps) // 2
-trainer.callbacks.append(lambda event: trainer.request_stop() if event["step"] == half else None)
+trainer.callbacks.append(lambda event: trainer.request_stop() if stops and event["step"] == half else None)
+if is_finished:
+    print(f"{display_path(run_dir)} is finished at step {trainer.step:,}: it is shown, not trained")
 
 # %%
-dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters, first half")
+dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters{', first half' if stops else ''}")
 await dashboard.run(trainer)
 first_half = trainer.result()
 print(f"step {first_half.step}, stopped early: {first_half.stopped_early}, saved as {first_half.checkpoint.name}")
 
 # %% [markdown]
 # ## Stopped and resumed
-# The run stopped early. It finished its step and wrote a checkpoint. Now we make a new model with other random weights.
-# From the checkpoint it gets everything: weights, optimizer moments, schedule, random state, and the place in the data.
+# If the run stopped early, it finished its step and wrote a checkpoint. Now we make a new model with other random
+# weights. From the checkpoint it gets everything: weights, optimizer moments, schedule, random state, and the place in
+# the data.
 
 # %%
-torch.manual_seed(seed + 1)
-second = Trainer(
-    Transformer(model_config),
-    train_data,
-    val_data,
-    train_config,
-    run_dir,
-    tokenizer=tok,
-    callbacks=[track],
-    device=device,
-    resume="latest",
-)
+second = new_trainer(seed + 1, resume="latest") if first_half.stopped_early else trainer
 resumed_at = second.step
 
 # %%
-dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters")
-await dashboard.run(second)
+if first_half.stopped_early:
+    dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters")
+    await dashboard.run(second)
 
 # %% tags=["nbval-check-output"]
 events = read_metrics(run_dir)
@@ -373,6 +380,7 @@ plots.compare_runs(runs)
 # ## What to try next
 # - `learning_rate = 1e-2` or `4e-2`, with another `project`: which curve ends lower?
 # - `max_steps = 300` for a first look, or twice the preset's: when does the validation loss rise again?
+# - For a night: `checkpoint_dir = "auto"`. Then *Run All* goes on with this run after any interruption.
 # - On a GPU: `preset = "scifi-117M"` with a tokenizer of 16,000 pieces and `data_dir = "data/scifi"`.
 #
 # **[Next: 5 · Writing](05_generate.ipynb)**
