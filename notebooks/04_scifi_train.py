@@ -219,8 +219,8 @@ for policy, points in measured.items():
 # In JupyterLab the curve is live. Buttons pause, resume, stop and save the run, and sample a prompt of your own. You
 # may close the tab: the run continues. A headless run prints a line at each validation and keeps the last picture.
 #
-# We want to show what happens when a run is interrupted. So a callback requests a stop in the middle of a short run such
-# as the default one. A longer run is trained to its end here. A finished run is only shown.
+# We want to show what happens when a run is interrupted. So a callback requests a stop in the middle, if the run is as
+# short as the default one. A longer run is trained to its end here. A finished run is only shown.
 
 # %%
 track = tracker_callback(tracker, project, run_dir, model_config.to_dict() | train_config.to_dict())
