@@ -1,7 +1,8 @@
 """Checkpoints: folders written whole or not at all, and checked by hash before they are used. No pickle anywhere.
 
 A checkpoint `<run>/step=000400_loss=3.214/` holds `model.safetensors`, `config.json`, `tokenizer.model`,
-`trainer_state.safetensors` and `trainer_state.json`, and, written last, `manifest.json` with the hash of each.
+`trainer_state.safetensors` and `trainer_state.json`, and, written last, `manifest.json` with the hash of each. The best
+checkpoint of a run loses its trainer's state once it is older than those that the run may go on from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +36,7 @@ from llmcore.files import (
     resolve,
     sha256_file,
     to_json,
+    warn_once,
     write_atomic,
 )
 from llmcore.model import Transformer
@@ -41,8 +44,9 @@ from llmcore.tokenizer import Tokenizer, TokenizerError
 
 FORMAT_VERSION = 1
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATE = ("trainer_state.json", "trainer_state.safetensors")
 # all files of a checkpoint that are ever read, besides its manifest
-FILES = ("model.safetensors", "config.json", "tokenizer.model", "trainer_state.json", "trainer_state.safetensors")
+FILES = ("model.safetensors", "config.json", "tokenizer.model", *STATE)
 ATTEMPTS = 100  # at reading while another process saves and deletes
 
 # What the JSON files of a checkpoint must look like. They may hold more.
@@ -61,6 +65,7 @@ _MANIFEST = {
         **_SAVED,
         "format_version": {"enum": [FORMAT_VERSION]},
         "saved_at": {"type": "finite number", "minimum": 0, "maximum": 1e11},  # what follows it must be a time too
+        "weights_only": {"type": "boolean"},  # the trainer's state was deleted, or is about to be
         "sha256": {
             "type": "object",
             "patternProperties": {"^[A-Za-z0-9._-]{1,100}$": {"type": "string", "pattern": "^[0-9a-f]{64}$"}},
@@ -161,13 +166,9 @@ def save_checkpoint(
             _save_tensors(tensors, temporary / "trainer_state.safetensors")
         if state is not None:
             (temporary / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _write_manifest(temporary, head, after=_last_saved(run_dir))
+        _write_manifest(temporary, head, after=last_saved(run_dir))
 
-        # one rename makes it a checkpoint
-        if path.exists():
-            _delete(path)
-        os.rename(temporary, path)
-        fsync(run_dir)
+        _publish(temporary, path)
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in (*weights.values(), *(tensors or {}).values()))
         raise CheckpointError(
@@ -185,12 +186,20 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str,
 
 def _write_manifest(folder: Path, head: Mapping[str, Any], after: float) -> None:
     """Flush a checkpoint's files to disk, and write the manifest with their hashes and a time later than `after`."""
-    hashes = {}
-    for file in sorted(folder.iterdir()):
-        fsync(file)
-        hashes[file.name] = sha256_file(file)
+    files = sorted(folder.iterdir())
+    with ThreadPoolExecutor() as threads:  # one waits for the disk while another computes
+        list(threads.map(fsync, files))
+        hashes = dict(zip((file.name for file in files), threads.map(sha256_file, files), strict=True))
     saved_at = max(time.time(), math.nextafter(after, math.inf))  # clocks may jump back
     write_atomic(folder / "manifest.json", json.dumps({**head, "saved_at": saved_at, "sha256": hashes}, indent=1))
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Let a finished folder become a checkpoint, by one rename."""
+    if path.exists():
+        _delete(path)
+    os.rename(temporary, path)
+    fsync(path.parent)
 
 
 def _delete(path: Path) -> None:
@@ -202,14 +211,84 @@ def _delete(path: Path) -> None:
 
 
 def prune_checkpoints(run_dir: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and what an interrupted save or deletion left."""
+    """Delete all but the newest `keep` checkpoints and the best one, and what an interrupted save or deletion left.
+
+    If the best one is older than those `keep`, its trainer's state is deleted: it is kept for its weights.
+    """
     saved = checkpoints(run_dir)
     best = min(saved, key=_rank, default=None)
     for path in saved[:-keep]:
-        if path != best:
+        if path == best:
+            _delete_state(path)
+        else:
             _delete(path)
-    for leftover in Path(run_dir).glob(".step=*.tmp"):
+    _delete_leftovers(Path(run_dir))
+
+
+def _delete_leftovers(run_dir: Path) -> None:
+    for leftover in run_dir.glob(".step=*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _delete_state(path: Path) -> None:
+    """Delete a checkpoint's trainer state. The manifest says so first: killed anywhere, the checkpoint is whole."""
+    manifest = _checked_manifest(path)
+    if not manifest.get("weights_only"):
+        hashes = {name: digest for name, digest in manifest["sha256"].items() if name not in STATE}
+        changed = {**manifest, "weights_only": True, "sha256": hashes}
+        write_atomic(path / "manifest.json", json.dumps(changed, indent=1))
+    for leftover in path.glob(".llmcore-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for name in STATE:
+        (path / name).unlink(missing_ok=True)
+
+
+def back_up(run_dir: Path, copy: Path | None) -> None:
+    """Bring the copy of a run up to date, if it has one: metrics, configuration, checkpoints. Others there go.
+
+    Each file and each checkpoint is copied whole or not at all. A fault is a warning, once for each kind of it.
+    """
+    try:
+        if copy is not None:
+            _copy_run(run_dir, copy)
+    except (OSError, CheckpointError) as error:
+        warn_once(
+            f"{copy} {type(error).__name__} {getattr(error, 'errno', None)}",
+            f"backup_dir: the copy {display_path(copy or '')} is not up to date: {error}. Training goes on; the next "
+            "checkpoint will try again",
+        )
+
+
+def _copy_run(run_dir: Path, copy: Path) -> None:
+    copy.mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "config.json"):
+        write_atomic(copy / name, (run_dir / name).read_bytes())
+    saved = checkpoints(run_dir)
+    for path in saved:
+        _copy_checkpoint(path, copy / path.name)
+    for path in checkpoints(copy):
+        if path.name not in {kept.name for kept in saved}:
+            _delete(path)
+    _delete_leftovers(copy)
+
+
+def _copy_checkpoint(path: Path, target: Path) -> None:
+    """Copy a checkpoint, unless it is there: then only its trainer's state may have to go."""
+    manifest, there = _checked_manifest(path), read_manifest(target)
+    if there and there["saved_at"] == manifest["saved_at"]:
+        if manifest.get("weights_only"):
+            _delete_state(target)
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name in (*manifest["sha256"], "manifest.json"):
+            shutil.copyfile(path / name, temporary / name)
+            fsync(temporary / name)
+        _publish(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # Checking
@@ -271,15 +350,18 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     manifest = _checked_manifest(path)
     hashes = manifest["sha256"]
     for name in FILES:
-        if name not in hashes and (path / name).exists():
+        left_over = manifest.get("weights_only", False) and name in STATE  # by a kill, and never read
+        if name not in hashes and not left_over and (path / name).exists():
             raise _fault(path, f"is damaged: it holds {name}, which its manifest.json does not list")
-    for name in {"model.safetensors", "config.json", *hashes}:
-        file = path / name
+    files = [path / name for name in sorted({"model.safetensors", "config.json", *hashes})]
+    for file in files:
         if not file.is_file():
             raise _fault(file, "is missing")
-        if sha256_file(file) != hashes.get(name):
-            reason = pointer_hint(file) or "its hash differs from the manifest's"
-            raise _fault(file, f"is damaged: {reason}")
+    with ThreadPoolExecutor() as threads:
+        for file, digest in zip(files, threads.map(sha256_file, files), strict=True):
+            if digest != hashes.get(file.name):
+                reason = pointer_hint(file) or "its hash differs from the manifest's"
+                raise _fault(file, f"is damaged: {reason}")
 
     config = read_config(path)
     if any(repr(config.get(key)) != repr(manifest[key]) for key in ("step", "loss")):  # by repr, since NaN != NaN
@@ -317,7 +399,37 @@ def _finished(folders: Iterable[Path]) -> list[Path]:
     return [path for _, _, path in sorted(saved)]
 
 
-def _last_saved(run_dir: Path) -> float:
+def has_state(path: Path) -> bool:
+    """Whether a finished checkpoint has its trainer's state, so that a run can go on from it."""
+    manifest = read_manifest(path)
+    return manifest is not None and {*STATE} <= manifest["sha256"].keys()
+
+
+def check_has_state(path: Path) -> None:
+    """Raise CheckpointError for a checkpoint that no run can go on from, naming the newest beside it that can."""
+    if has_state(path):
+        return
+    others = [display_path(other) for other in checkpoints(path.parent) if has_state(other)]
+    raise _fault(
+        path,
+        "holds a model, but not the optimizer's state: a run cannot go on from it. (The best checkpoint keeps only its "
+        f"weights once it is old.) The newest one there that has it: {others[-1] if others else 'none'}",
+    )
+
+
+def latest_with_state(run_dir: Path) -> Path | None:
+    """The newest checkpoint of one run that a run can go on from, verified; None if there is none."""
+    for path in reversed(checkpoints(run_dir)):
+        try:
+            if has_state(path):
+                verify_checkpoint(path)
+                return path
+        except CheckpointError as error:
+            warnings.warn(f"passed over: {error}", stacklevel=3)
+    return None
+
+
+def last_saved(run_dir: Path) -> float:
     """When a run saved last, by its manifests; 0 if it never did."""
     return max(((read_manifest(path) or {}).get("saved_at", 0.0) for path in run_dir.glob("step=*")), default=0.0)
 
@@ -388,7 +500,7 @@ def _noticing_replacement(path: Path) -> Iterator[None]:
         yield
     except (CheckpointError, OSError) as error:
         after = read_manifest(path)
-        if path.exists() and (before or {}).get("saved_at") == (after or {}).get("saved_at"):
+        if path.exists() and repr(before) == repr(after):  # by repr, since NaN != NaN
             raise
         raise _ReplacedError(f"{display_path(path)} was deleted or replaced while it was read") from error
 
@@ -399,7 +511,7 @@ def _select(folder: Path, choice: str) -> tuple[Path, dict[str, Any]]:
         return folder, verify_checkpoint(folder)
 
     runs = {path.parent for pattern in ("step=*", "*/step=*", "*/*/step=*") for path in folder.glob(pattern)}
-    for run in sorted(runs, key=_last_saved, reverse=True):
+    for run in sorted(runs, key=last_saved, reverse=True):
         folders = set(run.glob("step=*"))
         finished = _finished(folders)
         unfinished = sorted(folders - set(finished))  # they come first, so that each gets its warning
@@ -536,6 +648,11 @@ def _misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[s
         both = [f"{name} is {dtype_name(dtype)}" for dtype, name in examples.items()]
         wrong.append(f"{' and '.join(both[:2])}: all weights must be of one type")
     return wrong
+
+
+def has_finite_weights(model: Transformer) -> bool:
+    """Whether all weights of a model are finite."""
+    return all(is_finite(parameter.detach()) for parameter in model.parameters())
 
 
 def is_finite(tensor: Tensor) -> bool:

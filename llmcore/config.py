@@ -196,9 +196,12 @@ class TrainConfig(_JSONConfig):
     compile: str = "auto"  # "auto" (if the run is long enough to win the time back), "on" or "off"
 
     eval_interval: int = 200  # steps between validations; 0: only at the end
-    eval_batches: int = 0  # batches per validation; 0: the whole split
+    # batches per validation, spread over the split; 0: all; None: as many as take at most 2% of the time. The last
+    # validation is always of the whole split.
+    eval_batches: int | None = None
     checkpoint_interval: int = 200  # steps between checkpoints; 0: only at the end or a stop
-    keep_checkpoints: int = 2  # how many of the newest are kept, besides the best; 2 or more
+    checkpoint_minutes: float = 0.0  # also save when the last save is so long ago; 0: never for that reason
+    keep_checkpoints: int = 2  # how many of the newest are kept, besides the best (its weights only); 2 or more
     sample_interval: int = 0  # steps between samples; 0: none
     sample_prompt: str = ""  # what samples continue
     sample_tokens: int = 64  # length of a sample
@@ -218,11 +221,22 @@ class TrainConfig(_JSONConfig):
         if wrong:
             raise ConfigError("TrainConfig: " + "; ".join(wrong.values()))
 
+    def validation_batches(self, step: int) -> int:
+        """How many batches the validation after a step reads; 0: the whole split.
+
+        By default a validation takes at most 2% of the time since the last one: a forward pass takes about a third of
+        a training step on the same tokens.
+        """
+        if step == self.max_steps:
+            return 0
+        allowed = max(1, 6 * self.eval_interval * self.grad_accum_steps // 100)
+        return allowed if self.eval_batches is None else self.eval_batches
+
 
 _ABOVE_0 = ["max_steps", "batch_size", "grad_accum_steps", "context_size", "learning_rate", "muon_learning_rate"]
 _ABOVE_0 += ["plateau_patience", "max_skipped_steps"]
 _FROM_0 = ["warmup_steps", "weight_decay", "grad_clip", "eval_interval", "eval_batches", "checkpoint_interval"]
-_FROM_0 += ["sample_interval", "sample_tokens", "seed"]
+_FROM_0 += ["checkpoint_minutes", "sample_interval", "sample_tokens", "seed"]
 _RANGES: list[tuple[Callable[[Any], bool], str, list[str]]] = [
     (lambda value: value > 0, "above 0", _ABOVE_0),
     (lambda value: value >= 0, "0 or more", _FROM_0),
@@ -264,7 +278,12 @@ def _check_types(config: Any) -> dict[str, str]:
 
 
 # how often a long run is looked at
-_LONG: dict[str, Any] = {"eval_interval": 500, "eval_batches": 20, "checkpoint_interval": 1000, "sample_interval": 1000}
+_LONG: dict[str, Any] = {
+    "eval_interval": 500,
+    "checkpoint_interval": 1000,
+    "checkpoint_minutes": 30,
+    "sample_interval": 1000,
+}
 _FULL: dict[str, Any] = {"activation_checkpointing": "full", **_LONG}
 _SMALL: dict[str, Any] = {"max_steps": 100_000, "optimizer": "muon", "warmup_steps": 200, "min_lr_ratio": 0.0, **_LONG}
 
@@ -309,7 +328,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             warmup_steps=50,
             min_lr_ratio=0.0,
             weight_decay=0.3,
-            eval_interval=100,
+            eval_interval=300,
             checkpoint_interval=250,
             sample_interval=250,
             sample_tokens=48,

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -150,17 +151,37 @@ def to_json(content: Any, indent: int | None = None) -> str:
 
 # Locks, and files written whole or not at all
 
+# how a mounted drive or a network disk refuses an operation that it does not have
+_REFUSED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOLCK)
+_warned: set[str] = set()
+
+
+def warn_once(kind: str, message: str) -> None:
+    """Warn, unless this process has warned of the same kind of thing before."""
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(message, stacklevel=3)
+
 
 def lock(file: IO[Any] | int, wait: bool) -> bool:
-    """Lock an open file or folder until it is closed, or the process ends. False on Windows, which has no such locks.
+    """Lock an open file or folder until it is closed, or the process ends.
+
+    Returns:
+        False where there are no locks: on Windows, and on a drive that refuses them, which a warning says once.
 
     Raises:
         BlockingIOError: if another process holds the lock, and `wait` is false.
-        OSError: if nothing can be locked here, as on some network disks.
     """
     if fcntl is None:
         return False
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        reason = f"a folder in use cannot be locked on this drive ({error.strerror})"
+        warn_once("flock", f"{reason}: take care that only one run at a time works in it")
+        return False
     return True
 
 
@@ -178,10 +199,15 @@ def lock_folder(folder: Path, wait: bool) -> int | None:
 
 
 def fsync(path: Path) -> None:
-    """Make sure that a file or folder has reached the disk."""
+    """Make sure that a file or folder has reached the disk. A drive that refuses that is a warning, once."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        reason = f"{display_path(path)}: its drive does not say when a file has reached it ({error.strerror})"
+        warn_once("fsync", f"{reason}: after a power cut, the newest files there may be damaged")
     finally:
         os.close(descriptor)
 

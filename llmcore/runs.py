@@ -99,6 +99,37 @@ def check_not_in_use(run_dir: Path) -> None:
         _lock(file, run_dir)
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether some run has left metrics or checkpoints in a folder."""
+    return (folder / "metrics.jsonl").exists() or any(folder.glob("step=*"))
+
+
+def backup_folder(run_dir: Path, backup_dir: str | os.PathLike[str]) -> Path:
+    """Where the copy of a run goes: `<backup_dir>/<the run's name>`.
+
+    Raises:
+        TrainingError: if `backup_dir` is not there, or holds the run itself.
+    """
+    parent = resolve(backup_dir)
+    if not parent.is_dir():
+        raise TrainingError(
+            f"backup_dir={display_path(parent)!r} is not there; mount the drive, or make the folder, and start again"
+        )
+    if (parent / run_dir.name).resolve() == run_dir.resolve():
+        raise TrainingError(f"backup_dir={display_path(parent)!r} is the run's own output_dir; choose another")
+    return parent / run_dir.name
+
+
+def check_same_first_event(run_dir: Path, copy: Path) -> None:
+    """Raise TrainingError if the folder for a run's copy holds another run: its first event took other seconds."""
+    first = [next((line for line, _ in metric_lines(folder)), b"") for folder in (run_dir, copy)]
+    if holds_run(copy) and first[0] != first[1]:
+        raise TrainingError(
+            f"backup_dir: {display_path(copy)} holds another run than {display_path(run_dir)}; choose another project "
+            "or backup_dir, or move one of them away. (If the run's folder is lost: checkpoint_dir='auto')"
+        )
+
+
 def _lock(file: IO[str], run_dir: Path) -> None:
     """Lock a run's lock file until it is closed."""
     try:
@@ -134,7 +165,7 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raise TrainingError for a new run where some run has left metrics or checkpoints."""
-        if self.metrics.exists() or any(self.path.glob("step=*")):
+        if holds_run(self.path):
             raise TrainingError(
                 f"{display_path(self.path)} holds a run already; resume it (resume='latest') or choose another "
                 "output_dir"
@@ -143,11 +174,23 @@ class RunFolder:
     def check_own(self, checkpoint: Path) -> None:
         """Raise TrainingError for another run's checkpoint where a run has left its files."""
         own = checkpoint.resolve().parent == self.path.resolve() and checkpoint.name.startswith("step=")
-        if not own and (self.metrics.exists() or any(self.path.glob("step=*"))):
+        if not own and holds_run(self.path):
             raise TrainingError(
                 f"{display_path(self.path)} holds a run already, and {display_path(checkpoint)} is of another one; "
                 "choose another output_dir, or copy that checkpoint into a folder of its own and go on there"
             )
+
+    def copy_in(self, backup_dir: str | os.PathLike[str] | None) -> Path | None:
+        """Where the copy of this run goes, see `backup_folder`; None if there is to be none.
+
+        Raises:
+            TrainingError: also if there is a copy of another run.
+        """
+        if backup_dir is None:
+            return None
+        copy = backup_folder(self.path, backup_dir)
+        check_same_first_event(self.path, copy)
+        return copy
 
     @contextlib.contextmanager
     def held(self, step: int) -> Iterator[None]:

@@ -7,6 +7,7 @@ notebook can draw, pause or stop between two steps. `Trainer.fit()` runs it to t
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcore.checkpoint import find_checkpoint, is_finite, prune_checkpoints
+from llmcore.checkpoint import back_up, find_checkpoint, has_finite_weights, prune_checkpoints
 from llmcore.config import TrainConfig
 from llmcore.dataset import IGNORED, TrainData, ValData
 from llmcore.device import (
@@ -71,8 +72,9 @@ class Trainer:
         sampler: writes a sample of a prompt; None for the tokenizer and `generate`.
         callbacks: each is called with every event before it is logged, and may add to it.
         device: "auto", "cpu", "cuda" or "mps".
-        resume: a checkpoint to go on from: its folder, or "latest" or "best" of this run.
+        resume: a checkpoint to go on from: its folder, or "latest" or "best" of this run. See also `auto_start`.
         init_step: if given, the step that the run must start from.
+        backup_dir: an existing folder, on another drive say. After each save, `<backup_dir>/<run>` is made a copy.
 
     Attributes:
         step: optimizer steps taken.
@@ -101,12 +103,14 @@ class Trainer:
         device: str = "auto",
         resume: str | os.PathLike[str] | None = None,
         init_step: int | None = None,
+        backup_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         # check
         self.device = pick_device(device)
         self.precision = pick_precision(config.precision, self.device)
         self.run_dir = resolve(output_dir)
         self._folder = RunFolder(self.run_dir)
+        self._copy = self._folder.copy_in(backup_dir)
         check_tokenizer(tokenizer, model, train_data, val_data)
         if resume is None:
             self._folder.check_free()
@@ -137,6 +141,7 @@ class Trainer:
             self.progress = load_run(path, self.model, self.optimizers, self.scaler, self._description, init_step)
             self.last_checkpoint = path
         self._start = self._saved_step = self.step
+        self._saved_at = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -161,7 +166,7 @@ class Trainer:
 
         An event has step, tokens, loss (nats per token), learning_rate, grad_norm, skipped (steps so far),
         seconds (of this step) and tokens_per_second; after a validation also val_loss, val_perplexity and
-        val_bits_per_byte; after a sample, sample and sample_prompt; after a save, checkpoint.
+        val_bits_per_byte; after a sample, sample and sample_prompt; after a save, checkpoint and checkpoint_seconds.
 
         SIGINT and SIGTERM end the run after the current step as `request_stop()` does; a second one raises at once.
 
@@ -180,12 +185,10 @@ class Trainer:
     def _loop(self) -> Generator[Event]:
         config = self.config
         if config.max_steps <= self.step <= self._saved_step:
-            warnings.warn(
-                f"nothing is left to train: the run is at step {self.step} of max_steps={config.max_steps}; "
-                "raise max_steps to go on",
-                stacklevel=3,
-            )
+            where = f"step {self.step} of max_steps={config.max_steps}"
+            warnings.warn(f"nothing is left to train: the run is at {where}; raise max_steps to go on", stacklevel=3)
             prune_late(self.run_dir, self.last_checkpoint, self._description, config.keep_checkpoints)
+            back_up(self.run_dir, self._copy)
             return
 
         self._forward = compile_if_worth(self.model, self.model.config, self.config, self.device)
@@ -199,7 +202,7 @@ class Trainer:
                 # validate, sample and log; the step is logged even if something before it fails
                 try:
                     if self.val_data is not None and self._due(config.eval_interval):
-                        event |= self.validate()
+                        event |= self.validate(config.validation_batches(self.step))
                         if self.progress.count_validation(event["val_loss"], config):
                             self.request_save()  # of a new best
                     if self._sample_requested or (config.sample_interval and self._due(config.sample_interval)):
@@ -210,7 +213,8 @@ class Trainer:
                     self._folder.write(self._start, self._description)
 
                 # save
-                if self._save_requested or self.stop_requested or self._due(config.checkpoint_interval):
+                late = 0 < config.checkpoint_minutes <= (time.monotonic() - self._saved_at) / 60
+                if self._save_requested or self.stop_requested or late or self._due(config.checkpoint_interval):
                     event |= self._save()
                 yield event
         finally:  # also after an error, and when the consumer closes the generator
@@ -249,7 +253,7 @@ class Trainer:
         self._train_loss = mean_loss
         self._update_unfinished = False
         if progress.skipped_in_a_row >= config.max_skipped_steps:
-            raise self._too_many_skipped()
+            raise progress.too_many_skipped(config, self.precision, self._last_good())
 
         # report
         seconds = time.perf_counter() - started
@@ -309,27 +313,21 @@ class Trainer:
             where = f"in step {self.step + 1} on {self.device}"
             raise TrainingError(f"out of memory {where}. {ways}, and resume") from error
 
-    def _too_many_skipped(self) -> TrainingError:
-        return TrainingError(
-            f"loss or gradient was not finite {self.progress.skipped_in_a_row} steps in a row, up to step {self.step}. "
-            f"{self._last_good()}. Try a lower learning_rate (here {self.config.learning_rate:g}) or precision "
-            f"fp32 (here {self.precision}); where neither can be set, another seed or preset"
-        )
-
     # Looking at the model
 
     @torch.no_grad()
-    def validate(self) -> Event:
+    def validate(self, most: int = 0) -> Event:
         """Loss on the validation data: nats per token, perplexity, and bits per byte of raw text.
 
-        It is quick, to watch a run by: windows cut across documents. Bits per byte are exact but for the split's very
-        first token, which follows nothing and is counted at the mean. To quote a figure, use `evaluate.evaluate`.
+        It is quick, to watch a run by: windows cut across documents, and if `most` is not 0, at most so many batches
+        are read, spread over the split. Bits per byte of the whole split are exact but for its very first token, which
+        follows nothing and is counted at the mean. To quote a figure, use `evaluate.evaluate`.
         """
         assert self.val_data is not None
         self.model.eval()
         total, count = 0.0, 0
-        batches = self.val_data.sequential(self.config.batch_size)
-        for x, y in itertools.islice(batches, self.config.eval_batches or None):
+        batches = functools.partial(self.val_data.sequential, self.config.batch_size)
+        for x, y in itertools.islice(batches(), None, None, -(-sum(1 for _ in batches()) // most) if most else 1):
             targets = int((y != IGNORED).sum())
             if not targets:
                 continue
@@ -348,7 +346,7 @@ class Trainer:
         """A sample of the prompt asked for, or else of the configured one; nothing if the weights are not finite."""
         prompt = self.config.sample_prompt if self._sample_prompt is None else self._sample_prompt
         self._sample_requested, self._sample_prompt = False, None
-        if self.sampler is None or not self._weights_are_finite():
+        if self.sampler is None or not has_finite_weights(self.model):
             return {}
         self.model.eval()
         try:
@@ -396,14 +394,17 @@ class Trainer:
 
         The events up to its step reach the disk first, so that no checkpoint is ahead of them.
         """
-        if self.step == self._start or not self._weights_are_finite():
+        if self.step == self._start or not has_finite_weights(self.model):
             return {}
+        started = time.perf_counter()
         self._folder.write(self._start, self._description, to_disk=True)
         trained = (self.model, self.optimizers, self.scaler, self.tokenizer, self.progress)
         self.last_checkpoint = save_run(self.run_dir, *trained, self._train_loss, self._description)
         self._save_requested, self._saved_step = False, self.step
         prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
-        return {"checkpoint": str(self.last_checkpoint)}
+        back_up(self.run_dir, self._copy)
+        self._saved_at = time.monotonic()
+        return {"checkpoint": str(self.last_checkpoint), "checkpoint_seconds": time.perf_counter() - started}
 
     def _save_last_step(self) -> None:
         """Save what the run has reached, however it ended, unless it is saved already or of no use."""
@@ -412,9 +413,6 @@ class Trainer:
             warnings.warn(
                 f"step {self.step} is not saved: its weights are not finite. {self._last_good()}", stacklevel=3
             )
-
-    def _weights_are_finite(self) -> bool:
-        return all(is_finite(parameter.detach()) for parameter in self.model.parameters())
 
     def _last_good(self) -> str:
         return f"Last good checkpoint: {display_path(self.last_checkpoint) if self.last_checkpoint else 'none'}"

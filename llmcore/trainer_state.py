@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,8 +19,11 @@ from torch.optim import Optimizer
 from llmcore.checkpoint import (
     COUNT,
     CheckpointError,
+    check_has_state,
     checkpoints,
     dtype_name,
+    last_saved,
+    latest_with_state,
     load_weights,
     prune_checkpoints,
     read_config,
@@ -26,10 +32,18 @@ from llmcore.checkpoint import (
     save_checkpoint,
 )
 from llmcore.config import TrainConfig
-from llmcore.files import display_path
+from llmcore.files import display_path, replacing_folder, resolve
 from llmcore.model import Transformer
 from llmcore.optim import Plateau
-from llmcore.runs import TrainingError, environment
+from llmcore.runs import (
+    TrainingError,
+    backup_folder,
+    check_not_in_use,
+    check_same_first_event,
+    check_writable,
+    environment,
+    holds_run,
+)
 from llmcore.tokenizer import Tokenizer
 
 # What trainer_state.json must look like.
@@ -101,6 +115,14 @@ class Progress:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
+
+    def too_many_skipped(self, config: TrainConfig, precision: str, last_good: str) -> TrainingError:
+        """The error that ends a run after too many skipped steps in a row."""
+        return TrainingError(
+            f"loss or gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
+            f"{last_good}. Try a lower learning_rate (here {config.learning_rate:g}) or precision fp32 (here "
+            f"{precision}); where neither can be set, another seed or preset"
+        )
 
     def count_validation(self, val_loss: float, config: TrainConfig) -> bool:
         """Take in a validation's loss, for the schedule "plateau" too; returns whether it is a new best."""
@@ -235,6 +257,55 @@ def check_same_run(path: Path, saved: dict[str, Any], description: dict[str, Any
 # Resuming
 
 
+def auto_start(run_dir: str | os.PathLike[str], backup_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """What `checkpoint_dir="auto"` means: the checkpoint to go on from, or None for a run that is to be started.
+
+    The run's folder and its copy are looked at, first the one that saved last. If the copy is taken, the run's folder
+    becomes what the copy is. A run that was killed before its first checkpoint, or whose checkpoints are all damaged,
+    is set aside: its folder gets another name.
+
+    Args:
+        run_dir: the run's folder, which need not exist.
+        backup_dir: as given to the Trainer. The copy is `<backup_dir>/<the run's name>`.
+
+    Raises:
+        TrainingError: if another process is at work in the folder, it cannot be written, or holds another run than the
+            copy does.
+    """
+    run_dir = resolve(run_dir)
+    check_writable(run_dir)
+    check_not_in_use(run_dir)
+    folders = [run_dir]
+    if backup_dir is not None:
+        folders.append(backup_folder(run_dir, backup_dir))
+        if all(map(checkpoints, folders)):
+            check_same_first_event(*folders)
+    start = None
+    for folder in sorted(folders, key=last_saved, reverse=True):
+        start = start or latest_with_state(folder)
+    if start is not None and start.parent == run_dir:
+        return start
+
+    for folder in folders:
+        if holds_run(folder) and (start is None or folder != start.parent):
+            aside = next(path for n in itertools.count(1) if not (path := Path(f"{folder}.set-aside-{n}")).exists())
+            os.rename(folder, aside)
+            warnings.warn(
+                f"{display_path(folder)} holds a run without a checkpoint to go on from. It is now "
+                f"{display_path(aside)}; delete it if you do not need it",
+                stacklevel=2,
+            )
+    if start is None:
+        return None
+    try:
+        with replacing_folder(run_dir, known={".lock"}) as new:
+            shutil.copytree(start.parent, new, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"the copy {display_path(start.parent)} of the run cannot be taken: {error}") from error
+    warnings.warn(f"{display_path(run_dir)} was lost, and is taken from {display_path(start.parent)}", stacklevel=2)
+    return run_dir / start.name
+
+
 def load_run(
     path: Path,
     model: Transformer,
@@ -253,10 +324,12 @@ def load_run(
 
     Raises:
         TrainingError: if its step is not the one asked for.
-        CheckpointError: if it belongs to another run; or naming the file and the field or tensor at fault.
+        CheckpointError: if it belongs to another run, or holds only weights; or naming the file and the field or tensor
+            at fault.
     """
     saved = read_config(path)
     check_same_run(path, saved, description)
+    check_has_state(path)
     check_start(saved["step"], init_step, description["train"]["max_steps"])
     state, tensors = read_trainer_state(path, model, optimizers)
     load_weights(model, path)

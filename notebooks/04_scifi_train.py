@@ -9,9 +9,10 @@
 # %% [markdown]
 # # 4 · Training a language model
 #
-# *Can a few million numbers learn to write like a novelist?* This notebook first says what a training run will cost.
-# Then it trains a Llama-like model on the corpus, stops in the middle, and continues from the checkpoint. At the end it
-# compares the model with a good file compressor and with counted 4-grams.
+# *Can a few million numbers learn to write like a novelist?* This notebook says what a training run will cost,
+# takes one training step by hand, and then trains a Llama-like model on the corpus. A short run stops in the middle and
+# continues from its checkpoint. Then the model is compared with a good file compressor and with counted 4-grams. The
+# last part shows where the memory goes and what the optimizer does.
 #
 # | in | out | time |
 # | --- | --- | --- |
@@ -32,7 +33,7 @@ data_dir: str = "data/sanguo"  # folder of texts
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 output_dir: str = "outputs/runs"  # folder of all runs
 project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
-checkpoint_dir: str = None  # continue from a checkpoint, a run, latest or best
+checkpoint_dir: str = None  # a checkpoint, a run, latest or best to continue; auto: this project's run, or a new one
 epochs: float = None  # how often to read the text; None: as max_steps says
 max_steps: int = None  # optimizer steps; None: scifi-mini's own, else four epochs; a resume keeps the run's
 prompt: str = "却说曹操"  # samples continue this text
@@ -41,6 +42,9 @@ seed: int = 0  # random seed for the initial weights and the order of the data
 
 # The rest: None is the preset's, or what suits the text, the memory or the run that is continued
 init_step: int = None  # with checkpoint_dir: the step that the checkpoint must have
+checkpoint_interval: int = None  # steps between checkpoints
+checkpoint_minutes: float = None  # minutes after which to save in any case; 0: never for that
+backup_dir: str = None  # a folder on another drive, where a copy of the run is kept; auto takes it if the run is lost
 dataset_dir: str = "auto"  # token files, from notebook 2 or made here; auto: a folder for this corpus and tokenizer
 val_fraction: float = None  # share of the documents held out; None: as in an existing data set, else 0.05
 errors: str = None  # for a text that cannot be read: strict stops, skip leaves it out; None: as before, else strict
@@ -71,19 +75,25 @@ from llmcore.notebook.parameters import check_parameters
 check_parameters(globals())
 
 # %%
+import inspect
+import math
+import time
+
 import torch
+from llmcore.notebook.gloss import gloss
 
 from llmcore import config
-from llmcore.checkpoint import find_checkpoint, load_checkpoint, read_config
+from llmcore.checkpoint import check_has_state, find_checkpoint, load_checkpoint, read_config
 from llmcore.corpus import report
 from llmcore.corpus.prepare import dataset_folder, prepare_dataset
 from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
-from llmcore.device import pick_device
-from llmcore.files import display_path
+from llmcore.device import autocast, pick_device, pick_precision
+from llmcore.files import display_path, resolve
 from llmcore.measure.compare_runs import find_runs
+from llmcore.measure.disk import check_disk
 from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
-from llmcore.measure.memory import check_memory, predict_memory
+from llmcore.measure.memory import block_activations, check_memory, has_attention_kernel, predict_memory
 from llmcore.measure.ngram import evaluate_ngram
 from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, text_advice
 from llmcore.model import Transformer
@@ -91,17 +101,24 @@ from llmcore.notebook import plots, widgets
 from llmcore.notebook.run_page import write_index
 from llmcore.notebook.trackers import check_tracker, tracker_callback
 from llmcore.notebook.widgets import TrainingDashboard
+from llmcore.optim import build_optimizers, clip_gradient, learning_rate_at, set_rates, update_or_skip
 from llmcore.runs import check_writable, free_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
+from llmcore.trainer_state import auto_start
 
 device = str(pick_device(device))
 check_writable(output_dir)
 check_tracker(tracker)
-start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
+if checkpoint_dir == "auto":
+    start = auto_start(resolve(output_dir) / project, backup_dir)
+else:
+    start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
+if start:
+    check_has_state(start)
 saved = read_config(start).get("train", {}) if start else {}
 last_step = max_steps or (None if epochs else saved.get("max_steps"))
-if start and last_step and (reached := read_config(start)["step"]) >= last_step:
+if start and last_step and (reached := read_config(start)["step"]) >= last_step and checkpoint_dir != "auto":
     raise ValueError(
         f"max_steps={last_step}, but checkpoint_dir={display_path(start)!r} is already at step {reached}; "
         "raise max_steps, or open the checkpoint in notebook 5"
@@ -144,6 +161,8 @@ given = {
     "muon_learning_rate": muon_learning_rate,
     "schedule": schedule,
     "weight_decay": weight_decay,
+    "checkpoint_interval": checkpoint_interval,
+    "checkpoint_minutes": checkpoint_minutes,
 }
 train_config = train_config.replace(
     compile=compile,
@@ -174,23 +193,25 @@ train_config = choose_steps(
 )
 
 # %% tags=["nbval-check-output"]
-print("tokenizer", tok.fingerprint[:16], "with", tok.vocab_size, "pieces")
+# Checked
+assert manifest["tokenizer"] == tok.fingerprint
+print("tokenizer", tok.fingerprint[:16], "with", tok.vocab_size, "pieces; the data set was made with it")
 print(f"data set: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} held out")
-print(f"made with this tokenizer: {manifest['tokenizer'] == tok.fingerprint}")
 
 # %% [markdown]
 # ## What it will cost
 # We compute the memory from the shapes of all tensors. We measure the speed with a few steps of another model. A run
-# that does not fit into memory ends here, and the error names the parameters to lower.
+# that does not fit into memory or onto the disk ends here, and the error names the parameters to lower.
 
 # %%
 check_memory(model_config, train_config, device)
+run_dir = start.parent if start else free_run_dir(output_dir, project)
+if checkpoint_dir == "auto":
+    run_dir = resolve(output_dir) / project
+check_disk(model_config, train_config, device, run_dir, backup_dir)
 cost = plan(model_config, train_config, device, data=train_data if thorough else None)
 for name, value in cost.rows().items():
     print(f"{name:32} {value}")
-
-# %% tags=["nbval-check-output"]
-print(f"parameters: {cost.parameters:,}")
 
 # %% [markdown]
 # Hoffmann et al. ("Chinchilla", 2022) asked which model has the lowest loss for a given amount of compute. It is about
@@ -205,100 +226,136 @@ print(text_advice(cost.parameters, cost.tokens, len(train_data.tokens)))
 print(f"the same compute, spent best: {cost.best_size_for_compute / 1e6:.1f}M parameters,", end=" ")
 print(f"{cost.best_tokens_for_compute / 1e6:.1f}M tokens")
 
+# %% tags=["nbval-check-output"]
+print(f"parameters: {cost.parameters:,}")
+
 # %% [markdown]
-# Activations need most of the memory. These are the numbers that the forward pass keeps for the backward pass.
-# **Activation checkpointing** keeps fewer of them and computes the others again. `selective` keeps the results of
-# matrix products and attention. `full` keeps only the input of each block.
+# ## One training step, by hand
+# Training repeats one step. We take it here by hand, on a model of one block that is thrown away, and watch three numbers
+# of one matrix.
 #
-# The lines are predictions for a step that is not compiled. For each point we measured two such steps in a new process.
-# A run on a CPU needs a little more: to be faster, it does not give freed memory back to the system.
+# | line | what it does |
+# | --- | --- |
+# | `set_rates` | the **schedule**: the learning rate of this step. It rises at first, when gradients are wild, and falls to the end. |
+# | `batch` | the windows of this step: they follow from the step's number and the seed. |
+# | `autocast` | matrix products are computed in half the bits, where that is safe. The weights stay in float32. |
+# | `model(x, y)` | **forward**: from tokens to the **cross-entropy**, $-\frac{1}{n}\sum_t \ln p(y_t)$, the mean surprise at the true next tokens. |
+# | `backward` | the **gradient**: for each weight, how the loss would change. A scaler keeps fp16's small gradients from becoming zero. |
+# | `clip_gradient` | a gradient longer than 1 is shortened to 1, so that a strange batch cannot ruin the model. |
+# | `update_or_skip` | the **optimizer** moves the weights against the gradient; if a number is not finite, the step is skipped. |
 
 # %%
-not_compiled = train_config.replace(compile="off", grad_accum_steps=1)
-sizes = [train_config.batch_size, 2 * train_config.batch_size]
-predicted = {"none": {}, "selective": {}, "full": {}}
-for policy in predicted:
-    for size in (1, *sizes):
-        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
-        predicted[policy][size] = predict_memory(model_config, settings, device)["total"]
+here, kind = torch.device(device), pick_precision(precision, torch.device(device))
+torch.manual_seed(seed)
+small = Transformer(model_config.replace(n_layers=1)).to(device)
+optimizers = build_optimizers(small, train_config)
+scaler = torch.amp.GradScaler(device, enabled=kind == "fp16")
+matrix = small.layers[0].feed_forward.w1.weight
+before = matrix.detach().clone()
 
 # %%
-measured = {}
-if thorough and cost.parameters < 20e6:  # with a larger model this would take too long
-    for policy, size in (("none", sizes[0]), ("full", sizes[0]), ("full", sizes[1])):
-        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
-        measured.setdefault(policy, {})[size] = measure_memory(model_config, settings, device)["peak_bytes"]
-saved = 1 - predicted["full"][sizes[1]] / predicted["none"][sizes[1]]
-title = f"Computing blocks again saves {saved:.0%} of the memory at batch {sizes[1]}"
-plots.memory_against_batch(predicted, measured, title)
+set_rates(optimizers, learning_rate_at(train_config.warmup_steps, train_config))
+x, y = train_data.batch(0, train_config.batch_size, seed)
+with autocast(kind, here):
+    loss = small(x.to(device), y.to(device))
+scaler.scale(loss).backward()
+norm = clip_gradient(small, optimizers, scaler, train_config.grad_clip)
+gradient = matrix.grad.clone()
+update_or_skip(optimizers, scaler, finite=True)
 
 # %%
-for policy, points in measured.items():
-    for size, peak in points.items():
-        expected = predicted[policy][size]
-        print(f"{policy}, batch {size}: predicted {expected / 1e6:,.0f} MB, measured {peak / 1e6:,.0f} MB")
+print(f"loss {loss:.3f}, gradient {norm:.2f} long, computed in {kind}")
+for name, numbers in {"before": before, "gradient": gradient, "after": matrix.detach()}.items():
+    print(f"{name:9}", "  ".join(f"{number:+.6f}" for number in numbers[0, :3].tolist()))
 
 # %% [markdown]
-# ## Training, first half
+# A model that knows nothing gives each of the $V$ tokens the same probability. Its loss is $\ln V$. A new model is near
+# that. The run below does the same in `Trainer._train_step`. It also adds up the gradients of several batches, and counts.
+
+# %% tags=["nbval-check-output"]
+# Checked
+assert abs(loss.item() - math.log(tok.vocab_size)) < 0.5
+assert not torch.equal(before, matrix)
+print(f"the first loss is near ln {tok.vocab_size} = {math.log(tok.vocab_size):.2f}")
+
+# %%
+print(inspect.getsource(Trainer._train_step))
+
+# %% [markdown]
+# ## Half the bits
+# A number in float32 has 32 bits. **bfloat16** has 16: the same exponent, so the same range, but only two or three correct
+# digits. **float16** has more digits and a small range. A gradient of 1e-8 becomes zero in it, so its loss is scaled up
+# before the backward pass. With bfloat16 this is not needed.
+
+# %%
+formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+plots.number_formats(formats, "bfloat16 keeps the range of float32, and float16 keeps more digits")
+
+# %%
+tiny = torch.tensor(1e-8)
+print(f"1e-8 in bfloat16: {tiny.bfloat16().item():.1e}; in float16: {tiny.half().item():.1e}")
+for name in ("float32", "bfloat16"):
+    a = torch.randn(1024, 1024, device=device).to(formats[name])
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - started)
+    print(f"{name}: a 1024 x 1024 matrix takes {a.nbytes / 1e6:.1f} MB, a product {1000 * sorted(seconds)[3]:.1f} ms")
+
+# %% [markdown]
+# ## Training
 # In JupyterLab the curve is live. Buttons pause, resume, stop and save the run, and sample a prompt of your own. You
 # may close the tab: the run continues. A headless run prints a line at each validation and keeps the last picture.
 #
-# We want to show what happens when a run is interrupted. So a callback requests a stop in the middle.
+# We want to show what happens when a run is interrupted. So a callback requests a stop in the middle, if the run is as
+# short as the default one. A longer run is trained to its end here. A finished run is only shown.
 
 # %%
-torch.manual_seed(seed)
-run_dir = start.parent if start else free_run_dir(output_dir, project)
 track = tracker_callback(tracker, project, run_dir, model_config.to_dict() | train_config.to_dict())
-trainer = Trainer(
-    Transformer(model_config),
-    train_data,
-    val_data,
-    train_config,
-    run_dir,
-    tokenizer=tok,
-    callbacks=[track],
-    device=device,
-    resume=start,
-    init_step=init_step,
-)
+
+
+def new_trainer(weights_seed, **options):
+    torch.manual_seed(weights_seed)
+    parts = [Transformer(model_config), train_data, val_data, train_config, run_dir]
+    return Trainer(*parts, tokenizer=tok, callbacks=[track], device=device, backup_dir=backup_dir, **options)
+
+
+trainer = new_trainer(seed, resume=start, init_step=init_step)
+is_finished = trainer.step == train_config.max_steps
+stops = cost.flops < 1e14 and not is_finished  # the default run takes 3.4e13
 half = (trainer.step + train_config.max_steps) // 2
-trainer.callbacks.append(lambda event: trainer.request_stop() if event["step"] == half else None)
+trainer.callbacks.append(lambda event: trainer.request_stop() if stops and event["step"] == half else None)
+if is_finished:
+    print(f"{display_path(run_dir)} is finished at step {trainer.step:,}: it is shown, not trained")
 
 # %%
-dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters, first half")
+dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters{', first half' if stops else ''}")
 await dashboard.run(trainer)
 first_half = trainer.result()
 print(f"step {first_half.step}, stopped early: {first_half.stopped_early}, saved as {first_half.checkpoint.name}")
 
 # %% [markdown]
 # ## Stopped and resumed
-# The run stopped early. It finished its step and wrote a checkpoint. Now we make a new model with other random weights.
-# From the checkpoint it gets everything: weights, optimizer moments, schedule, random state, and the place in the data.
+# If the run stopped early, it finished its step and wrote a checkpoint. Now we make a new model with other random
+# weights. From the checkpoint it gets everything: weights, optimizer moments, schedule, random state, and the place in
+# the data.
 
 # %%
-torch.manual_seed(seed + 1)
-second = Trainer(
-    Transformer(model_config),
-    train_data,
-    val_data,
-    train_config,
-    run_dir,
-    tokenizer=tok,
-    callbacks=[track],
-    device=device,
-    resume="latest",
-)
+second = new_trainer(seed + 1, resume="latest") if first_half.stopped_early else trainer
 resumed_at = second.step
 
 # %%
-dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters")
-await dashboard.run(second)
+if first_half.stopped_early:
+    dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters")
+    await dashboard.run(second)
 
 # %% tags=["nbval-check-output"]
+# Checked
 events = read_metrics(run_dir)
-print("continued from the step where it stopped:", resumed_at == trainer.step)
-print("every step is in the metrics once:", [e["step"] for e in events] == list(range(1, second.step + 1)))
-print("steps skipped for a loss that is not finite:", second.progress.skipped)
+assert resumed_at == trainer.step
+assert [event["step"] for event in events] == list(range(1, second.step + 1))
+print("every step is in the metrics once; steps skipped for a loss that is not finite:", second.progress.skipped)
 
 # %% [markdown]
 # At a step down in the training loss, the model begins to read the corpus once more. It reads the same sentences again
@@ -314,8 +371,8 @@ print("steps skipped for a loss that is not finite:", second.progress.skipped)
 # %%
 for event in events:
     if "sample" in event:
-        text = widgets.visible(widgets.ending(event.get("sample_prompt", prompt)) + event["sample"])
-        print(f"--- step {event['step']:,}, loss {event['loss']:.2f}\n{text}\n")
+        text = widgets.ending(event.get("sample_prompt", prompt)) + event["sample"]
+        print(f"--- step {event['step']:,}, loss {event['loss']:.2f}\n{widgets.visible(text)}\n({gloss(text)})\n")
 
 # %% [markdown]
 # ## How good is it?
@@ -380,6 +437,79 @@ title = f"{preset} beats 4-grams on {wins} of {len(texts)} held-out documents"
 plots.document_scores({preset: ours, "4-grams": counting}, title)
 
 # %% [markdown]
+# ## Where the memory goes
+# A training step holds more than the weights. The optimizer keeps one or two numbers for each weight, and the backward
+# pass makes one more, the gradient. **Activations** are the numbers that the forward pass keeps for the backward pass.
+# They grow with the batch, and here they need most.
+
+# %%
+need = {name: size / 1e6 for name, size in cost.memory.items() if name != "total"}
+largest = max(need, key=need.get)
+plots.stacked(need, "MB", f"Most of the memory of a step: {largest}, {need[largest] / sum(need.values()):.0%}")
+
+# %% [markdown]
+# **Activation checkpointing** keeps fewer activations and computes the others again in the backward pass: memory is paid
+# for with time. `selective` keeps what takes long to compute: the results of matrix products and of attention. `full`
+# keeps only the input of each block. (With short windows on a CPU, attention is spelled out, and `selective` computes it
+# again.)
+
+# %%
+bytes_of_a_number, fused = 4 if kind == "fp32" else 2, device == "cuda"
+kernel = has_attention_kernel(model_config, window, bytes_of_a_number, fused)
+tokens = model_config.n_layers * train_config.batch_size * window
+kept = {
+    policy: tokens * block_activations(model_config, policy, window, bytes_of_a_number, fused) / 1e6
+    for policy in ("none", "selective", "full")
+}
+title = f"full keeps {kept['full'] / kept['none']:.0%} of what none keeps, and computes the rest again"
+plots.kept_and_again(kept, kernel, title)
+
+# %% [markdown]
+# The lines are predictions for a step that is not compiled. For each point we measured two such steps in a new process.
+# A run on a CPU needs a little more: to be faster, it does not give freed memory back to the system.
+
+# %%
+not_compiled = train_config.replace(compile="off", grad_accum_steps=1)
+sizes = [train_config.batch_size, 2 * train_config.batch_size]
+predicted = {"none": {}, "selective": {}, "full": {}}
+for policy in predicted:
+    for size in (1, *sizes):
+        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
+        predicted[policy][size] = predict_memory(model_config, settings, device)["total"]
+
+# %%
+measured = {}
+if thorough and cost.parameters < 20e6:  # with a larger model this would take too long
+    for policy, size in (("none", sizes[0]), ("full", sizes[0]), ("full", sizes[1])):
+        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
+        measured.setdefault(policy, {})[size] = measure_memory(model_config, settings, device)["peak_bytes"]
+less = 1 - predicted["full"][sizes[1]] / predicted["none"][sizes[1]]
+title = f"Computing blocks again saves {less:.0%} of the memory at batch {sizes[1]}"
+plots.memory_against_batch(predicted, measured, title)
+
+# %%
+for policy, points in measured.items():
+    for size, peak in points.items():
+        expected = predicted[policy][size]
+        print(f"{policy}, batch {size}: predicted {expected / 1e6:,.0f} MB, measured {peak / 1e6:,.0f} MB")
+
+# %% [markdown]
+# ## What the optimizer does
+# A gradient is a matrix with a few strong directions and many weak ones: its **singular values** fall quickly. Plain
+# descent would move the weights almost only along the strong ones. **Muon** makes all directions of a matrix about
+# equally strong before it moves the weights. **AdamW** divides each number of the gradient by its usual size, which
+# helps in a similar way. Muon is used for the matrices of the blocks, AdamW for the rest. These are the step's gradient
+# and update from above.
+
+# %%
+update = (before - matrix.detach()).float().cpu()
+weak = [torch.linalg.svdvals(each.float().cpu()) for each in (gradient, update)]
+shares = [float(values.median() / values[0]) for values in weak]
+name = {"muon": "Muon", "adamw": "AdamW"}[train_config.optimizer]
+title = f"{name} lifts the middle singular value from {shares[0]:.0%} to {shares[1]:.0%} of the largest"
+plots.singular_values({"gradient": gradient.float().cpu(), f"update by {name}": update}, title)
+
+# %% [markdown]
 # ## The run's folder
 # The run's folder holds everything that belongs to the run: tokenizer, configuration, metrics and checkpoints. We load
 # the last checkpoint and validate again. The loss is the same.
@@ -392,8 +522,10 @@ again = Trainer(
 )
 
 # %% tags=["nbval-check-output"]
-print("the loaded model validates the same:", abs(again.validate()["val_loss"] - last["val_loss"]) < 1e-4)
-print("its tokenizer is ours:", checkpoint.tokenizer.fingerprint == tok.fingerprint)
+# Checked
+assert abs(again.validate()["val_loss"] - last["val_loss"]) < 1e-4
+assert checkpoint.tokenizer.fingerprint == tok.fingerprint
+print("the loaded model validates the same, and has our tokenizer")
 
 # %% [markdown]
 # ## Runs side by side
@@ -413,6 +545,8 @@ plots.compare_runs(runs)
 # ## What to try next
 # - `learning_rate = 1e-2` or `4e-2`, with another `project`: which curve ends lower?
 # - `max_steps = 300` for a first look, or twice the preset's: when does the validation loss rise again?
+# - For a night: `checkpoint_dir = "auto"`. Then *Run All* goes on with this run after any interruption.
+# - In English: `data_dir = "data/shakespeare"` in notebooks 1, 2 and 4, `prompt = "HAMLET."`, and another `project`.
 # - On a GPU: `preset = "scifi-10M"` or `"scifi-40M"` with a tokenizer of 8,000 pieces and `data_dir = "data/scifi"`, or
 #   `"scifi-117M"` with 16,000 pieces.
 #

@@ -80,7 +80,7 @@ class Batches:
 def quick(**changes: Any) -> TrainConfig:
     """A training configuration of a few small steps, with nothing done on the side."""
     few: dict[str, Any] = {"max_steps": 6, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2}
-    still = {"eval_interval": 0, "checkpoint_interval": 0, "compile": "off", "precision": "fp32"}
+    still = {"eval_interval": 0, "eval_batches": 0, "checkpoint_interval": 0, "compile": "off", "precision": "fp32"}
     return TrainConfig(**{**few, **still, **changes})
 
 

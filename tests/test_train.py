@@ -108,7 +108,7 @@ def test_validation_stops_after_eval_batches(tmp_path: Path) -> None:
     x, y = next(iter(data.sequential(4)))
     with torch.no_grad():
         expected = float(model(x, y))
-    assert trainer(tmp_path, quick(eval_batches=1), model).validate()["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer(tmp_path, quick(), model).validate(1)["val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_batches_without_targets_change_nothing(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from llmcore.config import PRESETS, ModelConfig, TrainConfig
 from llmcore.dataset import TrainData
 from llmcore.device import pick_device
 from llmcore.files import visible
+from llmcore.measure.disk import kept_bytes
 from llmcore.measure.memory import available_memory, check_memory, predict_memory
 from llmcore.model import Transformer
 from llmcore.train import Trainer
@@ -340,7 +341,7 @@ def plan(
         memory=memory,
         available=available,
         largest_batch=largest_batch(model, train, available, device),
-        disk=(train.keep_checkpoints + 1) * (4 * parameters + memory["optimizer"]),  # the newest ones, and the best
+        disk=kept_bytes(train.keep_checkpoints, parameters, memory["optimizer"]),
         best_size_for_compute=optimal,
         tokens_per_second=speed,
         speed_is=speed_is,

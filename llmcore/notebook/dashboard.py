@@ -31,6 +31,7 @@ from llmcore.train import Event, Trainer
 DRAWING_BUDGET = 0.01  # share of the time that live drawing may take
 REFRESH = 0.5  # seconds between two updates of the numbers
 LOOP_ROUNDS = 10  # of the event loop between two steps
+SLOW_SAVE = 1.0  # seconds of a save from which on they are shown
 SETTLED = 0.2  # seconds that a button waits for the text that was typed before: two threads may handle the two messages
 BY_HAND = 1.0  # seconds between two cells; a program sends the next cell sooner, a person later
 VALIDATED = ("val_loss", "val_bits_per_byte", "exact_match")  # measured at a validation, shown until the next one
@@ -72,6 +73,8 @@ def run_status(event: Event, trainer: Trainer, seconds_left: float) -> dict[str,
     status["gradient norm"] = f"{event['grad_norm']:.2f}"
     status["memory"] = f"{memory_used(trainer.device) / 1e9:.2f} GB"
     status["skipped"] = f"{event['skipped']}"
+    if event.get("checkpoint_seconds", 0) > SLOW_SAVE:
+        status["saved in"] = duration(event["checkpoint_seconds"])
     status["left"] = duration(seconds_left)
     return status
 
@@ -186,7 +189,7 @@ class TrainingDashboard:
                 # show it
                 now = time.perf_counter()
                 if display_handle is None:
-                    if "val_loss" in event:
+                    if "val_loss" in event or event.get("checkpoint_seconds", 0) > SLOW_SAVE:
                         self._print(event, trainer, seconds_left)
                 elif now >= next_refresh or self._asked_to_draw or "val_loss" in event or "sample" in event:
                     self._show(event, trainer, seconds_left)

@@ -167,10 +167,13 @@ def _why_not_a_name(value: str) -> str | None:
 
 PARAMETERS: dict[str, Kind] = {
     "activation_checkpointing": Kind(str, choices=("none", "selective", "full"), optional=True),
+    "backup_dir": Kind(Path, optional=True, must_exist=True, folder=True),
     "batch_size": Kind(int, 1, 1_000_000, optional=True),
     "budgets": Kind(float, 1e6, 1e30, many=True),
     "character_coverage": Kind(float, 0.98, 1.0),
-    "checkpoint_dir": Kind(Path, choices=("latest", "best"), optional=True, must_exist=True),
+    "checkpoint_dir": Kind(Path, choices=("latest", "best", "auto"), optional=True, must_exist=True),
+    "checkpoint_interval": Kind(int, 0, 1e9, optional=True),
+    "checkpoint_minutes": Kind(float, 0, 1e6, optional=True),
     "clean": Kind(bool, optional=True),
     "compile": Kind(str, choices=("auto", "on", "off")),
     "context_size": Kind(int, 1, 1_048_576, optional=True),

@@ -1,14 +1,23 @@
-"""What checkpoints cost beside training steps: `python -m tests.benchmarks.checkpoint [preset ...]`."""
+"""What checkpoints cost beside training steps: `python -m tests.benchmarks.checkpoint [preset ...]`.
+
+With the word `gigabyte` in place of a preset: how long a large checkpoint is written, hashed, checked and copied.
+"""
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
 
 from llmcore import config
-from llmcore.checkpoint import find_checkpoint, load_checkpoint
+from llmcore.checkpoint import back_up, find_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from llmcore.files import sha256_file
 from llmcore.measure.planner import RandomTokens
 from llmcore.model import Transformer
 from llmcore.train import Trainer
@@ -40,8 +49,40 @@ def measure(name: str, rounds: int = 15) -> str:
     )
 
 
+def measure_gigabyte(rounds: int = 5) -> str:
+    """Seconds per GB of the parts of a save, medians over rounds; the last is a copy into a folder beside it."""
+    model = Transformer(config.preset("scifi-117M")[0].replace(n_layers=8))  # 86M weights, and twice as many moments
+    moments = {f"{name}/{key}": torch.randn_like(p) for name, p in model.named_parameters() for key in "ab"}
+    parts: dict[str, list[float]] = {"save": [], "of it hashing": [], "verify": [], "load": [], "copy": []}
+
+    def timed(part: str, work: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        work()
+        parts[part].append(time.perf_counter() - started)
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        run = Path(folder).resolve() / "run"
+        run.mkdir()
+        (run / "metrics.jsonl").touch(), (run / "config.json").touch()
+        for step in range(rounds):
+            timed("save", lambda step=step: save_checkpoint(run, model, None, step=step, loss=1.0, tensors=moments))
+            path = find_checkpoint(run)
+            size = sum(file.stat().st_size for file in path.iterdir()) / 1e9
+            timed("of it hashing", lambda path=path: [*map(sha256_file, path.iterdir())])
+            timed("verify", lambda path=path: verify_checkpoint(path))
+            timed("load", lambda path=path: load_checkpoint(path, device="cpu"))
+            timed("copy", lambda: back_up(run, run.with_name("copy")))
+            for old in run.glob("step=*"):
+                shutil.rmtree(old)
+    row = " | ".join(f"{part} {statistics.median(seconds) / size:.2f}" for part, seconds in parts.items())
+    return f"a checkpoint of {size:.2f} GB, seconds per GB: {row}"
+
+
 def main() -> None:
     """Print the table for the presets named, or for the one that trains on a laptop."""
+    if sys.argv[1:] == ["gigabyte"]:
+        print(measure_gigabyte())
+        return
     print("| preset | parameters | step, ms | save, ms | save / step | of a run | load, ms | bytes per parameter |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in sys.argv[1:] or ["scifi-mini"]:
