@@ -1,8 +1,10 @@
 """Figures for the notebooks. Each function takes data and returns a matplotlib Figure."""
 
 from llmcore.notebook.plots.corpus import (
+    box_rows,
     compression,
     length_histogram,
+    merge_steps,
     piece_lengths,
     rank_frequency,
     text_pieces,
@@ -15,6 +17,18 @@ from llmcore.notebook.plots.curves import (
     scaling_fit,
     smoothed,
     training_curves,
+)
+from llmcore.notebook.plots.learning import loss_units, reading_order, staircase, surprise
+from llmcore.notebook.plots.machine import (
+    accuracy_by_place,
+    attention_head,
+    attention_moments,
+    attention_steps,
+    block_diagram,
+    norm_and_gate,
+    rope,
+    score_spread,
+    shapes,
 )
 from llmcore.notebook.plots.results import (
     attention_maps,
@@ -29,21 +43,36 @@ from llmcore.notebook.plots.style import (
 
 __all__ = [
     "COSTS",
+    "accuracy_by_place",
+    "attention_head",
     "attention_maps",
+    "attention_moments",
+    "attention_steps",
     "bars",
+    "block_diagram",
+    "box_rows",
     "chinese_font",
     "compare_runs",
     "compression",
     "document_scores",
     "isoflop_curves",
     "length_histogram",
+    "loss_units",
     "memory_against_batch",
+    "merge_steps",
     "next_tokens",
+    "norm_and_gate",
     "piece_lengths",
     "png",
     "rank_frequency",
+    "reading_order",
+    "rope",
     "scaling_fit",
+    "score_spread",
+    "shapes",
     "smoothed",
+    "staircase",
+    "surprise",
     "text_pieces",
     "training_curves",
 ]
