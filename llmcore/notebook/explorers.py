@@ -217,8 +217,7 @@ class ReversalExplorer(Explorer):
             self._ids = []
             self.result.value = f"<p>⚠ {html_text(error)}</p>"
             return
-        device = self.model.tok_embeddings.weight.device
-        self._weights = self.model.attention_weights(torch.tensor([self._ids], device=device))[:, 0].float().cpu()
+        self._weights = toy_reverse.attention(self.model, self._ids)
         self.place.max = len(self._ids) - len(text) - 1
         self._show()
 

@@ -136,7 +136,7 @@ def box_rows(rows: Sequence[tuple[str, Sequence[str], Collection[int]]], title: 
         title: what to see.
         columns: width of the figure, in full-width characters.
     """
-    margin = 0.6 + max((cells(name) for name, _, _ in rows), default=0) * 0.5
+    margin = 0.6 + max((cells(name) for name, _, _ in rows), default=0) * 0.44
     placed = [_place_boxes(pieces, columns - margin) for _, pieces, _ in rows]
     lines = sum(count for _, count in placed) + 0.25 * len(rows)
     figure = Picture(figsize=(9.5, 0.4 * lines + 0.5), layout="constrained", dpi=100)
@@ -198,12 +198,12 @@ def compression(
     curves = [(list(characters_per_token), "characters per token", [f"{each:.2f}" for each in characters_per_token])]
     if dim:
         table = [size * dim / 1e6 for size in vocab_sizes]
-        curves.append((table, f"million parameters ({dim} for each piece)", [f"{each:.1f}" for each in table]))
+        curves.append((table, "million parameters in the table", [f"{each:.1f}" for each in table]))
     for axes, (values, label, notes), color in zip(panels, curves, (BLUE, ORANGE), strict=False):
         axes.plot(vocab_sizes, values, marker="o", color=color)
         for size, value, note in zip(vocab_sizes, values, notes, strict=True):
             axes.annotate(note, (size, value), textcoords="offset points", xytext=(0, 8), ha="center")
-        if chosen in vocab_sizes:
+        if chosen is not None and chosen in vocab_sizes:
             at = list(vocab_sizes).index(chosen)
             axes.plot([chosen], [values[at]], "o", markersize=11, color=RED, label="chosen here", zorder=1)
             axes.legend(loc="lower right")
