@@ -128,9 +128,9 @@ print(f"documents that end in the training split: {whole}, eos tokens there: {co
 # ## A few tokens do most of the work
 # We sort the tokens by how often they occur. The two dotted lines show how few of them make up half of the text, and
 # nine tenths of it. Zipf's law says that the count falls as one over the rank: the dashed line. The law fits the middle
-# and the right of the figure. At the left, the most frequent tokens (commas, full stops, 之 "of", 不 "not") lie below
-# it: a vocabulary of pieces splits the work of a few very frequent words among many pieces. At the right end the curve
-# drops: these pieces occur only a few times, and the model will not learn them well.
+# and the right of the figure. At the left, the few most frequent tokens (comma, full stop, 之 "of", 不 "not") occur
+# less often than it says. At the right end the curve drops: these pieces occur only a few times, and the model will
+# not learn them well.
 
 # %%
 rare = (counts < 10).mean()
@@ -142,7 +142,8 @@ plots.rank_frequency(counts, f"{rare:.0%} of the vocabulary occurs fewer than te
 # two, and so on. So one window of 256 tokens asks 256 questions. In the figure, a row is one question: the filled cells
 # are what the model may see, the framed cell is what it must guess.
 #
-# (The default line: "The Long River rolls east, its waves have washed all heroes away.")
+# (The default line begins: "The Long River rolls east, its waves …". The rare character 逝, *passes*, has no piece of
+# its own. It is spelled in three bytes, which the model must guess one after the other.)
 
 # %%
 opening = train.read(0, 200).tolist()
