@@ -80,7 +80,6 @@ import math
 import time
 
 import torch
-from llmcore.notebook.gloss import gloss
 
 from llmcore import config
 from llmcore.checkpoint import check_has_state, find_checkpoint, load_checkpoint, read_config
@@ -98,6 +97,7 @@ from llmcore.measure.ngram import evaluate_ngram
 from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, text_advice
 from llmcore.model import Transformer
 from llmcore.notebook import plots, widgets
+from llmcore.notebook.gloss import gloss
 from llmcore.notebook.run_page import write_index
 from llmcore.notebook.trackers import check_tracker, tracker_callback
 from llmcore.notebook.widgets import TrainingDashboard
@@ -231,18 +231,20 @@ print(f"parameters: {cost.parameters:,}")
 
 # %% [markdown]
 # ## One training step, by hand
-# Training repeats one step. We take it here by hand, on a model of one block that is thrown away, and watch three numbers
-# of one matrix.
+# Training repeats one step. We take it here by hand, on a model of one block that is thrown away, and watch three
+# numbers of one matrix. This is what each line does:
 #
-# | line | what it does |
-# | --- | --- |
-# | `set_rates` | the **schedule**: the learning rate of this step. It rises at first, when gradients are wild, and falls to the end. |
-# | `batch` | the windows of this step: they follow from the step's number and the seed. |
-# | `autocast` | matrix products are computed in half the bits, where that is safe. The weights stay in float32. |
-# | `model(x, y)` | **forward**: from tokens to the **cross-entropy**, $-\frac{1}{n}\sum_t \ln p(y_t)$, the mean surprise at the true next tokens. |
-# | `backward` | the **gradient**: for each weight, how the loss would change. A scaler keeps fp16's small gradients from becoming zero. |
-# | `clip_gradient` | a gradient longer than 1 is shortened to 1, so that a strange batch cannot ruin the model. |
-# | `update_or_skip` | the **optimizer** moves the weights against the gradient; if a number is not finite, the step is skipped. |
+# - `set_rates`: the **schedule** sets the learning rate. It rises at first, when gradients are wild, and falls to the
+#   end.
+# - `batch`: the windows of this step. They follow from the step's number and the seed.
+# - `autocast`: matrix products are computed in half the bits. The weights stay in float32.
+# - `small(x, y)`: **forward**, from tokens to the **cross-entropy**, the mean surprise at the true next tokens:
+#   $-\frac{1}{n}\sum_t \ln p(y_t)$.
+# - `backward`: the **gradient** says for each weight how the loss would change. A scaler keeps small gradients of fp16
+#   from becoming zero.
+# - `clip_gradient`: a gradient longer than 1 is shortened to 1, so that a strange batch cannot ruin the model.
+# - `update_or_skip`: the **optimizer** moves the weights against the gradient. If a number is not finite, the step is
+#   skipped.
 
 # %%
 here, kind = torch.device(device), pick_precision(precision, torch.device(device))
@@ -270,7 +272,8 @@ for name, numbers in {"before": before, "gradient": gradient, "after": matrix.de
 
 # %% [markdown]
 # A model that knows nothing gives each of the $V$ tokens the same probability. Its loss is $\ln V$. A new model is near
-# that. The run below does the same in `Trainer._train_step`. It also adds up the gradients of several batches, and counts.
+# that. The run below does the same in `Trainer._train_step`. It also adds up the gradients of several batches, and
+# counts.
 
 # %% tags=["nbval-check-output"]
 # Checked
@@ -283,8 +286,8 @@ print(inspect.getsource(Trainer._train_step))
 
 # %% [markdown]
 # ## Half the bits
-# A number in float32 has 32 bits. **bfloat16** has 16: the same exponent, so the same range, but only two or three correct
-# digits. **float16** has more digits and a small range. A gradient of 1e-8 becomes zero in it, so its loss is scaled up
+# A number in float32 has 32 bits. **bfloat16** has 16: the same exponent, so the same range, but only two or three
+# correct digits. **float16** has more digits and a small range. A gradient of 1e-8 becomes zero in it, so its loss is scaled up
 # before the backward pass. With bfloat16 this is not needed.
 
 # %%
@@ -448,10 +451,10 @@ largest = max(need, key=need.get)
 plots.stacked(need, "MB", f"Most of the memory of a step: {largest}, {need[largest] / sum(need.values()):.0%}")
 
 # %% [markdown]
-# **Activation checkpointing** keeps fewer activations and computes the others again in the backward pass: memory is paid
-# for with time. `selective` keeps what takes long to compute: the results of matrix products and of attention. `full`
-# keeps only the input of each block. (With short windows on a CPU, attention is spelled out, and `selective` computes it
-# again.)
+# **Activation checkpointing** keeps fewer activations and computes the others again in the backward pass: memory is
+# paid for with time. `selective` keeps what takes long to compute: the results of matrix products and of attention.
+# `full` keeps only the input of each block. (With short windows on a CPU, attention is spelled out, and `selective`
+# computes it again.)
 
 # %%
 bytes_of_a_number, fused = 4 if kind == "fp32" else 2, device == "cuda"

@@ -44,7 +44,6 @@ check_parameters(globals())
 import time
 
 import torch
-from llmcore.notebook.gloss import beside_english, gloss
 
 from llmcore.checkpoint import checkpoints, load_checkpoint, loss_in_words
 from llmcore.device import pick_device
@@ -56,6 +55,7 @@ from llmcore.generate import generate, next_token_probabilities, prompt_ids, str
 from llmcore.measure.compare_runs import find_runs
 from llmcore.model import KVCache
 from llmcore.notebook import plots, widgets
+from llmcore.notebook.gloss import beside_english, gloss
 from llmcore.quantize import int8_weights
 
 device = str(pick_device(device))
