@@ -287,8 +287,8 @@ print(inspect.getsource(Trainer._train_step))
 # %% [markdown]
 # ## Half the bits
 # A number in float32 has 32 bits. **bfloat16** has 16: the same exponent, so the same range, but only two or three
-# correct digits. **float16** has more digits and a small range. A gradient of 1e-8 becomes zero in it, so its loss is scaled up
-# before the backward pass. With bfloat16 this is not needed.
+# correct digits. **float16** has more digits and a small range. A gradient of 1e-8 becomes zero in it, so its loss is
+# scaled up before the backward pass. With bfloat16 this is not needed.
 
 # %%
 formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -469,6 +469,8 @@ plots.kept_and_again(kept, kernel, title)
 
 # %% [markdown]
 # The lines are predictions for a step that is not compiled. For each point we measured two such steps in a new process.
+# The lines bend where a batch has so many scores that the loss is computed in pieces: then all scores never exist at
+# once.
 # A run on a CPU needs a little more: to be faster, it does not give freed memory back to the system.
 
 # %%
