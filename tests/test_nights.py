@@ -42,8 +42,10 @@ def nothing_warned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def night(run: Path, seed: int = 0, backup: Path | None = None, stop: int = 0, **changes: Any) -> Trainer:
-    """Train a run as `auto` does, from other weights each time, which must not matter; returns the trainer."""
-    one = trainer(run, NIGHT.replace(**changes), tiny_model(seed), resume=auto_start(run, backup), backup_dir=backup)
+    """Train a run as `auto` does, a resumed one from other weights, which must not matter; returns the trainer."""
+    start = auto_start(run, backup)
+    model = tiny_model(seed if start else 0)
+    one = trainer(run, NIGHT.replace(**changes), model, resume=start, backup_dir=backup)
     one.callbacks.append(lambda event: one.request_stop() if event["step"] == stop else None)
     one.fit()
     return one
