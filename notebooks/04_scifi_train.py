@@ -117,8 +117,9 @@ else:
 if start:
     check_has_state(start)
 saved = read_config(start).get("train", {}) if start else {}
+reached = read_config(start)["step"] if start else 0
 last_step = max_steps or (None if epochs else saved.get("max_steps"))
-if start and last_step and (reached := read_config(start)["step"]) >= last_step and checkpoint_dir != "auto":
+if last_step and reached >= last_step and checkpoint_dir != "auto":
     raise ValueError(
         f"max_steps={last_step}, but checkpoint_dir={display_path(start)!r} is already at step {reached}; "
         "raise max_steps, or open the checkpoint in notebook 5"
@@ -208,7 +209,8 @@ check_memory(model_config, train_config, device)
 run_dir = start.parent if start else free_run_dir(output_dir, project)
 if checkpoint_dir == "auto":
     run_dir = resolve(output_dir) / project
-check_disk(model_config, train_config, device, run_dir, backup_dir)
+if reached < last_step:
+    check_disk(model_config, train_config, device, run_dir, backup_dir)
 cost = plan(model_config, train_config, device, data=train_data if thorough else None)
 for name, value in cost.rows().items():
     print(f"{name:32} {value}")

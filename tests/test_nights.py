@@ -28,10 +28,20 @@ from llmcore.runs import TrainingError, read_metrics
 from llmcore.train import Event, Trainer
 from llmcore.trainer_state import auto_start
 
-from .helpers import ROOT, Batches, assert_same_tensors, numbers, printed_by, quick, state, tiny_model, trainer
+from .helpers import (
+    ROOT,
+    Batches,
+    assert_same_tensors,
+    numbers,
+    printed_by,
+    quick,
+    state,
+    tiny_config,
+    tiny_model,
+    trainer,
+)
 from .kill import kill_at, survives
 
-GB = 10**9
 NIGHT = quick(max_steps=12, checkpoint_interval=2, eval_interval=3, optimizer="muon")
 
 
@@ -42,8 +52,10 @@ def nothing_warned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def night(run: Path, seed: int = 0, backup: Path | None = None, stop: int = 0, **changes: Any) -> Trainer:
-    """Train a run as `auto` does, from other weights each time, which must not matter; returns the trainer."""
-    one = trainer(run, NIGHT.replace(**changes), tiny_model(seed), resume=auto_start(run, backup), backup_dir=backup)
+    """Train a run as `auto` does, a resumed one from other weights, which must not matter; returns the trainer."""
+    start = auto_start(run, backup)
+    model = tiny_model(seed if start else 0)
+    one = trainer(run, NIGHT.replace(**changes), model, resume=start, backup_dir=backup)
     one.callbacks.append(lambda event: one.request_stop() if event["step"] == stop else None)
     one.fit()
     return one
@@ -86,6 +98,10 @@ def test_the_best_checkpoint_gives_up_its_state_and_still_writes(tmp_path: Path)
     assert [has_state(path) for path in saved] == [False, True, True]
     assert names(best) == ["config.json", "manifest.json", "model.safetensors"]
     assert load_checkpoint(best, device="cpu").step == load_checkpoint(tmp_path / "run", "best", device="cpu").step == 2
+    held = [load_file(file) for path in saved for file in path.glob("*.safetensors")]
+    sizes = [(name, tensor.nbytes) for tensors in held for name, tensor in tensors.items()]
+    counted = sum(size for name, size in sizes if name != "rng.cpu" and not name.endswith("/step"))
+    assert counted == plan(tiny_config(), quick(), "cpu").disk
     said = rf"holds a model, but not the optimizer's state: .*The newest one there that has it: .*{saved[-1].name}"
     for resume in ("best", best):
         with pytest.raises(CheckpointError, match=said):

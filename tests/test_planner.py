@@ -41,7 +41,7 @@ def test_cost_counts_the_presets_parameters_tokens_and_state(name: str) -> None:
     cost = plan(config, train.replace(optimizer="adamw"), "cpu")
     assert cost.parameters == parameters
     assert cost.memory["weights"] + cost.memory["optimizer"] == 12 * parameters
-    assert cost.disk == (train.keep_checkpoints + 1) * 12 * parameters
+    assert cost.disk == (train.keep_checkpoints * 12 + 4) * parameters  # the best one has no state
     assert cost.tokens == train.max_steps * train.grad_accum_steps * train.batch_size * config.max_seq_len
     assert cost.best_tokens_for_size == 20 * parameters
 
