@@ -25,7 +25,7 @@ SYMBOLS = string.ascii_letters + string.digits
 PAD, SEPARATOR, BOS, EOS, FIRST_SYMBOL = 0, 1, 2, 3, 4  # ids
 VOCAB_SIZE = FIRST_SYMBOL + len(SYMBOLS)
 MAX_LENGTH = 32
-FEW_SYMBOLS = 16  # different symbols, at most, in half of the training strings
+FEW_SYMBOLS = (2, 4, 8, 16)  # different symbols, at most, in half of the training strings: one of these numbers each
 
 
 def encode(text: str) -> list[int]:
@@ -110,9 +110,10 @@ class ReverseData:
 
     def _batch(self, generator: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
         any_length = generator.integers(1, MAX_LENGTH + 1, batch_size)
-        lengths = np.where(np.arange(batch_size) % 4 == 0, any_length, MAX_LENGTH)[:, None]
+        lengths = np.where(np.arange(batch_size) % 2 == 0, any_length, MAX_LENGTH)[:, None]
         symbols = generator.integers(FIRST_SYMBOL, VOCAB_SIZE, (batch_size, MAX_LENGTH))
-        few = np.take_along_axis(symbols, generator.integers(0, FEW_SYMBOLS, symbols.shape), axis=1)
+        how_few = generator.choice(FEW_SYMBOLS, batch_size)[:, None]
+        few = np.take_along_axis(symbols, generator.integers(0, how_few, symbols.shape), axis=1)
         symbols = np.where(np.arange(batch_size)[:, None] // 2 % 2 == 0, symbols, few)
 
         # bos, string, separator, mirrored string, eos, padding
