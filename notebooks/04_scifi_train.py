@@ -209,7 +209,7 @@ check_memory(model_config, train_config, device)
 run_dir = start.parent if start else free_run_dir(output_dir, project)
 if checkpoint_dir == "auto":
     run_dir = resolve(output_dir) / project
-if reached < last_step:
+if reached < train_config.max_steps:
     check_disk(model_config, train_config, device, run_dir, backup_dir)
 cost = plan(model_config, train_config, device, data=train_data if thorough else None)
 for name, value in cost.rows().items():

@@ -93,8 +93,11 @@ def test_the_committed_toy_model_reverses_strings() -> None:
     assert int(tokens.replace(",", "")) <= 3_500_000
     [percent] = re.findall(r"exact match on 10,000 held-out strings of 32 characters: ([\d.]+)%", text)
     assert float(percent) >= 99.9
-    [(prompt, answer)] = re.findall(r"'(\w+)' reversed: '(\w+)'", text)
-    assert answer == prompt[::-1]
+    repetitive = re.findall(r"\d+ characters, \d+ different: ([\d.]+)% of 10,000", text)
+    assert len(repetitive) == 5 and all(float(percent) >= 99.9 for percent in repetitive)
+    tried = re.findall(r"^(\w+) +(\w+) +(\w+) +✓$", text, re.MULTILINE)
+    assert len(tried) == 9 and "abcabcXYZ999" in {prompt for prompt, *_ in tried} and "✗" not in text
+    assert all(prompt[::-1] == truth == answer for prompt, truth, answer in tried)
 
 
 def test_the_committed_language_model_beats_xz_and_4_grams() -> None:
