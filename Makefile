@@ -61,9 +61,10 @@ lint: $(TEST_READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# .jupyter/ keeps JupyterLab from asking about news and looking for updates.
+# It opens on a page that says where to begin. .jupyter/ has that page shown as text, and keeps JupyterLab from asking
+# about news and looking for updates.
 lab: $(READY)
-	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(PY) -m jupyterlab $(LAB) $(AS_ROOT) --LabApp.default_url=/lab/tree/notebooks
+	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(PY) -m jupyterlab $(LAB) $(AS_ROOT) --LabApp.default_url=/lab/tree/notebooks/README.md
 
 # Execute the notebooks and store their outputs, after an edit of their .py halves.
 notebooks: $(READY)

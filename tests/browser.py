@@ -3,6 +3,9 @@
 A JupyterLab of its own on loopback, with a token, over a project root of its own under build/browser/; each notebook is
 opened in headless Chromium, run at a small size, and its widgets are used. Screenshots go to outputs/screenshots/. The
 corpus is a part of the novel and one file that means harm.
+
+`PICTURES=1 make test-browser` runs the notebooks at their default size on the whole novel, without that file, and makes
+the README's pictures in notebooks/images/ from the screenshots.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 import jupytext
 import nbformat
 import pytest
+from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from llmcore.checkpoint import checkpoints
@@ -54,6 +58,10 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "05_generate": {"max_new_tokens": 60},
 }
+PICTURES = {"training-paused": "lab-training", "tokens": "lab-tokens", "data": "lab-data", "writing": "lab-writing"}
+FOR_PICTURES = bool(os.environ.get("PICTURES"))
+if FOR_PICTURES:
+    SMALL |= {name: {} for name in ("01_tokenize", "02_dataset", "04_scifi_train")}
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -71,9 +79,10 @@ def project() -> Path:
     shutil.rmtree(ROOT, ignore_errors=True)
     texts = ROOT / "data" / "texts"
     texts.mkdir(parents=True)
-    for chapter in sorted(fetch("sanguo", PROJECT_ROOT / "data").glob("*.txt"))[:24]:
+    for chapter in sorted(fetch("sanguo", PROJECT_ROOT / "data").glob("*.txt"))[: None if FOR_PICTURES else 24]:
         shutil.copy(chapter, texts)
-    (texts / "000-hostile.txt").write_text(HOSTILE * 30, encoding="utf-8")
+    if not FOR_PICTURES:
+        (texts / "000-hostile.txt").write_text(HOSTILE * 30, encoding="utf-8")
     (ROOT / "notebooks").mkdir()
     for name, parameters in SMALL.items():
         notebook = jupytext.read(PROJECT_ROOT / "notebooks" / f"{name}.py")
@@ -114,7 +123,10 @@ def lab(project: Path) -> Iterator[str]:
             yield f"{url}lab/tree/notebooks/{{}}.ipynb?reset&token={token}"
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # it may wait for ever for a kernel that was just starting
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +217,11 @@ class Notebook:
         if point_at is not None:
             point_at.hover()
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+        if FOR_PICTURES and name in PICTURES:
+            small = Image.open(SCREENSHOTS / f"{name}.png").convert("RGB").resize((1280, 900), Image.Resampling.LANCZOS)
+            small.quantize(256, dither=Image.Dither.NONE).save(
+                PROJECT_ROOT / "notebooks" / "images" / f"{PICTURES[name]}.png", optimize=True
+            )
 
 
 @pytest.fixture
@@ -223,6 +240,19 @@ def open_notebook(lab: str, tabs: Callable[[], Page]) -> Iterator[Callable[[str]
         assert notebook.page.evaluate("window.owned ?? null") is None, "text from the corpus was executed"
         notebook.page.evaluate(f"void {CURRENT}?.sessionContext.shutdown()")
         notebook.page.close()
+
+
+def test_make_lab_opens_on_a_page_that_says_where_to_begin(lab: str, tabs: Callable[[], Page], project: Path) -> None:
+    [address] = re.findall(r"default_url=/(\S+)\.md", (PROJECT_ROOT / "Makefile").read_text(encoding="utf-8"))
+    shutil.copy(PROJECT_ROOT / "notebooks" / "README.md", project / "notebooks")
+    page = tabs()
+    page.goto(lab.replace("lab/tree/notebooks/{}.ipynb", f"{address}.md"))
+    expect(page.locator(".jp-MarkdownViewer h1")).to_contain_text("Start here")
+    page.get_by_role("link", name="From text to tokens").first.click()
+    expect(page.locator(".jp-NotebookPanel .jp-Cell").first).to_contain_text("From text to tokens")
+    wait_for(lambda: page.evaluate(f"{CURRENT}.sessionContext.session?.kernel?.status") == "idle", "an idle kernel")
+    page.evaluate(f"void {CURRENT}.sessionContext.shutdown()")
+    page.close()
 
 
 def test_tokens_of_typed_text(open_notebook: Callable[[str], Notebook]) -> None:
