@@ -64,6 +64,8 @@ from llmcore.notebook.parameters import check_parameters
 check_parameters(globals())
 
 # %%
+import time
+
 import torch
 
 from llmcore import config
@@ -93,12 +95,14 @@ from llmcore.trainer_state import auto_start
 device = str(pick_device(device))
 check_writable(output_dir)
 check_tracker(tracker)
+began = time.perf_counter()
 if checkpoint_dir == "auto":
     start = auto_start(resolve(output_dir) / project, backup_dir)
 else:
     start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
 if start:
     check_has_state(start)
+    print(f"goes on from {display_path(start)}, all of whose files were checked in {time.perf_counter() - began:.1f} s")
 reached = read_config(start)["step"] if start else 0
 last_step = max_steps or config.preset(preset)[1].max_steps
 if reached >= last_step and checkpoint_dir != "auto":
