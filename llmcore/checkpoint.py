@@ -73,13 +73,14 @@ _MANIFEST = {
         },
     },
 }
+_COUNTS = ("batch_size", "grad_accum_steps", "max_steps")
 _CONFIG = {
     "type": "object",
     "required": ["step", "loss", "model"],
     "properties": {
         **_SAVED,
         **dict.fromkeys(("model", "environment"), _OBJECT),
-        "train": {"type": "object", "properties": dict.fromkeys(("batch_size", "grad_accum_steps"), COUNT)},
+        "train": {"type": "object", "properties": dict.fromkeys(_COUNTS, COUNT)},
         **dict.fromkeys(("tokenizer", "precision", "device"), _TEXT),
         "tokens": COUNT,
         "val_loss": {"type": ["number", "null"]},

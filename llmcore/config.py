@@ -125,12 +125,21 @@ class ModelConfig(_JSONConfig):
             raise ConfigError("ModelConfig: " + "; ".join(wrong.values()))
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed. A field with the value that follows from the others follows them again."""
-        if not self.dim % self.n_heads:
-            derived = type(self)(self.vocab_size, self.dim, self.n_layers, self.n_heads)
-            for name in ("n_kv_heads", "head_dim", "hidden_dim"):
-                if name not in changes and getattr(self, name) == getattr(derived, name):
-                    changes[name] = None
+        """A copy with some fields changed, and those that follow from them.
+
+        A field with the value that follows from the others follows them again. With another `dim`, the number of heads
+        and `hidden_dim` keep their share of it: as near as heads of an even size and multiples of 64 allow.
+        """
+        derived = {"n_kv_heads": self.n_heads, "head_dim": self.dim / self.n_heads}
+        derived["hidden_dim"] = -(-self.dim // 24) * 64
+        changes = {name: None for name, value in derived.items() if getattr(self, name) == value} | changes
+        dim = changes.get("dim")
+        if type(dim) is int and 0 < dim != self.dim:
+            heads = max(1, round(self.n_heads * dim / self.dim))
+            if changes.get("head_dim", self.head_dim) is None:
+                heads = next((n for n in range(heads, 0, -1) if not dim % (2 * n)), 1)
+            hidden = max(64, 64 * round(self.hidden_dim * dim / self.dim / 64))  # type: ignore[operator]
+            changes = {"n_heads": heads, "hidden_dim": hidden} | changes
         return super().replace(**changes)
 
     def n_params(self, embeddings: bool = True) -> int:
@@ -275,7 +284,11 @@ _LONG: dict[str, Any] = {
     "checkpoint_minutes": 30,
     "sample_interval": 1000,
 }
+_FULL: dict[str, Any] = {"activation_checkpointing": "full", **_LONG}
+_SMALL: dict[str, Any] = {"max_steps": 100_000, "optimizer": "muon", "warmup_steps": 200, "min_lr_ratio": 0.0, **_LONG}
 
+# What a preset means is the tokens of a step, batch x accumulation x context: notebook 4 cuts them to fit the memory.
+# After the first two, `max_steps` is the most: notebook 4 takes fewer steps where these read the text four times.
 PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     # Reversing strings of letters and digits: notebook 03. 66 tokens: 62 symbols and four specials.
     # A small rope_theta, because there are only 66 positions: pairs that hardly turn within them carry no information.
@@ -288,7 +301,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             hidden_dim=352,
             max_seq_len=80,
             tie_embeddings=True,
-            rope_theta=30.0,
+            rope_theta=30,
         ),
         TrainConfig(
             max_steps=810,
@@ -321,40 +334,30 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             sample_tokens=48,
         ),
     ),
+    # A library of novels on a laptop's GPU, or a free one: `python -m tests.benchmarks.quality 10M` has the tuning.
+    "scifi-10M": (
+        ModelConfig(vocab_size=8000, dim=320, n_layers=6, n_heads=5, max_seq_len=512, tie_embeddings=True),
+        TrainConfig(batch_size=16, learning_rate=5e-3, **_SMALL),
+    ),
+    "scifi-40M": (
+        ModelConfig(vocab_size=8000, dim=512, n_layers=11, n_heads=8, max_seq_len=1024, tie_embeddings=True),
+        TrainConfig(batch_size=32, learning_rate=3e-3, **_SMALL),
+    ),
     # The real sizes, each on one 80 GB GPU. Batch x accumulation x context is about half a million tokens a step.
     "scifi-117M": (
         ModelConfig(vocab_size=16_000, dim=768, n_layers=12, n_heads=12, hidden_dim=2304, max_seq_len=1024),
-        TrainConfig(
-            max_steps=20_000,
-            batch_size=64,
-            grad_accum_steps=8,
-            learning_rate=6e-4,
-            warmup_steps=500,
-            **_LONG,
-        ),
+        TrainConfig(max_steps=20_000, batch_size=64, grad_accum_steps=8, learning_rate=6e-4, warmup_steps=500, **_LONG),
     ),
     "scifi-1.5B": (
         ModelConfig(vocab_size=16_000, dim=2048, n_layers=28, n_heads=16, hidden_dim=5632, max_seq_len=1024),
         TrainConfig(
-            max_steps=20_000,
-            batch_size=16,
-            grad_accum_steps=32,
-            learning_rate=2.5e-4,
-            warmup_steps=1000,
-            activation_checkpointing="full",
-            **_LONG,
+            max_steps=20_000, batch_size=16, grad_accum_steps=32, learning_rate=2.5e-4, warmup_steps=1000, **_FULL
         ),
     ),
     "zhwiki-2.46B": (
         ModelConfig(vocab_size=16_000, dim=2560, n_layers=30, n_heads=20, hidden_dim=6912, max_seq_len=2048),
         TrainConfig(
-            max_steps=40_000,
-            batch_size=8,
-            grad_accum_steps=32,
-            learning_rate=2e-4,
-            warmup_steps=2000,
-            activation_checkpointing="full",
-            **_LONG,
+            max_steps=40_000, batch_size=8, grad_accum_steps=32, learning_rate=2e-4, warmup_steps=2000, **_FULL
         ),
     ),
 }

@@ -306,7 +306,7 @@ class TokenDataset:
             x and y, int64 (batch, time): y is what follows x, -100 where another window has that target.
         """
         numbers = range(step * batch_size, (step + 1) * batch_size)
-        return self._windows([self._segment(number, seed) for number in numbers])
+        return self._windows([self.segment(number, seed) for number in numbers])
 
     def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
         """The whole split once, in order: for validation."""
@@ -315,7 +315,7 @@ class TokenDataset:
         for first in range(0, len(segments), batch_size):
             yield self._windows(segments[first : first + batch_size])
 
-    def _segment(self, number: int, seed: int) -> tuple[int, int]:
+    def segment(self, number: int, seed: int) -> tuple[int, int]:
         """A window's first target and the one after its last. Windows are numbered over all epochs."""
         epoch, index = divmod(number, self.n_windows)
         shortest = self.n_targets - (self.n_windows - 1) * self.context_size  # what full windows leave over

@@ -9,17 +9,18 @@
 # %% [markdown]
 # # 1 · From text to tokens
 #
-# *What is a token, and how many should there be?* A language model reads numbers, not letters. This notebook looks
-# through a folder of texts. With SentencePiece it learns a vocabulary of frequent pieces from them, and it saves them
-# as a tokenizer.
+# *What is a token, and how many should there be?* A language model reads numbers, not letters. A tokenizer cuts a text
+# into pieces and gives each piece a number. This notebook looks through a folder of texts, cuts one line in several
+# ways, does byte-pair encoding by hand, and then learns a vocabulary of pieces from the whole folder.
 #
 # | in | out | time |
 # | --- | --- | --- |
-# | `data_dir`: a folder of texts | `<model_prefix>.model` and `.vocab` | 10 seconds for one novel |
+# | `data_dir`: a folder of texts | `<model_prefix>.model` and `.vocab` | 20 seconds for one novel |
 #
 # The default text is 三国演义 (*Romance of the Three Kingdoms*), **one** classical novel of 120 chapters. It is enough
 # to see that everything works and that the model learns. It does not replace four thousand modern novels. To use
-# those, set `data_dir` to `data/scifi` (downloaded from the Hugging Face Hub) or to a folder of your own.
+# those, set `data_dir` to `data/scifi` (downloaded from the Hugging Face Hub) or to a folder of your own. You need no
+# Chinese: what matters has its English beside it.
 #
 # Next: [2 · From tokens to batches](02_dataset.ipynb)
 #
@@ -45,8 +46,12 @@ check_parameters(globals())
 # %%
 import tempfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import sentencepiece
+
+from llmcore import config
 from llmcore.corpus import report
 from llmcore.corpus.library import open_library
 from llmcore.corpus.sources import open_corpus
@@ -54,6 +59,7 @@ from llmcore.corpus.train_tokenizer import compression_by_vocab_size, train_toke
 from llmcore.files import display_path, one_line
 from llmcore.measure.planner import preset_advice
 from llmcore.notebook import plots, widgets
+from llmcore.notebook.gloss import ENGLISH
 from llmcore.tokenizer import Tokenizer
 
 # %% [markdown]
@@ -83,70 +89,169 @@ widgets.tables(
 # %%
 widgets.tables(report.left_out(library))
 
-# %% tags=["nbval-check-output"]
-print(f"{len(library.documents)} documents, {len(library.copy_of)} of them left out as copies,", end=" ")
-print(f"{len(library.refused)} more cannot be read; {len(library.recurring)} lines recur")
-
 # %% [markdown]
 # Let us look at the text itself. If it is larger than ten megabytes, this notebook looks at parts of it, chosen evenly.
+#
+# *In English, the default text begins:* "Chapter 1. Three heroes swear brotherhood in the peach garden; they win their
+# first victory over the Yellow Turbans. — The Long River rolls east, and its waves have washed all heroes away. Right
+# and wrong, victory and defeat: a turn of the head, and they are nothing. The green hills are still there. How often
+# has the evening sun been red? … It is said that the realm, long divided, must unite, and long united, must divide."
 
 # %%
 texts = library.sample()
 characters = sum(map(len, texts))
 print(widgets.visible(texts[0][:220]))
 
+# %%
+plots.length_histogram([len(t) for t in texts], "characters", f"{len(texts)} documents, {characters:,} characters")
+
 # %% tags=["nbval-check-output"]
+# Checked
+print(f"{len(library.documents)} documents, {len(library.copy_of)} of them left out as copies,", end=" ")
+print(f"{len(library.refused)} more cannot be read; {len(library.recurring)} lines recur")
 print(f"in the {len(texts)} documents looked at: {characters:,} characters,", end=" ")
 print(f"{sum(len(t.encode()) for t in texts):,} bytes of UTF-8")
 print(f"{len(set(''.join(texts))):,} different characters")
 
+# %% [markdown]
+# ## Characters, bytes, or words?
+# A model can only read a list of numbers. How do we cut a text, so that each part has a number?
+#
+# - **Characters.** There may be thousands, and a new text may hold one that we have never seen.
+# - **Bytes.** There are only 256, and they spell every text. But the rows become long: three bytes for a Chinese
+#   character.
+# - **Words.** The rows are short. But the list of words has no end, and Chinese writes no spaces between words.
+#
+# Here is one line of the text in all three. (The default line: "The Long River rolls east, its waves have washed all
+# heroes away; right and wrong, victory and defeat turn to nothing.")
+
 # %%
-plots.length_histogram([len(t) for t in texts], "characters", f"{len(texts)} documents, {characters:,} characters")
+lines = [line for text in texts for line in text.split("\n") if line]
+line = next((line for line in lines[1:] if len(line) >= 12), lines[0])[:23]
+cuts = {"characters": list(line), "bytes": [f"{byte:02X}" for byte in line.encode()], "words": line.split()}
+rows = [(f"{len(parts)} {name}", parts, ()) for name, parts in cuts.items()]
+plots.box_rows(rows, "One line cut into characters, bytes, and at its spaces")
 
 # %% [markdown]
-# ## Learning the pieces
-# Byte-pair encoding starts with single characters. It merges the two most frequent neighbours into a new piece, and
-# repeats this until the vocabulary is full. A rare character gets no piece. The tokenizer writes it as UTF-8 bytes, so
-# no text is unknown. If the vocabulary is too small for the characters, the error message says what to change. The
-# tokenizer learns from a sample of up to 100 megabytes of lines.
+# ## Byte-pair encoding by hand
+# Byte-pair encoding (Sennrich et al., 2016) finds a middle way. It starts with single characters. Then it repeats one
+# step: count all pairs of neighbours, and make the most frequent pair into one piece.
+#
+# $$(a, b)^\ast = \arg\max_{(a,\,b)} \mathrm{count}(a\,b), \qquad a\,b \to ab$$
+#
+# Frequent words so become one piece, and rare ones stay in several. The whole method is these eight lines.
+
+# %%
+phrase = "the father gathers feathers"
+
+
+def merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+# %%
+pieces, steps = list(phrase), []
+for _ in range(6):
+    pairs = Counter(pairwise(pieces)).most_common(3)  # the winner comes first
+    pieces = merge(pieces, pairs[0][0])
+    steps.append((pairs, pieces))
+plots.merge_steps(list(phrase), steps, f"Six merges turn {len(phrase)} letters into {len(pieces)} pieces")
+
+# %% [markdown]
+# Read it row by row. In a row of pairs, the orange one occurs most often. (Of equal ones the first wins.) Below it, the
+# pair has become one box wherever it stands. After four merges `ather` is one piece: the part that *father*, *gathers*
+# and *feathers* share. Nobody told the method where a word ends.
+
+# %% [markdown]
+# ## Learning the pieces of the whole text
+# SentencePiece does the same with the whole folder, until the vocabulary is full. A rare character gets no piece. The
+# tokenizer writes it as UTF-8 bytes, so no text is unknown. If the vocabulary is too small for the characters, the
+# error message says what to change. The tokenizer learns from a sample of up to 100 megabytes of lines.
 
 # %%
 tok = train_tokenizer(library.kept, model_prefix, vocab_size, character_coverage=character_coverage, seed=seed)
 print(f"wrote {display_path(model_prefix)}.model and .vocab")
 
-# %% tags=["nbval-check-output"]
-print("pieces:", tok.vocab_size)
-print("pad, unk, bos, eos:", tok.pad_id, tok.unk_id, tok.bos_id, tok.eos_id)
-print("id of the newline:", tok.encode("\n"))
+# %% [markdown]
+# These were its first merges, in order. (In the default text, most are names. A person often has two: 玄德 Xuande is
+# 刘备 Liu Bei.)
+
+# %%
+learned = [widgets.piece_text(tok, id) for id in range(tok.vocab_size) if not tok.is_byte(id) and id > 3]
+merged = [piece for piece in learned if len(piece) > 1]
+notes = [ENGLISH.get(piece, "") for piece in merged[:24]]
+plots.text_pieces(merged[:24], "What the tokenizer merged first", notes=notes if any(notes) else ())
+
+# %%
+longest = sorted(learned, key=len, reverse=True)[:24]
+notes = [ENGLISH.get(piece, "") for piece in longest]
+title = f"The longest of {len(learned):,} pieces have up to {len(longest[0])} characters"
+plots.text_pieces(longest, title, notes=notes if any(notes) else ())
 
 # %% [markdown]
-# ## What it learned
 # Most pieces of a small Chinese vocabulary are single characters. The longer ones are names, titles, and phrases that
 # every chapter repeats.
 
 # %%
-pieces = [widgets.piece_text(tok, id) for id in range(tok.vocab_size) if not tok.is_byte(id) and id > 3]
-plots.piece_lengths(Counter(map(len, pieces)), f"The length of {len(pieces):,} pieces, single bytes left out")
-
-# %%
-longest = sorted(pieces, key=len, reverse=True)[:48]
-plots.text_pieces(longest, f"The longest of {len(pieces):,} pieces have up to {len(longest[0])} characters")
+plots.piece_lengths(Counter(map(len, learned)), f"The length of {len(learned):,} pieces, single bytes left out")
 
 # %% [markdown]
-# How long is a token, and how often does the tokenizer write a character in bytes?
+# Now the same texts as before: our line, and the phrase that we merged by hand. A tokenizer knows only what it was
+# trained on. The default text holds no English word, so its tokenizer spells the phrase letter by letter, each letter
+# as one byte.
+
+# %%
+line_ids, phrase_ids = tok.encode(line), tok.encode(phrase)
+rows = [
+    (f"the line: {len(line_ids)} tokens", [widgets.piece_text(tok, id) for id in line_ids], ()),
+    (f"the phrase: {len(phrase_ids)} tokens", [widgets.piece_text(tok, id) for id in phrase_ids], ()),
+    (f"by hand: {len(pieces)} pieces", [piece.replace(" ", "␣") for piece in pieces], ()),
+]
+plots.box_rows(rows, "The trained tokenizer, and our six merges")
 
 # %% tags=["nbval-check-output"]
+# Checked
+print("pieces:", tok.vocab_size)
+print("pad, unk, bos, eos:", tok.pad_id, tok.unk_id, tok.bos_id, tok.eos_id)
+print("id of the newline:", tok.encode("\n"))
+print(f"by hand: {len(phrase)} letters, {len(pieces)} pieces, joined again: {''.join(pieces)}")
+
+# %% [markdown]
+# ## What a token costs
+# A token is the unit of work. The model does all its arithmetic once for each token that it reads or writes: about two
+# operations for each parameter to write, six to learn. It also sees only a fixed number of tokens, its window. So if a
+# token holds more characters, the same text costs less, and the window reaches further back.
+#
+# $$\text{operations to write a text} \approx 2 \times \text{parameters} \times \text{tokens}$$
+
+# %%
 ids = [id for document in tok.encode_batch(texts) for id in document]
+per_token = characters / len(ids)
+model_config, _ = config.preset("scifi-mini")
+print(f"scifi-mini has {model_config.n_params():,} parameters: {2 * model_config.n_params():,} operations a token")
+print(
+    f"its window of {model_config.max_seq_len} tokens holds about {model_config.max_seq_len * per_token:.0f} characters"
+)
+
+# %% tags=["nbval-check-output"]
+# Checked
 byte_tokens = sum(map(tok.is_byte, ids))
-print(f"{len(ids):,} tokens, {characters / len(ids):.3f} characters per token")
+print(f"{len(ids):,} tokens, {per_token:.3f} characters per token")
 print(f"tokens that are single bytes: {byte_tokens / len(ids):.2%}")
 print(f"unknown tokens: {ids.count(tok.unk_id)}")
 
 # %% [markdown]
 # ## How large should the vocabulary be?
-# With more pieces, the same text has fewer tokens. The model then sees more text in its window and needs less compute
-# for it. But each piece is a row in two large tables, and a rare piece is hard to learn. So a small corpus needs a
-# small vocabulary. (We measure on the training text. There a large vocabulary looks a little better than it is.)
+# With more pieces, the same text has fewer tokens. But each piece is a row in the model's table, one number for each of
+# its `dim` places, and a rare piece is hard to learn. So a small corpus needs a small vocabulary. Left below: what a
+# larger vocabulary saves. Right: what it costs in a model of scifi-mini's width. (We measure on the training text.
+# There a large vocabulary looks a little better than it is.)
 
 # %%
 sizes = [int(vocab_size * factor) for factor in (0.7, 1, 1.5, 2, 3, 4)]
@@ -155,11 +260,11 @@ with tempfile.TemporaryDirectory() as scratch:
     largest = Tokenizer(Path(scratch, f"vocab-{max(ratios)}.model")) if ratios else tok
 
 # %%
-ratios = ratios or {tok.vocab_size: characters / len(ids)}  # a very small text allows no other size
+ratios = ratios or {tok.vocab_size: per_token}  # a very small text allows no other size
 small, large = min(ratios), max(ratios)
 saved = 1 - ratios[small] / ratios[large]
 title = f"{large / small:.1f} times the pieces, {saved:.0%} fewer tokens"
-plots.compression(list(ratios), list(ratios.values()), title, chosen=vocab_size)
+plots.compression(list(ratios), list(ratios.values()), title, chosen=vocab_size, dim=model_config.dim)
 
 # %% [markdown]
 # ## What this much text can feed
@@ -168,45 +273,72 @@ plots.compression(list(ratios), list(ratios.values()), title, chosen=vocab_size)
 # fifth of its tokens. A larger one still learns, but it learns the text by heart.
 
 # %%
-tokens = round(sum(document.characters for document in library.kept) * len(ids) / characters)
+tokens = round(sum(document.characters for document in library.kept) / per_token)
 widgets.tables({f"{tokens:,} tokens": preset_advice(tokens)})
 
 # %% tags=["nbval-check-output"]
+# Checked
 print(f"a vocabulary that suits so much text: about {report.advised_vocab_size(library):,}")
 
 # %% [markdown]
 # ## Nothing is lost
-# By default, SentencePiece turns ， into a comma, drops newlines and merges spaces. Here this is switched off. Every
-# text comes back exactly as it was: every document, and any text that you type.
-
-# %% tags=["nbval-check-output"]
-same = [tok.decode(tok.encode(text)) == text for text in texts]
-print(f"documents that come back unchanged: {sum(same)} of {len(same)}")
-strange = ["ｆｕｌｌ－ｗｉｄｔｈ，，。", "  two  spaces\tand a tab\n\n", "🐉龘 <s> ▁ \x00", "\u3000ideographic space"]
-print("strange strings too:", all(tok.decode(tok.encode(text)) == text for text in strange))
-
-# %% [markdown]
-# ## A sentence in pieces
-# Each box is one token. ⟨E4⟩ is one byte of a rare character, ␣ is a space, ⏎ is a newline.
+# A tokenizer should give back exactly what it was given. Many settings do not. SentencePiece's defaults turn the
+# full-width ， into a comma, drop newlines and merge spaces. Without byte pieces, a rare character becomes "unknown".
+# Here all of that is switched off. In the table, ⏎ is a newline, ␣ a space, ⁇ an unknown character.
 
 # %%
-lines = [line for text in texts for line in text.split("\n") if line]
-sentence = lines[6 % len(lines)][:120]
-shown_pieces = [widgets.piece_text(tok, id) for id in tok.encode(sentence)]
-plots.text_pieces(shown_pieces, f"{len(sentence)} characters become {len(shown_pieces)} tokens")
+strange = ["ｆｕｌｌ－ｗｉｄｔｈ，，。", "  two  spaces\tand a tab\n\n", "🐉龘 <s> ▁ \x00", "\u3000ideographic space"]
+normalizer = sentencepiece.SentencePieceNormalizer(
+    rule_name="nmt_nfkc", add_dummy_prefix=False, remove_extra_whitespaces=True
+)
+
+
+def seen(text: str) -> str:
+    return widgets.visible(text).replace("\n", "⏎").replace(" ", "␣")
+
+
+def without_bytes(text: str) -> str:
+    return "".join("⁇" if any(map(tok.is_byte, tok.encode(character))) else character for character in text)
+
+
+# %%
+rows = [
+    {
+        "text": seen(text),
+        "SentencePiece's defaults": seen(normalizer.normalize(text).replace("▁", " ")),
+        "without byte pieces": seen(without_bytes(text)),
+        "here": seen(tok.decode(tok.encode(text))),
+    }
+    for text in strange
+]
+widgets.tables({"What comes back": rows})
+
+# %% tags=["nbval-check-output"]
+# Checked
+same = [tok.decode(tok.encode(text)) == text for text in texts]
+print(f"documents that come back unchanged: {sum(same)} of {len(same)}")
+same = [tok.decode(tok.encode(text)) == text for text in strange]
+print(f"strange strings that come back unchanged: {sum(same)} of {len(same)}")
 
 # %% [markdown]
 # ## Try it
 # Type into the box. Both tokenizers cut your text at once. Below each piece you see its id, its bytes and, if it occurs
-# more than once, how often. Try a name that the novel often uses, a name that it never uses, and an emoji. (Where you
-# cannot type, for example on a code host, you see only the result.)
+# more than once, how often. ⟨E4⟩ is one byte of a rare character, ␣ is a space, ⏎ is a newline. Try a name that the
+# novel often uses, a name that it never uses, and an emoji. (Where you cannot type, for example on a code host, you see
+# only the result.)
+#
+# *In English, the sentence from the default text:* "In the second year of Jianning, on the fifteenth of the fourth
+# month, the emperor came to the Wende Hall. As he was about to sit, a fierce wind rose at the hall's corner, and
+# a great green snake came flying down from the beam and coiled upon the chair."
 
 # %%
+sentence = lines[6 % len(lines)]
 tokenizers = {f"{tokenizer.vocab_size:,} pieces": tokenizer for tokenizer in (tok, largest)}
-widgets.TokenExplorer(tokenizers, sentence[:60])
+widgets.TokenExplorer(tokenizers, sentence[:48])
 
 # %% [markdown]
 # ## What to try next
+# - `phrase`: put in a sentence of your own. Which piece appears first, and does a merge ever reach across a space?
 # - `vocab_size = 8000`: which names become one piece now?
 # - `character_coverage = 0.98`: there are more merges and more bytes. Are there more characters per token?
 # - Your own texts: `data_dir = "data/mine"`. Mixed languages make good pictures.

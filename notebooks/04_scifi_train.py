@@ -9,15 +9,17 @@
 # %% [markdown]
 # # 4 · Training a language model
 #
-# *Can a few million numbers learn to write like a novelist?* This notebook first says what a training run will cost.
-# Then it trains a Llama-like model on the corpus. A short run stops in the middle and continues from the checkpoint. At
-# the end it compares the model with a good file compressor and with counted 4-grams.
+# *Can a few million numbers learn to write like a novelist?* This notebook says what a training run will cost,
+# takes one training step by hand, and then trains a Llama-like model on the corpus. A short run stops in the middle and
+# continues from its checkpoint. Then the model is compared with a good file compressor and with counted 4-grams. The
+# last part shows where the memory goes and what the optimizer does.
 #
 # | in | out | time |
 # | --- | --- | --- |
 # | `data_dir`; `tokenizer_model_file` from notebook 1 | `<output_dir>/<project>/`, a run | 4 minutes on two CPU cores |
 #
-# On one 80 GB GPU, `preset` takes `scifi-117M`, `scifi-1.5B` or `zhwiki-2.46B`.
+# On a GPU, `preset` takes `scifi-10M` or `scifi-40M`; with 16 GB also `scifi-117M`; with 80 GB also `scifi-1.5B` or
+# `zhwiki-2.46B`.
 #
 # Before: [3 · A toy task](03_toyreverse.ipynb) · Next: [5 · Writing](05_generate.ipynb)
 #
@@ -25,38 +27,47 @@
 # [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
-preset: str = "scifi-mini"  # scifi-mini, scifi-117M, scifi-1.5B, zhwiki-2.46B
+# What most runs set
+preset: str = "scifi-mini"  # scifi-mini, scifi-10M, scifi-40M, scifi-117M, scifi-1.5B, zhwiki-2.46B
 data_dir: str = "data/sanguo"  # folder of texts
 tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
+output_dir: str = "outputs/runs"  # folder of all runs
+project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
+checkpoint_dir: str = None  # a checkpoint, a run, latest or best to continue; auto: this project's run, or a new one
+epochs: float = None  # how often to read the text; None: as max_steps says
+max_steps: int = None  # optimizer steps; None: scifi-mini's own, else four epochs; a resume keeps the run's
+prompt: str = "却说曹操"  # samples continue this text
+device: str = "auto"  # auto, cpu, cuda, mps
+seed: int = 0  # random seed for the initial weights and the order of the data
+
+# The rest: None is the preset's, or what suits the text, the memory or the run that is continued
+init_step: int = None  # with checkpoint_dir: the step that the checkpoint must have
+checkpoint_interval: int = None  # steps between checkpoints
+checkpoint_minutes: float = None  # minutes after which to save in any case; 0: never for that
+backup_dir: str = None  # a folder on another drive, where a copy of the run is kept; auto takes it if the run is lost
 dataset_dir: str = "auto"  # token files, from notebook 2 or made here; auto: a folder for this corpus and tokenizer
 val_fraction: float = None  # share of the documents held out; None: as in an existing data set, else 0.05
 errors: str = None  # for a text that cannot be read: strict stops, skip leaves it out; None: as before, else strict
 encoding: str = None  # of the files, a name or auto; None: as before, else auto
 clean: bool = None  # leave out advertisements and leftovers of web pages; None: as before, else True
 duplicates: str = None  # copies of a text: drop leaves them out, keep keeps them; None: as before, else drop
-output_dir: str = "outputs/runs"  # folder of all runs
-project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
-checkpoint_dir: str = None  # continue from a checkpoint, a run, latest or best; auto: from this project's run, or start
-init_step: int = None  # with checkpoint_dir: the step that the checkpoint must have
-checkpoint_interval: int = None  # steps between checkpoints; None: the preset's
-checkpoint_minutes: float = None  # minutes after which to save in any case, 0: never for that; None: the preset's
-backup_dir: str = None  # a folder on another drive, where a copy of the run is kept; auto takes it if the run is lost
-context_size: int = None  # tokens in a window; None: the preset's
-dim: int = None  # width of the model; None: the preset's
-n_layers: int = None  # blocks; None: the preset's
-n_heads: int = None  # heads in a block; None: the preset's
-max_steps: int = None  # optimizer steps; None: the preset's
-batch_size: int = None  # windows per step; None: the preset's
-grad_accum_steps: int = None  # batches added up in a step, to save memory; None: the preset's
-learning_rate: float = None  # peak; None: the preset's
-weight_decay: float = None  # on matrices; None: the preset's
-activation_checkpointing: str = None  # none, selective or full; None: the preset's
-prompt: str = "却说曹操"  # samples continue this text
-device: str = "auto"  # auto, cpu, cuda, mps
+context_size: int = None  # tokens in a window
+dim: int = None  # width of the model; n_heads and the width of the MLP follow
+n_layers: int = None  # blocks
+n_heads: int = None  # heads in a block
+tokens_per_step: int = None  # tokens in an optimizer step, which decide what it learns
+batch_size: int = None  # windows per forward pass, which decide how much memory it needs; None: what fits
+grad_accum_steps: int = None  # forward passes per step; None: as many as tokens_per_step needs
+activation_checkpointing: str = None  # none, selective or full; None: what fits
+optimizer: str = None  # adamw or muon; each needs a learning_rate of its own
+learning_rate: float = None  # peak, of AdamW
+muon_learning_rate: float = None  # peak, of Muon's matrices
+schedule: str = None  # of the rates: cosine, wsd or plateau
+weight_decay: float = None  # on matrices
 precision: str = "auto"  # auto, bf16, fp16, fp32
+compile: str = "auto"  # auto (if the run is long enough to win the time back), on, off
 tracker: str = None  # tensorboard, wandb or None
 thorough: bool = True  # measure speed and memory, and evaluate all held-out text; a sweep needs neither
-seed: int = 0  # random seed for the initial weights and the order of the data
 
 # %%
 from llmcore.notebook.parameters import check_parameters
@@ -64,6 +75,8 @@ from llmcore.notebook.parameters import check_parameters
 check_parameters(globals())
 
 # %%
+import inspect
+import math
 import time
 
 import torch
@@ -74,19 +87,21 @@ from llmcore.corpus import report
 from llmcore.corpus.prepare import dataset_folder, prepare_dataset
 from llmcore.corpus.sources import open_corpus
 from llmcore.dataset import TokenDataset
-from llmcore.device import pick_device
+from llmcore.device import autocast, pick_device, pick_precision
 from llmcore.files import display_path, resolve
 from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.disk import check_disk
 from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
-from llmcore.measure.memory import check_memory, predict_memory
+from llmcore.measure.memory import block_activations, check_memory, has_attention_kernel, predict_memory
 from llmcore.measure.ngram import evaluate_ngram
-from llmcore.measure.planner import measure_memory, plan
+from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, text_advice
 from llmcore.model import Transformer
 from llmcore.notebook import plots, widgets
+from llmcore.notebook.gloss import gloss
 from llmcore.notebook.run_page import write_index
 from llmcore.notebook.trackers import check_tracker, tracker_callback
 from llmcore.notebook.widgets import TrainingDashboard
+from llmcore.optim import build_optimizers, clip_gradient, learning_rate_at, set_rates, update_or_skip
 from llmcore.runs import check_writable, free_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
@@ -103,9 +118,10 @@ else:
 if start:
     check_has_state(start)
     print(f"goes on from {display_path(start)}, all of whose files were checked in {time.perf_counter() - began:.1f} s")
+saved = read_config(start).get("train", {}) if start else {}
 reached = read_config(start)["step"] if start else 0
-last_step = max_steps or config.preset(preset)[1].max_steps
-if reached >= last_step and checkpoint_dir != "auto":
+last_step = max_steps or (None if epochs else saved.get("max_steps"))
+if last_step and reached >= last_step and checkpoint_dir != "auto":
     raise ValueError(
         f"max_steps={last_step}, but checkpoint_dir={display_path(start)!r} is already at step {reached}; "
         "raise max_steps, or open the checkpoint in notebook 5"
@@ -120,12 +136,11 @@ if reached >= last_step and checkpoint_dir != "auto":
 tok = Tokenizer(tokenizer_model_file)
 model_config, train_config = config.preset(preset)
 window = context_size or model_config.max_seq_len
+shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads}
 model_config = model_config.replace(
     vocab_size=tok.vocab_size,
     max_seq_len=window,
-    dim=dim or model_config.dim,
-    n_layers=n_layers or model_config.n_layers,
-    n_heads=n_heads or model_config.n_heads,
+    **{name: value for name, value in shape.items() if value is not None},
 )
 
 # %%
@@ -137,26 +152,54 @@ print(report.summary(manifest))
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
 
+# %% [markdown]
+# A preset says how many tokens a step reads, because this decides what a step learns. The step is cut into batches that
+# fit into the memory, and their gradients are added up. A run that is continued on a smaller device is cut into smaller
+# batches and learns the same.
+
 # %%
+given = {
+    "optimizer": optimizer,
+    "learning_rate": learning_rate,
+    "muon_learning_rate": muon_learning_rate,
+    "schedule": schedule,
+    "weight_decay": weight_decay,
+    "checkpoint_interval": checkpoint_interval,
+    "checkpoint_minutes": checkpoint_minutes,
+}
 train_config = train_config.replace(
-    max_steps=last_step,
-    warmup_steps=min(train_config.warmup_steps, last_step // 10),  # a short run has a short warm-up
-    batch_size=batch_size or train_config.batch_size,
-    grad_accum_steps=grad_accum_steps or train_config.grad_accum_steps,
-    learning_rate=learning_rate or train_config.learning_rate,
-    weight_decay=train_config.weight_decay if weight_decay is None else weight_decay,
-    activation_checkpointing=activation_checkpointing or train_config.activation_checkpointing,
-    checkpoint_interval=train_config.checkpoint_interval if checkpoint_interval is None else checkpoint_interval,
-    checkpoint_minutes=train_config.checkpoint_minutes if checkpoint_minutes is None else checkpoint_minutes,
+    compile=compile,
     precision=precision,
     seed=seed,
     sample_prompt=prompt,
+    **{name: value for name, value in given.items() if value is not None},
+)
+train_config = choose_batch(
+    preset,
+    model_config,
+    train_config,
+    device,
+    tokens_per_step=tokens_per_step,
+    batch_size=batch_size,
+    grad_accum_steps=grad_accum_steps,
+    activation_checkpointing=activation_checkpointing,
+    saved=saved,
+)
+train_config = choose_steps(
+    preset,
+    model_config,
+    train_config,
+    len(train_data.tokens),
+    max_steps=max_steps,
+    epochs=epochs,
+    saved=saved,
 )
 
 # %% tags=["nbval-check-output"]
-print("tokenizer", tok.fingerprint[:16], "with", tok.vocab_size, "pieces")
+# Checked
+assert manifest["tokenizer"] == tok.fingerprint
+print("tokenizer", tok.fingerprint[:16], "with", tok.vocab_size, "pieces; the data set was made with it")
 print(f"data set: {len(train_data.tokens):,} tokens to train on, {len(val_data.tokens):,} held out")
-print(f"made with this tokenizer: {manifest['tokenizer'] == tok.fingerprint}")
 
 # %% [markdown]
 # ## What it will cost
@@ -168,57 +211,104 @@ check_memory(model_config, train_config, device)
 run_dir = start.parent if start else free_run_dir(output_dir, project)
 if checkpoint_dir == "auto":
     run_dir = resolve(output_dir) / project
-if reached < last_step:
+if reached < train_config.max_steps:
     check_disk(model_config, train_config, device, run_dir, backup_dir)
 cost = plan(model_config, train_config, device, data=train_data if thorough else None)
 for name, value in cost.rows().items():
     print(f"{name:32} {value}")
 
-# %% tags=["nbval-check-output"]
-print(f"parameters: {cost.parameters:,}")
-
 # %% [markdown]
 # Hoffmann et al. ("Chinchilla", 2022) asked which model has the lowest loss for a given amount of compute. It is about
-# the one that reads twenty tokens per parameter. This holds if there is enough text to read it only once.
+# the one that reads twenty tokens per parameter. This holds if there is enough text to read it only once. To read it up
+# to four times is nearly as good (Muennighoff et al., 2023). So the larger presets read a text four times, unless
+# `epochs` or `max_steps` says otherwise.
 
 # %%
 print(f"this run: {cost.parameters / 1e6:.1f}M parameters, {cost.tokens / cost.parameters:.1f} tokens for each")
 print(f"it reads the training text {cost.epochs(len(train_data.tokens)):.1f} times")
+print(text_advice(cost.parameters, cost.tokens, len(train_data.tokens)))
 print(f"the same compute, spent best: {cost.best_size_for_compute / 1e6:.1f}M parameters,", end=" ")
 print(f"{cost.best_tokens_for_compute / 1e6:.1f}M tokens")
 
+# %% tags=["nbval-check-output"]
+print(f"parameters: {cost.parameters:,}")
+
 # %% [markdown]
-# Activations need most of the memory. These are the numbers that the forward pass keeps for the backward pass.
-# **Activation checkpointing** keeps fewer of them and computes the others again. `selective` keeps the results of
-# matrix products and attention. `full` keeps only the input of each block.
+# ## One training step, by hand
+# Training repeats one step. We take it here by hand, on a model of one block that is thrown away, and watch three
+# numbers of one matrix. This is what each line does:
 #
-# The lines are predictions for a step that is not compiled. For each point we measured two such steps in a new process.
-# A run on a CPU needs a little more: to be faster, it does not give freed memory back to the system.
+# - `set_rates`: the **schedule** sets the learning rate. It rises at first, when gradients are wild, and falls to the
+#   end.
+# - `batch`: the windows of this step. They follow from the step's number and the seed.
+# - `autocast`: matrix products are computed in half the bits. The weights stay in float32.
+# - `small(x, y)`: **forward**, from tokens to the **cross-entropy**, the mean surprise at the true next tokens:
+#   $-\frac{1}{n}\sum_t \ln p(y_t)$.
+# - `backward`: the **gradient** says for each weight how the loss would change. A scaler keeps small gradients of fp16
+#   from becoming zero.
+# - `clip_gradient`: a gradient longer than 1 is shortened to 1, so that a strange batch cannot ruin the model.
+# - `update_or_skip`: the **optimizer** moves the weights against the gradient. If a number is not finite, the step is
+#   skipped.
 
 # %%
-not_compiled = train_config.replace(compile="off", grad_accum_steps=1)
-sizes = [train_config.batch_size, 2 * train_config.batch_size]
-predicted = {"none": {}, "selective": {}, "full": {}}
-for policy in predicted:
-    for size in (1, *sizes):
-        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
-        predicted[policy][size] = predict_memory(model_config, settings, device)["total"]
+here, kind = torch.device(device), pick_precision(precision, torch.device(device))
+torch.manual_seed(seed)
+small = Transformer(model_config.replace(n_layers=1)).to(device)
+optimizers = build_optimizers(small, train_config)
+scaler = torch.amp.GradScaler(device, enabled=kind == "fp16")
+matrix = small.layers[0].feed_forward.w1.weight
+before = matrix.detach().clone()
 
 # %%
-measured = {}
-if thorough and cost.parameters < 20e6:  # with a larger model this would take too long
-    for policy, size in (("none", sizes[0]), ("full", sizes[0]), ("full", sizes[1])):
-        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
-        measured.setdefault(policy, {})[size] = measure_memory(model_config, settings, device)["peak_bytes"]
-saved = 1 - predicted["full"][sizes[1]] / predicted["none"][sizes[1]]
-title = f"Computing blocks again saves {saved:.0%} of the memory at batch {sizes[1]}"
-plots.memory_against_batch(predicted, measured, title)
+set_rates(optimizers, learning_rate_at(train_config.warmup_steps, train_config))
+x, y = train_data.batch(0, train_config.batch_size, seed)
+with autocast(kind, here):
+    loss = small(x.to(device), y.to(device))
+scaler.scale(loss).backward()
+norm = clip_gradient(small, optimizers, scaler, train_config.grad_clip)
+gradient = matrix.grad.clone()
+update_or_skip(optimizers, scaler, finite=True)
 
 # %%
-for policy, points in measured.items():
-    for size, peak in points.items():
-        expected = predicted[policy][size]
-        print(f"{policy}, batch {size}: predicted {expected / 1e6:,.0f} MB, measured {peak / 1e6:,.0f} MB")
+print(f"loss {loss:.3f}, gradient {norm:.2f} long, computed in {kind}")
+for name, numbers in {"before": before, "gradient": gradient, "after": matrix.detach()}.items():
+    print(f"{name:9}", "  ".join(f"{number:+.6f}" for number in numbers[0, :3].tolist()))
+
+# %% [markdown]
+# A model that knows nothing gives each of the $V$ tokens the same probability. Its loss is $\ln V$. A new model is near
+# that. The run below does the same in `Trainer._train_step`. It also adds up the gradients of several batches, and
+# counts.
+
+# %% tags=["nbval-check-output"]
+# Checked
+assert abs(loss.item() - math.log(tok.vocab_size)) < 0.5
+assert not torch.equal(before, matrix)
+print(f"the first loss is near ln {tok.vocab_size} = {math.log(tok.vocab_size):.2f}")
+
+# %%
+print(inspect.getsource(Trainer._train_step))
+
+# %% [markdown]
+# ## Half the bits
+# A number in float32 has 32 bits. **bfloat16** has 16: the same exponent, so the same range, but only two or three
+# correct digits. **float16** has more digits and a small range. A gradient of 1e-8 becomes zero in it, so its loss is
+# scaled up before the backward pass. With bfloat16 this is not needed.
+
+# %%
+formats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+plots.number_formats(formats, "bfloat16 keeps the range of float32, and float16 keeps more digits")
+
+# %%
+tiny = torch.tensor(1e-8)
+print(f"1e-8 in bfloat16: {tiny.bfloat16().item():.1e}; in float16: {tiny.half().item():.1e}")
+for name in ("float32", "bfloat16"):
+    a = torch.randn(1024, 1024, device=device).to(formats[name])
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - started)
+    print(f"{name}: a 1024 x 1024 matrix takes {a.nbytes / 1e6:.1f} MB, a product {1000 * sorted(seconds)[3]:.1f} ms")
 
 # %% [markdown]
 # ## Training
@@ -268,10 +358,11 @@ if first_half.stopped_early:
     await dashboard.run(second)
 
 # %% tags=["nbval-check-output"]
+# Checked
 events = read_metrics(run_dir)
-print("continued from the step where it stopped:", resumed_at == trainer.step)
-print("every step is in the metrics once:", [e["step"] for e in events] == list(range(1, second.step + 1)))
-print("steps skipped for a loss that is not finite:", second.progress.skipped)
+assert resumed_at == trainer.step
+assert [event["step"] for event in events] == list(range(1, second.step + 1))
+print("every step is in the metrics once; steps skipped for a loss that is not finite:", second.progress.skipped)
 
 # %% [markdown]
 # At a step down in the training loss, the model begins to read the corpus once more. It reads the same sentences again
@@ -287,8 +378,8 @@ print("steps skipped for a loss that is not finite:", second.progress.skipped)
 # %%
 for event in events:
     if "sample" in event:
-        text = widgets.visible(widgets.ending(event.get("sample_prompt", prompt)) + event["sample"])
-        print(f"--- step {event['step']:,}, loss {event['loss']:.2f}\n{text}\n")
+        text = widgets.ending(event.get("sample_prompt", prompt)) + event["sample"]
+        print(f"--- step {event['step']:,}, loss {event['loss']:.2f}\n{widgets.visible(text)}\n({gloss(text)})\n")
 
 # %% [markdown]
 # ## How good is it?
@@ -353,6 +444,81 @@ title = f"{preset} beats 4-grams on {wins} of {len(texts)} held-out documents"
 plots.document_scores({preset: ours, "4-grams": counting}, title)
 
 # %% [markdown]
+# ## Where the memory goes
+# A training step holds more than the weights. The optimizer keeps one or two numbers for each weight, and the backward
+# pass makes one more, the gradient. **Activations** are the numbers that the forward pass keeps for the backward pass.
+# They grow with the batch, and here they need most.
+
+# %%
+need = {name: size / 1e6 for name, size in cost.memory.items() if name != "total"}
+largest = max(need, key=need.get)
+plots.stacked(need, "MB", f"Most of the memory of a step: {largest}, {need[largest] / sum(need.values()):.0%}")
+
+# %% [markdown]
+# **Activation checkpointing** keeps fewer activations and computes the others again in the backward pass: memory is
+# paid for with time. `selective` keeps what takes long to compute: the results of matrix products and of attention.
+# `full` keeps only the input of each block. (With short windows on a CPU, attention is spelled out, and `selective`
+# computes it again.)
+
+# %%
+bytes_of_a_number, fused = 4 if kind == "fp32" else 2, device == "cuda"
+kernel = has_attention_kernel(model_config, window, bytes_of_a_number, fused)
+tokens = model_config.n_layers * train_config.batch_size * window
+kept = {
+    policy: tokens * block_activations(model_config, policy, window, bytes_of_a_number, fused) / 1e6
+    for policy in ("none", "selective", "full")
+}
+title = f"full keeps {kept['full'] / kept['none']:.0%} of what none keeps, and computes the rest again"
+plots.kept_and_again(kept, kernel, title)
+
+# %% [markdown]
+# The lines are predictions for a step that is not compiled. For each point we measured two such steps in a new process.
+# The lines bend where a batch has so many scores that the loss is computed in pieces: then all scores never exist at
+# once.
+# A run on a CPU needs a little more: to be faster, it does not give freed memory back to the system.
+
+# %%
+not_compiled = train_config.replace(compile="off", grad_accum_steps=1)
+sizes = [train_config.batch_size, 2 * train_config.batch_size]
+predicted = {"none": {}, "selective": {}, "full": {}}
+for policy in predicted:
+    for size in (1, *sizes):
+        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
+        predicted[policy][size] = predict_memory(model_config, settings, device)["total"]
+
+# %%
+measured = {}
+if thorough and cost.parameters < 20e6:  # with a larger model this would take too long
+    for policy, size in (("none", sizes[0]), ("full", sizes[0]), ("full", sizes[1])):
+        settings = not_compiled.replace(activation_checkpointing=policy, batch_size=size)
+        measured.setdefault(policy, {})[size] = measure_memory(model_config, settings, device)["peak_bytes"]
+less = 1 - predicted["full"][sizes[1]] / predicted["none"][sizes[1]]
+title = f"Computing blocks again saves {less:.0%} of the memory at batch {sizes[1]}"
+plots.memory_against_batch(predicted, measured, title)
+
+# %%
+for policy, points in measured.items():
+    for size, peak in points.items():
+        expected = predicted[policy][size]
+        print(f"{policy}, batch {size}: predicted {expected / 1e6:,.0f} MB, measured {peak / 1e6:,.0f} MB")
+
+# %% [markdown]
+# ## What the optimizer does
+# A gradient is a matrix with a few strong directions and many weak ones: its **singular values** fall quickly. Plain
+# descent would move the weights almost only along the strong ones. **Muon** makes all directions of a matrix about
+# equally strong before it moves the weights. **AdamW** divides each number of the gradient by its usual size, which
+# helps in a similar way. Muon is used for the matrices of the blocks, AdamW for the rest. These are the step's gradient
+# and update from above.
+
+# %%
+update = (before - matrix.detach()).float().cpu()
+weak = [torch.linalg.svdvals(each.float().cpu()) for each in (gradient, update)]
+shares = [float(values.median() / values[0]) for values in weak]
+name = {"muon": "Muon", "adamw": "AdamW"}[train_config.optimizer]
+title = f"{name} lifts the middle singular value from {shares[0]:.0%} to {shares[1]:.0%} of the largest"
+plots.singular_values({"gradient": gradient.float().cpu(), f"update by {name}": update}, title)
+
+# %% [markdown]
 # ## The run's folder
 # The run's folder holds everything that belongs to the run: tokenizer, configuration, metrics and checkpoints. We load
 # the last checkpoint and validate again. The loss is the same.
@@ -365,8 +531,10 @@ again = Trainer(
 )
 
 # %% tags=["nbval-check-output"]
-print("the loaded model validates the same:", abs(again.validate()["val_loss"] - last["val_loss"]) < 1e-4)
-print("its tokenizer is ours:", checkpoint.tokenizer.fingerprint == tok.fingerprint)
+# Checked
+assert abs(again.validate()["val_loss"] - last["val_loss"]) < 1e-4
+assert checkpoint.tokenizer.fingerprint == tok.fingerprint
+print("the loaded model validates the same, and has our tokenizer")
 
 # %% [markdown]
 # ## Runs side by side
@@ -387,6 +555,8 @@ plots.compare_runs(runs)
 # - `learning_rate = 1e-2` or `4e-2`, with another `project`: which curve ends lower?
 # - `max_steps = 300` for a first look, or twice the preset's: when does the validation loss rise again?
 # - For a night: `checkpoint_dir = "auto"`. Then *Run All* goes on with this run after any interruption.
-# - On a GPU: `preset = "scifi-117M"` with a tokenizer of 16,000 pieces and `data_dir = "data/scifi"`.
+# - In English: `data_dir = "data/shakespeare"` in notebooks 1, 2 and 4, `prompt = "HAMLET."`, and another `project`.
+# - On a GPU: `preset = "scifi-10M"` or `"scifi-40M"` with a tokenizer of 8,000 pieces and `data_dir = "data/scifi"`, or
+#   `"scifi-117M"` with 16,000 pieces.
 #
 # **[Next: 5 · Writing](05_generate.ipynb)**

@@ -9,8 +9,9 @@
 # %% [markdown]
 # # 5 · Writing
 #
-# *What does the model write, and how sure is it?* This notebook loads a trained model and lets it write. Then it shows
-# the probabilities of the words.
+# *What does the model write, and how sure is it?* This notebook loads a trained model and lets it write. It shows the
+# probabilities behind the words, five ways to choose from them, and why writing is fast. The novel's words have English
+# beside them.
 #
 # | in | out | time |
 # | --- | --- | --- |
@@ -52,7 +53,9 @@ from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
 from llmcore.measure.compare_runs import find_runs
+from llmcore.model import KVCache
 from llmcore.notebook import plots, widgets
+from llmcore.notebook.gloss import beside_english, gloss
 from llmcore.quantize import int8_weights
 
 device = str(pick_device(device))
@@ -62,63 +65,111 @@ checkpoint = load_checkpoint(output_dir, checkpoint_dir or "latest", device=devi
 model, tok = checkpoint.model, checkpoint.tokenizer
 print(f"{display_path(checkpoint.path)}: step {checkpoint.step:,}, {loss_in_words(checkpoint.config)}")
 
-# %% tags=["nbval-check-output"]
-print(f"{model.config.n_params():,} parameters, context of {model.config.max_seq_len} tokens")
-print("every parameter is finite:", all(bool(p.isfinite().all()) for p in model.parameters()))
-
 # %% [markdown]
 # ## Word by word
-# Each piece of text appears as soon as it is sampled. The model keeps the keys and values of earlier tokens. So a new
-# token costs one step, and the model does not read the whole text again.
+# The model reads the text so far and gives a probability to each token of its vocabulary. One token is drawn by these
+# probabilities and added to the text. Then the same again. Each piece of text appears as soon as it is drawn.
 
 # %%
 sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed}
 print(widgets.visible(widgets.ending(prompt)), end="")
+written = ""
 for piece in stream(model, tok, prompt, max_new_tokens, temperature, **sampling):
     print(widgets.visible(piece), end="", flush=True)
-
-# %% tags=["nbval-check-output"]
-few = min(max_new_tokens, 40)
-whole = generate(model, tok, prompt, few, temperature, **sampling)
-print("streaming gives the same text:", "".join(stream(model, tok, prompt, few, temperature, **sampling)) == whole)
-print("the same seed gives the same text:", generate(model, tok, prompt, few, temperature, **sampling) == whole)
-
-# %% [markdown]
-# ## Cold and hot
-# With a low temperature, the model repeats safe phrases. With a high one it invents more and makes more mistakes. Which
-# one do you like best?
+    written += piece
 
 # %%
-for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
-    text = generate(model, tok, prompt, min(max_new_tokens, 80), degree, **sampling)
-    print(f"--- temperature {degree}\n{widgets.visible(widgets.ending(prompt) + text)}\n")
+print("In English:", gloss(prompt + written))
+
+# %% tags=["nbval-check-output"]
+# Checked
+few = min(max_new_tokens, 40)
+whole = generate(model, tok, prompt, few, temperature, **sampling)
+assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+assert "".join(stream(model, tok, prompt, few, temperature, **sampling)) == whole
+assert generate(model, tok, prompt, few, temperature, **sampling) == whole
+print(f"{model.config.n_params():,} finite parameters; a context of {model.config.max_seq_len} tokens")
+print("streamed or not, the same seed writes the same text")
 
 # %% [markdown]
 # ## The next token
-# For each piece, the model computes the probability that it comes next. These are the likeliest pieces.
+# The model gives a score $z_i$ to each token $i$: a *logit*. The softmax turns the scores into probabilities:
+#
+# $$p_i = \frac{e^{z_i}}{\sum_j e^{z_j}}$$
+#
+# These are the likeliest tokens after the prompt.
 
 # %%
 ids = prompt_ids(model, tok, prompt)
 with torch.inference_mode():
     logits = model(torch.tensor([ids], device=device))[:, -1]
-probabilities = next_token_probabilities(logits)[0]
-top = probabilities.topk(12)
-likely = [widgets.piece_text(tok, id) for id in top.indices.tolist()]
-plots.next_tokens(likely, top.values.tolist(), f"After “{widgets.ending(prompt, 40)}”, “{likely[0]}” is the likeliest")
+probabilities = logits.softmax(1)[0]
+top = probabilities.topk(12).indices
+likely = [beside_english(widgets.piece_text(tok, id)) for id in top.tolist()]
+plots.next_tokens(
+    likely, probabilities[top].tolist(), f"After “{widgets.ending(prompt, 40)}”, “{likely[0]}” is the likeliest"
+)
+
+# %% [markdown]
+# ## Five ways to choose
+# To draw from all tokens is risky: thousands of unlikely ones add up. There are five common ways to choose.
+#
+# - **temperature** $T$ divides the scores before the softmax: $p_i \propto e^{z_i / T}$. Below 1, likely tokens become
+#   likelier. At 0, the likeliest is always taken.
+# - **top-k** keeps the $k$ likeliest tokens, however likely they are.
+# - **top-p** keeps the likeliest tokens that together have the probability $p$: few where the model is sure, many where
+#   it is not.
+# - **min-p** keeps tokens that are at least this share as likely as the likeliest.
+#
+# Whatever is kept is divided by its sum, so that the probabilities add up to one again. Hatched bars are cut off.
+
+# %%
+settings = {
+    "the model's own": {},
+    "temperature = 0.5": {"temperature": 0.5},
+    "temperature = 1.5": {"temperature": 1.5},
+    "top_k = 5": {"top_k": 5},
+    "top_p = 0.3": {"top_p": 0.3},
+    "min_p = 0.2": {"min_p": 0.2},
+}
+ways = {name: next_token_probabilities(logits, **setting)[0] for name, setting in settings.items()}
+left = int((ways["top_p = 0.3"] > 0).sum())
+title = f"The same twelve tokens: top_p = 0.3 leaves {left} of {tok.vocab_size:,} here"
+plots.ways_to_choose(likely, {name: chances[top].tolist() for name, chances in ways.items()}, title)
 
 # %% tags=["nbval-check-output"]
-greedy = generate(model, tok, prompt, 1, temperature=0)
-nucleus = next_token_probabilities(logits, top_p=0.5)[0]
-print("probabilities add up to one:", abs(float(probabilities.sum()) - 1) < 1e-4)
-print("temperature 0 takes the likeliest:", greedy == tok.decode([int(probabilities.argmax())]))
-kept = probabilities[nucleus > 0]
-print("top-p = 0.5 keeps no more tokens than it must:", float(kept.sum() - kept.min()) < 0.5 + 1e-6)
+# Checked
+assert all(abs(float(chances.sum()) - 1) < 1e-4 for chances in ways.values())
+assert generate(model, tok, prompt, 1, temperature=0) == tok.decode([int(probabilities.argmax())])
+kept = probabilities[ways["top_p = 0.3"] > 0]
+assert float(kept.sum() - kept.min()) < 0.3 + 1e-6
+print(f"{len(ways)} ways, each adds up to one; temperature 0 takes the likeliest token")
+print("top-p keeps no more tokens than it must")
+
+# %% [markdown]
+# ## Cold and hot
+# With a low temperature, the model repeats safe phrases, and often it ends in a loop. With a high one it invents more
+# and makes more mistakes. A loop can be counted: most of its strings of four characters have been there before. Which
+# text do you like best?
+
+# %%
+for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
+    text = generate(model, tok, prompt, min(max_new_tokens, 80), degree, **sampling)
+    fours = [text[i : i + 4] for i in range(len(text) - 3)]
+    new = f"{len(set(fours)) / len(fours):.0%} of its strings of four are new" if fours else "too short to count"
+    print(f"--- temperature {degree}: {new}\n{widgets.visible(widgets.ending(prompt) + text)}")
+    print(f"({gloss(text)})\n")
 
 # %% [markdown]
 # ## Surprise
 # How well does the model predict a real paragraph? This one is from chapter 37, which was held out of training. The
-# surprise at a token is the negative logarithm of its probability. Dark pieces were a surprise. Often this is the first
-# character of a name. The second is then easy.
+# surprise at a token is $-\ln p$, the negative logarithm of its probability. Dark pieces were a surprise. Often this is
+# the first character of a name. The second is then easy.
+#
+# > *Xuande was preparing gifts, to go to Longzhong and visit Zhuge Liang, when someone announced: “At the gate stands a
+# > gentleman in a tall hat and a broad belt, of extraordinary bearing, who has come to see you.” Xuande said: “Can this
+# > be Kongming?” He put his robes in order and went out to meet him. But it was Sima Hui. Xuande was glad, led him into
+# > the inner hall and gave him the seat of honour.*
 
 # %%
 paragraph = (
@@ -134,15 +185,45 @@ plots.text_pieces(
 )
 
 # %% tags=["nbval-check-output"]
+# Checked
 window = torch.tensor(ids[: model.config.max_seq_len + 1], device=device)
 loss = model(window[None, :-1], window[None, 1:]).item()
-print("one surprise per token:", len(nats) == len(ids) - 1)
-print("a window's mean is its loss:", abs(sum(nats[: len(window) - 1]) / (len(window) - 1) - loss) < 1e-3)
+assert len(nats) == len(ids) - 1
+assert abs(sum(nats[: len(window) - 1]) / (len(window) - 1) - loss) < 1e-3
+print("one surprise per token; their mean is the loss of training")
+
+# %% [markdown]
+# ## Why writing is slow, and the cache
+# To choose token $t + 1$, attention needs the keys and values of all $t$ tokens before it. A model without a memory
+# reads the whole text again at each step: $1 + 2 + \dots + n = n(n+1)/2$ tokens for a text of $n$. But the keys and
+# values of earlier tokens never change, since no token looks at later ones. The **KV cache** keeps them. Then each step
+# reads one token, $n$ in all. We write the same text both ways.
+
+# %%
+count = min(model.config.max_seq_len, 256)
+text_ids = torch.tensor([(ids * count)[:count]], device=device)
+room = KVCache(model.config, 1, device, model.tok_embeddings.weight.dtype, count)
+again, cached, same = [], [], True
+with torch.inference_mode():
+    for t in range(count):
+        started = time.perf_counter()
+        slow = model(text_ids[:, : t + 1])[0, -1].argmax().item()  # .item() waits for the device
+        middle = time.perf_counter()
+        quick = model.output(model.hidden_states(text_ids[:, t : t + 1], room))[0, -1].argmax().item()
+        again.append(middle - started)
+        cached.append(time.perf_counter() - middle)
+        same = same and slow == quick
+plots.cache_work(again, cached, f"With the cache, {count} tokens take {sum(cached) / sum(again):.0%} of the time")
+
+# %% tags=["nbval-check-output"]
+# Checked
+assert same
+print("with and without the cache, the likeliest token is the same at each step")
 
 # %% [markdown]
 # ## How fast
-# We write one text, then sixteen at once. In both cases the computer reads all weights once for each step. On a CPU we
-# can also round the weights to int8. Then it reads a quarter of the bytes, which makes large models faster.
+# We write one text, then sixteen at once. In both cases the computer reads all weights once for each step, and reading
+# them is most of the work. On a CPU we can also round the weights to int8. Then it reads a quarter of the bytes.
 
 # %%
 rates = {}
@@ -159,7 +240,9 @@ rounded = surprise(small, ids)
 print(f"the paragraph in int8: {sum(rounded) / len(rounded):.3f} nats per token, {mean:.3f} in float32")
 
 # %% tags=["nbval-check-output"]
-print("int8 changes the mean surprise by less than 1%:", abs(sum(rounded) / sum(nats) - 1) < 0.01)
+# Checked
+assert abs(sum(rounded) / sum(nats) - 1) < 0.01
+print("int8 changes the mean surprise by less than 1%")
 
 # %% [markdown]
 # ## Take it elsewhere
@@ -188,14 +271,14 @@ if hf_dir:
     back = from_hf(hf_dir, device)
 
 # %% tags=["nbval-check-output"]
+# Checked
 if hf_dir:
     ids_in = window[None, : model.config.max_seq_len]
     with torch.inference_mode():
-        difference = (theirs(ids_in).logits - model(ids_in)).abs().max().item()
-    pairs = zip(model.parameters(), back.model.parameters(), strict=True)
-    print("transformers' logits agree within 1e-4:", difference < 1e-4)
-    print("transformers' tokenizer gives the same ids:", their_tok(paragraph)["input_ids"] == tok.encode(paragraph))
-    print("read back, every weight is the same:", all(torch.equal(ours, same) for ours, same in pairs))
+        assert (theirs(ids_in).logits - model(ids_in)).abs().max() < 1e-4
+    assert their_tok(paragraph)["input_ids"] == tok.encode(paragraph)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), back.model.parameters(), strict=True))
+    print("transformers gives the same ids, and the same scores within 1e-4; read back, each weight is the same")
 
 # %% [markdown]
 # ## Try it

@@ -45,7 +45,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "01_tokenize": {"vocab_size": 2600, "character_coverage": 0.98},
     "02_dataset": {"context_size": 64},
     "03_toyreverse": {"max_steps": 120, "test_strings": 20},
-    "04_scifi_train": {"context_size": 64, "batch_size": 2, "max_steps": 4000, "thorough": False},
+    "04_scifi_train": {
+        "context_size": 64,
+        "batch_size": 2,
+        "grad_accum_steps": 1,
+        "max_steps": 4000,
+        "thorough": False,
+    },
     "05_generate": {"max_new_tokens": 60},
 }
 

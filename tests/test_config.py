@@ -35,6 +35,14 @@ def test_preset_has_the_size_in_its_name(name: str) -> None:
     assert abs(preset(name)[0].n_params() - size) <= tolerance
 
 
+def test_presets_between_the_small_and_the_real_ones() -> None:
+    for name, size, context in (("scifi-10M", 10e6, 512), ("scifi-40M", 40e6, 1024)):
+        model = preset(name)[0]
+        assert abs(model.n_params() / size - 1) < 0.03 and (model.vocab_size, model.max_seq_len) == (8000, context)
+    sizes = [model.n_params() for model, _ in PRESETS.values()]
+    assert sizes == sorted(sizes)
+
+
 def test_small_presets_stay_small() -> None:
     toy, mini = preset("toy-reverse")[0], preset("scifi-mini")[0]
     assert toy.n_params() <= 0.6e6 and toy.vocab_size <= 70 and toy.max_seq_len == 80
@@ -196,6 +204,55 @@ def test_replace_checks_again() -> None:
     assert config.replace(max_steps=5).max_steps == 5
     with pytest.raises(ConfigError, match="max_steps=0"):
         config.replace(max_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("scifi-117M", {"dim": 512}, (8, 64, 1536, 8)),  # hidden_dim is three times dim, as before
+        ("scifi-117M", {"dim": 640}, (10, 64, 1920, 10)),
+        ("scifi-117M", {"dim": 512, "n_heads": 4}, (4, 128, 1536, 4)),
+        ("scifi-117M", {"dim": 512, "hidden_dim": 999}, (8, 64, 999, 8)),
+        ("scifi-117M", {"n_heads": 6}, (6, 128, 2304, 6)),
+        ("scifi-117M", {"dim": 768}, (12, 64, 2304, 12)),
+        ("scifi-1.5B", {"dim": 1024}, (8, 128, 2816, 8)),
+        ("scifi-mini", {"dim": 256}, (8, 32, 704, 8)),  # hidden_dim is 8/3 dim, rounded up as in Llama
+        ("scifi-mini", {"dim": 100}, (2, 50, 320, 2)),  # 3 heads do not divide it
+        ("scifi-mini", {"dim": 8}, (1, 8, 64, 1)),
+    ],
+)
+def test_another_width_rescales_what_follows_from_it(
+    name: str, changes: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    config = preset(name)[0].replace(**changes)
+    assert (config.n_heads, config.head_dim, config.hidden_dim, config.n_kv_heads) == expected
+
+
+def test_heads_of_a_size_of_their_own_keep_it() -> None:
+    """dim / n_heads is 3, which no head could have; the model has heads of 4."""
+    config = tiny_config(dim=12, n_heads=4, head_dim=4)
+    assert config.replace(n_layers=3).n_layers == 3
+    wider = config.replace(dim=24)
+    assert (wider.n_heads, wider.head_dim, wider.n_kv_heads) == (8, 4, 8)
+
+
+@settings(deadline=None, max_examples=examples(60))
+@given(name=st.sampled_from(list(PRESETS)), dim=st.integers(1, 4096).map(lambda half: 2 * half))
+def test_any_even_width_of_a_preset_is_a_model(name: str, dim: int) -> None:
+    before = preset(name)[0]
+    after = before.replace(dim=dim)
+    assert before.hidden_dim and after.hidden_dim and after.head_dim and before.head_dim
+    assert after.head_dim * after.n_heads == dim and after.hidden_dim % 64 in (0, before.hidden_dim % 64)
+    of_llama = after.hidden_dim == -(-dim // 24) * 64
+    assert of_llama or abs(after.hidden_dim - before.hidden_dim * dim / before.dim) <= 64
+    if dim % before.head_dim == 0:
+        assert after.head_dim == before.head_dim
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "wide", 2.5, True])
+def test_a_width_that_is_none_is_refused_by_name(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="dim="):
+        preset("scifi-117M")[0].replace(dim=wrong)
 
 
 def test_flops_grow_with_the_context_by_attention_alone() -> None:

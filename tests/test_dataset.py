@@ -93,6 +93,17 @@ def test_validation_reads_every_target_once_in_order(
     assert targets.tolist() == list(range(1, n_tokens))
 
 
+def test_a_step_cut_into_smaller_batches_reads_the_same_windows(tmp_path: Path) -> None:
+    """Batch 8, 2 x 4 or 8 x 1: on a smaller device a run goes on with other batches and the same windows."""
+    data = TokenDataset(written(tmp_path, np.arange(500)), "train", 24)
+    for step in (0, 1, data.n_windows // 8):  # the last of these ends in the second epoch
+        whole = data.batch(step, 8, seed=3)
+        for parts in (2, 8):
+            batches = [data.batch(step * parts + part, 8 // parts, seed=3) for part in range(parts)]
+            for together, cut in zip(whole, zip(*batches, strict=True), strict=True):
+                assert torch.equal(together, torch.cat(cut))
+
+
 def test_batches_depend_on_nothing_but_step_and_seed(tmp_path: Path) -> None:
     data = TokenDataset(written(tmp_path, np.arange(5000)), "train", 16)
     later = data.batch(700, 4, seed=5)

@@ -458,9 +458,9 @@ def test_without_a_signal_it_is_papermill(notebook: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_steps", [3, 4])
+@pytest.mark.parametrize(("max_steps", "last"), [(3, 3), (4, 4), (None, 4)])  # of the run, where none is given
 def test_notebook_4_refuses_a_resume_with_no_steps_left(
-    max_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    max_steps: int | None, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLM_WORKBOOK_ROOT", str(tmp_path))
     trainer(tmp_path / "outputs" / "runs" / "old", quick(max_steps=4)).fit()
@@ -468,7 +468,7 @@ def test_notebook_4_refuses_a_resume_with_no_steps_left(
     notebook = jupytext.read(ROOT / "notebooks" / "04_scifi_train.py")
     notebook_file = str(tmp_path / "in.ipynb")  # any file: it is not opened before the refusal
     nbformat.write(notebook, notebook_file)
-    with pytest.raises(PapermillExecutionError, match=rf"max_steps={max_steps},.*old/step=000004.*at step 4"):
+    with pytest.raises(PapermillExecutionError, match=rf"max_steps={last},.*old/step=000004.*at step 4"):
         papermill_in_process(
             tmp_path / "in.ipynb",
             tmp_path / "out.ipynb",

@@ -139,6 +139,21 @@ def test_all_faults_are_named_at_once_with_the_nearest_known_names() -> None:
     assert "unknown parameter vocab_sise: did you mean vocab_size" in message
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_steps": 10, "epochs": 2.0},
+        {"tokens_per_step": 4096, "batch_size": 4, "grad_accum_steps": 2},
+    ],
+)
+def test_parameters_that_decide_each_other_are_refused_together(given: dict[str, object]) -> None:
+    with pytest.raises(ParameterError) as error:
+        checked(**given)
+    for name, value in given.items():
+        assert f"{name}={value}" in str(error.value)
+        assert checked(**{**given, name: None})[name] is None
+
+
 def test_the_latest_run_of_the_parameters_cell_counts() -> None:
     injected = "# Parameters\nsed = 1\n"
     cells = ["", parameters_cell("seed"), injected, "check_parameters(globals())", "%%time\nx", "seed: int = 1\nx = 2"]

@@ -8,15 +8,29 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmcore.config import PRESETS, ModelConfig, TrainConfig
 from llmcore.measure.memory import predict_memory
-from llmcore.measure.planner import RandomTokens, largest_batch, measure_memory, measure_speed, plan
+from llmcore.measure.planner import (
+    POLICIES,
+    RandomTokens,
+    choose_batch,
+    choose_steps,
+    fit_batch,
+    largest_batch,
+    measure_memory,
+    measure_speed,
+    plan,
+    preset_advice,
+    text_advice,
+)
 from llmcore.model import Transformer
 from llmcore.train import Trainer
 
-from .helpers import Batches, quick, random_ids, tiny_config, tiny_model
+from .helpers import Batches, examples, quick, random_ids, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -81,6 +95,185 @@ def test_the_largest_batch_fits_and_one_more_does_not(policy: str) -> None:
     assert largest_batch(model, train, 10**9) == 0
 
 
+# The batch that fits
+
+
+def windows(train: TrainConfig) -> int:
+    return train.batch_size * train.grad_accum_steps
+
+
+def test_the_default_run_keeps_its_batch_on_a_cpu() -> None:
+    model, train = PRESETS["scifi-mini"]
+    assert fit_batch(model, train, "cpu", 4 * 10**9) == train
+    assert choose_batch("scifi-mini", model, train, "cpu", memory=4 * 10**9) == train
+    assert choose_steps("scifi-mini", model, train, 450_000) == train
+
+
+REAL = {name: preset for name, preset in PRESETS.items() if name != "toy-reverse"}
+
+
+@settings(deadline=None, max_examples=examples(60))
+@given(
+    name=st.sampled_from(list(REAL)),
+    number=st.integers(1, 96),
+    gigabytes=st.floats(0.1, 90),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_a_fitted_step_has_the_same_windows_and_leaves_room(
+    name: str, number: int, gigabytes: float, device: str
+) -> None:
+    model, train = PRESETS[name]
+    train = train.replace(batch_size=number, grad_accum_steps=1, precision="bf16")
+    fitted = fit_batch(model, train, device, round(1e9 * gigabytes))
+    assert windows(fitted) == number
+    same = {"batch_size": number, "grad_accum_steps": 1, "activation_checkpointing": train.activation_checkpointing}
+    assert fitted.replace(**same) == train
+
+    need = predict_memory(model, fitted, device)["total"]
+    if need > 0.9e9 * gigabytes:  # then nothing needs less
+        for policy in POLICIES:
+            least = fitted.replace(batch_size=1, grad_accum_steps=number, activation_checkpointing=policy)
+            assert predict_memory(model, least, device)["total"] >= need
+
+
+def test_less_memory_means_smaller_batches_then_more_computed_again() -> None:
+    """The largest model at 1024 tokens, from a card on which everything fits down to one on which nothing does."""
+    model, train = PRESETS["scifi-1.5B"]
+    train = train.replace(precision="bf16")
+    rooms = [200, 80, 40, 36, 33, 31, 28, 10]
+    choices = [fit_batch(model, train, "cuda", room * 10**9) for room in rooms]
+    order = [[*POLICIES].index(choice.activation_checkpointing) for choice in choices]
+    assert order == sorted(order) and set(order) == {0, 1, 2}
+    assert (choices[0].batch_size, choices[0].activation_checkpointing) == (32, "none")  # 32,768 tokens are enough
+    for policy in POLICIES:
+        sizes = [choice.batch_size for choice in choices if choice.activation_checkpointing == policy]
+        assert sizes == sorted(sizes, reverse=True)
+    needs = [predict_memory(model, choice, "cuda")["total"] for choice in choices]
+    assert needs == sorted(needs, reverse=True) and choices[-1].batch_size == 1
+
+
+def test_a_fitted_batch_is_not_the_presets_full_recomputation_on_80_gb() -> None:
+    model, train = PRESETS["scifi-1.5B"]
+    assert train.activation_checkpointing == "full"
+    fitted = fit_batch(model, train.replace(precision="bf16"), "cuda", 80 * 10**9)
+    assert fitted.activation_checkpointing != "full" and fitted.batch_size >= 8
+
+
+@pytest.mark.parametrize(
+    ("given_", "expected"),
+    [
+        ({}, (8, 1)),
+        ({"batch_size": 4}, (4, 2)),
+        ({"batch_size": 3}, (3, 3)),  # the nearest
+        ({"batch_size": 100}, (100, 1)),
+        ({"grad_accum_steps": 4}, (2, 4)),
+        ({"batch_size": 2, "grad_accum_steps": 3}, (2, 3)),
+        ({"tokens_per_step": 4096}, (16, 1)),
+        ({"tokens_per_step": 4096, "batch_size": 2}, (2, 8)),
+        ({"tokens_per_step": 100}, (1, 1)),
+        ({"tokens_per_step": 1_000_000, "grad_accum_steps": 8}, (488, 8)),  # 3904 windows, a multiple of eight
+        ({"activation_checkpointing": "full"}, (8, 1)),
+    ],
+)
+def test_what_is_given_of_a_step_stands_and_the_rest_follows(given_: dict[str, Any], expected: tuple[int, int]) -> None:
+    model, train = PRESETS["scifi-mini"]
+    chosen = choose_batch("scifi-mini", model, train, "cpu", memory=10**12, **given_)
+    assert (chosen.batch_size, chosen.grad_accum_steps) == expected
+    assert chosen.activation_checkpointing == given_.get("activation_checkpointing", "none")
+
+
+@pytest.mark.parametrize("context", [32, 100, 256, 1024])
+def test_a_step_has_the_presets_tokens_at_any_context(context: int) -> None:
+    model, train = PRESETS["scifi-117M"]
+    chosen = choose_batch("scifi-117M", model.replace(max_seq_len=context), train, "cpu", memory=10**12)
+    assert windows(chosen) * context == pytest.approx(64 * 8 * 1024, rel=0.001)
+    assert chosen.batch_size * context > 10_000  # not a prime number of windows, one by one
+
+
+def test_a_run_that_goes_on_keeps_its_batch_if_it_fits_and_else_its_windows() -> None:
+    model, train = PRESETS["scifi-117M"]
+    train = train.replace(precision="bf16")
+    saved = train.replace(batch_size=16, grad_accum_steps=6, activation_checkpointing="selective").to_dict()
+    same = choose_batch("scifi-117M", model, train, "cuda", saved=saved, memory=80 * 10**9)
+    assert (same.batch_size, same.grad_accum_steps, same.activation_checkpointing) == (16, 6, "selective")
+    need = predict_memory(model, same, "cuda")["total"]
+    assert choose_batch("scifi-117M", model, train, "cuda", saved=saved, memory=need) == same
+    smaller = choose_batch("scifi-117M", model, train, "cuda", saved=saved, memory=need - 1)
+    assert smaller != same and windows(smaller) == 96
+    assert predict_memory(model, smaller, "cuda")["total"] < 0.9 * need
+    other = choose_batch("scifi-117M", model, train, "cuda", saved=saved, memory=need, tokens_per_step=64 * 1024)
+    assert windows(other) == 64
+
+
+# The steps that a text is worth
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "given_", "steps"),
+    [
+        ("scifi-mini", 450_000, {}, 1000),
+        ("scifi-mini", 450_000, {"epochs": 2}, 440),
+        ("scifi-117M", 262_144_000, {}, 2000),  # four times
+        ("scifi-117M", 262_144_000, {"epochs": 1.5}, 750),
+        ("scifi-117M", 262_144_000, {"max_steps": 77}, 77),
+        ("scifi-117M", 10**11, {}, 20_000),  # a text so long is not read four times
+        ("scifi-117M", 10**10, {"epochs": 4}, 76_294),
+        ("scifi-117M", 1000, {}, 1),
+    ],
+)
+def test_the_steps_follow_from_the_text(name: str, text: int, given_: dict[str, Any], steps: int) -> None:
+    model, train = PRESETS[name]
+    assert choose_steps(name, model, train, text, **given_).max_steps == steps
+
+
+def test_a_short_run_has_a_short_warmup_and_is_looked_at_more_often() -> None:
+    model, train = PRESETS["scifi-117M"]
+    short = choose_steps("scifi-117M", model, train, 262_144_000)
+    assert (short.warmup_steps, short.eval_interval, short.checkpoint_interval) == (200, 200, 500)
+    long = choose_steps("scifi-117M", model, train, 10**11)
+    assert long == train
+    mini = choose_steps("scifi-mini", *PRESETS["scifi-mini"], 450_000, max_steps=40)
+    assert (mini.warmup_steps, mini.eval_interval) == (4, 100)
+
+
+def test_a_run_that_goes_on_keeps_its_steps_unless_others_are_given() -> None:
+    model, train = PRESETS["scifi-117M"]
+    saved = choose_steps("scifi-117M", model, train, 262_144_000, max_steps=500)
+    assert choose_steps("scifi-117M", model, train, 262_144_000, saved=saved.to_dict()) == saved
+    assert choose_steps("scifi-117M", model, train, 262_144_000, max_steps=600, saved=saved.to_dict()).max_steps == 600
+    assert choose_steps("scifi-117M", model, train, 262_144_000, epochs=1, saved=saved.to_dict()).max_steps == 500
+
+
+def test_the_plan_warns_of_a_text_read_too_often() -> None:
+    """Figures by equation 5 of Muennighoff et al., summed: each repetition is worth exp(-1 / R*) of the one before."""
+    said = text_advice(116_600_000, 40 * 262_000_000, 262_000_000)
+    worth = 1 + sum(math.exp(-(number - 0.5) / 15.4) for number in range(1, 40))
+    assert "scifi-40M" in said and "warning" in said and "epochs=4" in said
+    assert f"{1 - worth / 40:.0%} of the compute is lost" in said
+    assert "warning" not in text_advice(116_600_000, 4 * 262_000_000, 262_000_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "preset"),
+    [(450_000, "scifi-mini"), (55_000_000, "scifi-10M"), (600_000_000, "scifi-117M"), (10**11, "zhwiki-2.46B")],
+)
+def test_the_plan_says_which_preset_a_text_can_feed(text: int, preset: str) -> None:
+    assert preset in text_advice(10**6, 4 * text, text)
+    enough = [row["preset"] for row in preset_advice(text) if row["text, read 4 times"] == "enough"]
+    assert enough[-1:] == [preset] or (not enough and preset == "scifi-mini")
+
+
+def test_a_model_too_large_for_its_text_is_said_to_be() -> None:
+    assert "learns" in text_advice(116_600_000, 4 * 40_000_000, 40_000_000)
+    assert "learns" not in text_advice(8_000_000, 4 * 40_000_000, 40_000_000)
+
+
+def test_the_plan_shows_how_a_step_is_cut() -> None:
+    step = plan(*PRESETS["scifi-117M"], "cpu").rows()["a step"]
+    for word in ("524,288 tokens", "batch_size 64", "grad_accum_steps 8", "context 1024", "none"):
+        assert word in step
+
+
 # parameters in millions: shape
 SIZES = {
     2.6: ModelConfig(4000, 192, 4, 6, hidden_dim=512, max_seq_len=256, tie_embeddings=True),
@@ -108,7 +301,7 @@ def test_the_predicted_memory_is_within_a_tenth_of_the_measured_peak(size: float
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scifi-117M", "scifi-1.5B", "zhwiki-2.46B"])
+@pytest.mark.parametrize("name", ["scifi-10M", "scifi-40M", "scifi-117M", "scifi-1.5B", "zhwiki-2.46B"])
 def test_a_preset_takes_a_step_at_full_width(name: str, tmp_path: Path) -> None:
     """Two layers of it, in bf16 and with its own policy: the loss is ln(vocabulary), every parameter moves."""
     shape, how = PRESETS[name]

@@ -361,7 +361,7 @@ def test_a_damaged_block_is_met_by_exactly_the_batches_that_read_it(
     data = TokenDataset(tmp_path / "d", "train", window)
     refused = 0
     for step, (x, y) in enumerate(batches):
-        first, end = data._segment(step, 0)
+        first, end = data.segment(step, 0)
         start = min(first, data.n_targets - window)
         touches = start < 4 * size and start + window + 1 > 3 * size and end > first
         if touches:

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmcore.checkpoint import CheckpointError, checkpoints, find_checkpoint
+from llmcore.measure.memory import predict_memory
+from llmcore.measure.planner import choose_batch
 from llmcore.model import Transformer
 from llmcore.runs import TrainingError, read_metrics
 from llmcore.tokenizer import Tokenizer
@@ -28,6 +30,7 @@ from .helpers import (
     read_until,
     start,
     state,
+    tiny_config,
     tiny_model,
     trainer,
     weights,
@@ -98,6 +101,30 @@ def test_stops_anywhere_change_nothing(
     assert numbers(folder / "straight") == numbers(folder / "stopped")
     saved = [json.loads((r.checkpoint / "trainer_state.json").read_text()) for r in (straight, result) if r.checkpoint]
     assert saved[0] == saved[1]
+
+
+def test_a_resume_on_a_smaller_device_learns_the_same(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The losses differ only by the order of sums, and nothing is said of windows read twice or never."""
+    config = quick(max_steps=12, batch_size=8, learning_rate=3e-3)
+    straight = trainer(tmp_path / "straight", config)
+    straight.fit()
+    first = trainer(tmp_path / "moved", config)
+    first.callbacks.append(lambda event: first.request_stop() if event["step"] == 5 else None)
+    first.fit()
+
+    saved = json.loads((first.last_checkpoint / "config.json").read_text())["train"] if first.last_checkpoint else {}
+    model = tiny_config()
+    free = predict_memory(model, config)["total"] - 1  # the run's own batch no longer fits
+    smaller = choose_batch("scifi-mini", model, config, "cpu", saved=saved, memory=free)
+    assert smaller.batch_size < 8 and smaller.batch_size * smaller.grad_accum_steps == 8
+    trainer(tmp_path / "moved", smaller, tiny_model(9), resume="latest").fit()
+
+    losses = [[event["loss"] for event in read_metrics(tmp_path / run)] for run in ("straight", "moved")]
+    assert len(losses[1]) == 12 and losses[0][:5] == losses[1][:5] and losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    history = json.loads((tmp_path / "moved" / "config.json").read_text())["history"]
+    assert "train.batch_size" in history[-1]["changed"] and "data" not in history[-1]
+    assert not list(recwarn)
 
 
 SEEDED = """

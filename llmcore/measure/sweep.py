@@ -45,7 +45,7 @@ def planned_run(model: ModelConfig, tokens: float, batch_size: int) -> dict[str,
     """Notebook 4's parameters for a run on about `tokens` tokens."""
     steps = max(1, round(tokens / batch_size / model.max_seq_len))
     shape = {"dim": model.dim, "n_layers": model.n_layers, "n_heads": model.n_heads}
-    return {**shape, "max_steps": steps, "batch_size": batch_size}
+    return {**shape, "max_steps": steps, "batch_size": batch_size, "grad_accum_steps": 1}
 
 
 def isoflop_grid(

@@ -20,6 +20,7 @@ from llmcore.files import one_line
 from llmcore.model import Transformer
 from llmcore.notebook import toy_reverse
 from llmcore.notebook.dashboard import output
+from llmcore.notebook.gloss import words_in
 from llmcore.notebook.safe_html import boxes, html_text, piece_text
 from llmcore.tokenizer import Tokenizer
 
@@ -50,6 +51,12 @@ class Explorer:
         return output(self.panel, self.result.value)
 
 
+def english(text: str) -> str:
+    """A line in HTML with the English of some words of a text; nothing if no word is known."""
+    known = " · ".join(f"{html_text(word)} {html_text(meaning)}" for word, meaning in words_in(text).items())
+    return f"<p><small>In English: {known}</small></p>" if known else ""
+
+
 class TokenExplorer(Explorer):
     """Type a text, and see its tokens in one or more tokenizers.
 
@@ -72,7 +79,8 @@ class TokenExplorer(Explorer):
 
     def _show(self, _: Any = None) -> None:
         columns = (self._column(name, tokenizer) for name, tokenizer in self.tokenizers.items())
-        self.result.value = f'<div style="display:flex;flex-wrap:wrap;gap:2em">{"".join(columns)}</div>'
+        side_by_side = f'<div style="display:flex;flex-wrap:wrap;gap:2em">{"".join(columns)}</div>'
+        self.result.value = side_by_side + english(self.text.value)
 
     def _column(self, name: str, tokenizer: Tokenizer) -> str:
         text = self.text.value
@@ -169,7 +177,8 @@ class DataExplorer(Explorer):
 
         where = f"tokens {first:,} to {first + len(ids) - 1:,} of {len(self.data.tokens):,}"
         of = f"window {self.window.value:,} of {self.data.n_windows:,}, counted from 0"
-        self.result.value = f"<p>{self.data.split} split, {of}; {where}</p>" + "".join(parts)
+        heading = f"<p>{self.data.split} split, {of}; {where}</p>"
+        self.result.value = heading + "".join(parts) + english(self.tokenizer.decode(ids))
 
 
 class ReversalExplorer(Explorer):
@@ -208,8 +217,7 @@ class ReversalExplorer(Explorer):
             self._ids = []
             self.result.value = f"<p>⚠ {html_text(error)}</p>"
             return
-        device = self.model.tok_embeddings.weight.device
-        self._weights = self.model.attention_weights(torch.tensor([self._ids], device=device))[:, 0].float().cpu()
+        self._weights = toy_reverse.attention(self.model, self._ids)
         self.place.max = len(self._ids) - len(text) - 1
         self._show()
 

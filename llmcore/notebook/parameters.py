@@ -175,6 +175,7 @@ PARAMETERS: dict[str, Kind] = {
     "checkpoint_interval": Kind(int, 0, 1e9, optional=True),
     "checkpoint_minutes": Kind(float, 0, 1e6, optional=True),
     "clean": Kind(bool, optional=True),
+    "compile": Kind(str, choices=("auto", "on", "off")),
     "context_size": Kind(int, 1, 1_048_576, optional=True),
     "data_dir": Kind(Path, must_exist=True),
     "dataset_dir": Kind(Path, choices=("auto",), folder=True),
@@ -183,6 +184,7 @@ PARAMETERS: dict[str, Kind] = {
     "dims": Kind(int, 2, 65_536, many=True),
     "duplicates": Kind(str, choices=CHOICES["duplicates"], optional=True),
     "encoding": Kind(str, optional=True),
+    "epochs": Kind(float, 1e-6, 1000, optional=True),
     "errors": Kind(str, choices=CHOICES["errors"], optional=True),
     "grad_accum_steps": Kind(int, 1, 100_000, optional=True),
     "held_back_dim": Kind(int, 2, 65_536),
@@ -194,19 +196,23 @@ PARAMETERS: dict[str, Kind] = {
     "min_steps": Kind(int, 1, 1e9),
     "min_p": Kind(float, 0, 1, optional=True),
     "model_prefix": Kind(Path),
+    "muon_learning_rate": Kind(float, 1e-8, 10, optional=True),
     "n_heads": Kind(int, 1, 1024, optional=True),
     "n_layers": Kind(int, 1, 1024, optional=True),
+    "optimizer": Kind(str, choices=("adamw", "muon"), optional=True),
     "output_dir": Kind(Path, folder=True),
     "precision": Kind(str, choices=("auto", "bf16", "fp16", "fp32")),
     "preset": Kind(str, choices=tuple(PRESETS)),
     "project": Kind(str, is_name=True),
     "prompt": Kind(str),
     "repetition_penalty": Kind(float, 0.01, 100),
+    "schedule": Kind(str, choices=("cosine", "wsd", "plateau"), optional=True),
     "seed": Kind(int, 0, 2**31 - 1),
     "temperature": Kind(float, 0, 100),
     "test_strings": Kind(int, 1, 1_000_000),
     "thorough": Kind(bool),
     "tokenizer_model_file": Kind(Path, must_exist=True),
+    "tokens_per_step": Kind(int, 1, 1e9, optional=True),
     "top_k": Kind(int, 1, 1_000_000, optional=True),
     "top_p": Kind(float, 1e-9, 1, optional=True),
     "tracker": Kind(str, choices=TRACKERS, optional=True),
@@ -215,6 +221,8 @@ PARAMETERS: dict[str, Kind] = {
     "weight_decay": Kind(float, 0, 10, optional=True),
     "workers": Kind(int, 1, 1024),
 }
+# of these not all can be set: one of them follows from the others
+TOO_MANY = [("max_steps", "epochs"), ("tokens_per_step", "batch_size", "grad_accum_steps")]
 
 
 def check_parameters(namespace: MutableMapping[str, Any]) -> None:
@@ -238,6 +246,10 @@ def check_parameters(namespace: MutableMapping[str, Any]) -> None:
             except ValueError as error:
                 wrong.append(str(error))
     wrong += [f"unknown parameter {name}: {nearest(name, known)}" for name in injected if name not in known]
+    for names in TOO_MANY:
+        if set(names) <= set(known) and all(namespace[name] is not None for name in names):
+            given = ", ".join(f"{name}={_quoted(namespace[name])}" for name in names)
+            wrong.append(f"{given}: one follows from the other{'s' * (len(names) > 2)}; leave one out")
     if wrong:
         raise ParameterError("; ".join(wrong))
 

@@ -19,6 +19,8 @@ BOX = (
     "display:inline-block;padding:1px 4px;margin:1px 0;border:1px solid #888;border-radius:4px;color:#000;"
     "text-align:center;vertical-align:top;line-height:1.35"
 )
+PIECE = "background:none;border:0;padding:0;color:inherit;font:inherit;white-space:pre-wrap"
+NOTE = "display:block;position:static;font-size:small;line-height:inherit"
 COLORS = ("#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6")  # pale, so that black text stays readable in any theme
 
 
@@ -33,9 +35,9 @@ def html_text(text: object) -> str:
 
 
 def piece_text(tokenizer: Tokenizer, id: int) -> str:
-    """A token as a person reads it: "⏎" for a newline, "␣" for spaces, ⟨E4⟩ for a lone byte."""
-    if tokenizer.is_byte(id):
-        return f"⟨{tokenizer.id_to_bytes(id)[0]:02X}⟩"
+    """A token as a person reads it: "⏎" for a newline, "␣" for spaces, ⟨E4⟩ for a byte that is no character."""
+    if tokenizer.is_byte(id) and not 0x20 <= (byte := tokenizer.id_to_bytes(id)[0]) < 0x7F:
+        return f"⟨{byte:02X}⟩"
     text = visible(tokenizer.id_to_bytes(id).decode())
     return text.replace("\n", "⏎").replace("\t", "␉").replace(" ", "␣") or tokenizer.id_to_piece(id)
 
@@ -43,7 +45,7 @@ def piece_text(tokenizer: Tokenizer, id: int) -> str:
 def boxes(pieces: Sequence[str], notes: Sequence[str] = (), hints: Sequence[str] = ()) -> str:
     """Pieces as boxes with an edge, in alternating colours. A box with "⏎" ends its line.
 
-    Code hosts remove all styles. There the spaces between the boxes separate the pieces.
+    Code hosts remove all styles. There a piece is still set apart as code, and what is noted below it stands lower.
 
     Args:
         pieces: the texts.
@@ -52,10 +54,11 @@ def boxes(pieces: Sequence[str], notes: Sequence[str] = (), hints: Sequence[str]
     """
     spans = []
     for number, piece in enumerate(pieces):
-        note = f' <small style="display:block">{html_text(notes[number])}</small>' if notes else ""
+        note = f' <sub style="{NOTE}">{html_text(notes[number])}</sub>' if notes else ""
         hint = f' title="{html_text(hints[number])}"' if hints else ""
         style = f"background:{COLORS[number % len(COLORS)]};{BOX}"
-        spans.append(f'<span{hint} style="{style}">{html_text(piece)}{note}</span>' + ("<br>" if "⏎" in piece else ""))
+        text = f'<code style="{PIECE}">{html_text(piece)}</code>'
+        spans.append(f'<span{hint} style="{style}">{text}{note}</span>' + ("<br>" if "⏎" in piece else ""))
     return f"<div>{' '.join(spans)}</div>"
 
 

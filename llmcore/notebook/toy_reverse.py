@@ -9,7 +9,7 @@ where the mirrored string has its bos: the model writes eos there.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,14 @@ def random_strings(count: int, length: int, seed: int) -> list[str]:
     """Strings to test on. There are 62^32, about 10^57, strings of 32 characters: training cannot have seen these."""
     symbols = np.random.default_rng((seed, 1)).integers(len(SYMBOLS), size=(count, length))
     return ["".join(SYMBOLS[i] for i in row) for row in symbols]
+
+
+def repetitive_strings(count: int, length: int, symbols: int, seed: int) -> list[str]:
+    """Strings of a few different symbols, which a model that only compares characters gets wrong."""
+    generator = np.random.default_rng((seed, 3, length, symbols))
+    few = generator.permuted(np.tile(np.arange(len(SYMBOLS)), (count, 1)), axis=1)[:, :symbols]
+    rows = np.take_along_axis(few, generator.integers(symbols, size=(count, length)), axis=1)
+    return ["".join(SYMBOLS[i] for i in row) for row in rows]
 
 
 class ReverseData:
@@ -140,14 +148,45 @@ def exact_match(model: Transformer, texts: Sequence[str]) -> float:
     return sum(text[::-1] == answer for text, answer in zip(texts, written, strict=True)) / len(texts)
 
 
-def measure_exact_match(model: Transformer, texts: Sequence[str]) -> Callable[[dict[str, Any]], None]:
-    """A callback for a Trainer that adds `exact_match` on these strings to every event with a validation."""
+def right_by_place(written: Sequence[str], truth: Sequence[str]) -> NDArray[np.float64]:
+    """Share of the answers, to strings of one length, that are right at each place: (length,)."""
+    pairs = zip(written, truth, strict=True)
+    return np.array([[answer[i : i + 1] == sign for i, sign in enumerate(true)] for answer, true in pairs]).mean(0)
 
-    def measure(event: dict[str, Any]) -> None:
+
+def attention(model: Transformer, ids: Sequence[int]) -> Tensor:
+    """Attention over one sequence of ids, on the CPU: (layers, heads, time, time)."""
+    device = model.tok_embeddings.weight.device
+    return model.attention_weights(torch.tensor([ids], device=device))[:, 0].float().cpu()
+
+
+class Probe:
+    """A callback for a Trainer that looks at the model at each validation and adds `exact_match` to the event.
+
+    Args:
+        model: the one in training.
+        texts: strings of one length, to be reversed.
+        shown: the string over whose reversal the attention is kept.
+
+    Attributes:
+        by_place: step -> share of right characters at each place of the answer.
+        weights: step -> attention over `shown`, the separator and the reversed string, (layers, heads, time, time).
+    """
+
+    def __init__(self, model: Transformer, texts: Sequence[str], shown: str) -> None:
+        self.model, self.texts = model, texts
+        self.ids = [*question(shown), *encode(shown[::-1])]
+        self.by_place: dict[int, NDArray[np.float64]] = {}
+        self.weights: dict[int, Tensor] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Look at the model if the event comes with a validation."""
         if "val_loss" in event:
-            event["exact_match"] = exact_match(model, texts)
-
-    return measure
+            written = answers(self.model, self.texts)
+            truth = [text[::-1] for text in self.texts]
+            event["exact_match"] = float(np.mean([a == b for a, b in zip(written, truth, strict=True)]))
+            self.by_place[event["step"]] = right_by_place(written, truth)
+            self.weights[event["step"]] = attention(self.model, self.ids)
 
 
 def labels(ids: Sequence[int]) -> list[str]:

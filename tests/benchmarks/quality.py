@@ -1,4 +1,6 @@
-"""Bits per byte against how it was trained: `python -m tests.benchmarks.quality [clock | ladder [seed ...]]`.
+"""Bits per byte against how it was trained: `python -m tests.benchmarks.quality [what [seed ...]]`.
+
+What is `clock`, `ladder`, `10M` or `40M`.
 
 `clock` trains the default preset for four minutes of wall time, start-up and compilation included, and scores it on
 every 20th chapter of 三国演义, which is held out, from the tokenizer too: chapters 20, 40, …, and, since chapters
@@ -8,6 +10,10 @@ differ, chapters 1, 21, …. Nothing was chosen by either.
 that two cores read in four minutes, so that the clock's noise is no part of it. What is finished is kept in
 `outputs/bench/quality.jsonl`, and a second call goes on from there; on two cores, one process for each seed with
 `OMP_NUM_THREADS=1` is soonest done.
+
+`10M` and `40M` are how the optimizers and rates of scifi-10M and scifi-40M were chosen: short runs of their own shape
+and context on the same novel, by the same chapters. They read less than half of the novel, in steps of 2,048 tokens:
+enough to tell a rate that learns from one that does not, and not more.
 """
 
 from __future__ import annotations
@@ -67,6 +73,35 @@ LADDER: dict[str, dict[str, Any]] = {
     "… half as many tokens again": {"tokens": 3_456_000},
 }
 
+SHORT_10M = {"preset": "scifi-10M", "tokens": 163_840, "batch_size": 4, "compile": "off"}
+SHORT_40M = {"preset": "scifi-40M", "tokens": 81_920, "batch_size": 2, "compile": "off"}
+ADAMW_ALONE, MUON = {"optimizer": "adamw"}, {"optimizer": "muon"}
+LADDER_10M: dict[str, dict[str, Any]] = {
+    "AdamW 1e-3": {**SHORT_10M, **ADAMW_ALONE, "learning_rate": 1e-3},
+    "AdamW 3e-3": {**SHORT_10M, **ADAMW_ALONE, "learning_rate": 3e-3},
+    "Muon 1e-2, AdamW 5e-3 for the tables": {**SHORT_10M, **MUON, "muon_learning_rate": 1e-2, "learning_rate": 5e-3},
+    "Muon 2e-2, AdamW 5e-3 for the tables": {**SHORT_10M, **MUON, "muon_learning_rate": 2e-2, "learning_rate": 5e-3},
+    "Muon 2e-2, AdamW 1.5e-2": {**SHORT_10M, **MUON, "muon_learning_rate": 2e-2, "learning_rate": 1.5e-2},
+    "Muon 2e-2, AdamW 5e-3, not tied": {
+        **SHORT_10M,
+        **MUON,
+        "muon_learning_rate": 2e-2,
+        "learning_rate": 5e-3,
+        "tie_embeddings": False,
+    },
+}
+LADDER_40M: dict[str, dict[str, Any]] = {
+    "AdamW 1e-3": {**SHORT_40M, **ADAMW_ALONE, "learning_rate": 1e-3},
+    "Muon 1e-2, AdamW 3e-3 for the tables": {**SHORT_40M, **MUON, "muon_learning_rate": 1e-2, "learning_rate": 3e-3},
+    "Muon 2e-2, AdamW 3e-3 for the tables": {**SHORT_40M, **MUON, "muon_learning_rate": 2e-2, "learning_rate": 3e-3},
+}
+# a title, the rungs, and the seeds of each
+LADDERS = {
+    "ladder": (f"scifi-mini after {TOKENS:,} tokens", LADDER, SEEDS),
+    "10M": (f"scifi-10M after {SHORT_10M['tokens']:,} tokens", LADDER_10M, (0,)),
+    "40M": (f"scifi-40M after {SHORT_40M['tokens']:,} tokens", LADDER_40M, (0,)),
+}
+
 
 class Chapters(TokenDataset):
     """A data set of some chapters, in memory."""
@@ -91,10 +126,11 @@ def train(
     minutes: float | None = None,
     tokens: int = TOKENS,
     model_type: str = "bpe",
+    preset: str = "scifi-mini",
     **changes: Any,
 ) -> dict[str, float]:
     """The last event of a run, with bits per byte of the chapters held out, and the seconds it took."""
-    shape, how = config.preset("scifi-mini")
+    shape, how = config.preset(preset)
     of_shape = {field.name for field in dataclasses.fields(shape)} & changes.keys()
     shape = shape.replace(**{name: changes.pop(name) for name in of_shape})
     how = how.replace(seed=seed, eval_interval=0, sample_interval=0, checkpoint_interval=0, **changes)
@@ -114,10 +150,11 @@ def train(
     if minutes:
         speed = measure_speed(shape, how, data, "cpu")
         steps = round((60 * minutes - speed["start_seconds"]) * speed["tokens_per_second"] / step)
+    how = how.replace(max_steps=steps, warmup_steps=min(how.warmup_steps, steps // 10))
     torch.manual_seed(seed)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as run_dir:
-        trainer = Trainer(Transformer(shape), data, unseen, how.replace(max_steps=steps), run_dir, device="cpu")
+        trainer = Trainer(Transformer(shape), data, unseen, how, run_dir, device="cpu")
         *_, last = trainer.steps()
     return {**last, "seconds": time.perf_counter() - started}
 
@@ -141,19 +178,19 @@ def clock(folder: Path) -> None:
         )
 
 
-def ladder(folder: Path, seeds: Sequence[int]) -> None:
+def ladder(folder: Path, title: str, rungs: dict[str, dict[str, Any]], seeds: Sequence[int]) -> None:
     """Train what is missing of some seeds, then print the table of all."""
     FINISHED.parent.mkdir(parents=True, exist_ok=True)
-    for changes in LADDER.values():
+    for changes in rungs.values():
         for seed in seeds:
             run = {"seed": seed, **changes}
             if run not in [line["run"] for line in finished()]:
                 bits = train(folder, held_out=CHOICE, **run)["val_bits_per_byte"]
                 with FINISHED.open("a") as file:
                     print(json.dumps({"run": run, "bits": bits}), file=file)
-    print(f"scifi-mini after {TOKENS:,} tokens\n")
+    print(f"{title}\n")
     print("| how | seeds | bits per byte, held out | spread over seeds |\n| --- | --- | --- | --- |")
-    for name, changes in LADDER.items():
+    for name, changes in rungs.items():
         bits = [line["bits"] for line in finished() if {**changes, "seed": line["run"]["seed"]} == line["run"]]
         if bits:
             print(f"| {name} | {len(bits)} | {statistics.mean(bits):.3f} | {max(bits) - min(bits):.3f} |")
@@ -166,7 +203,8 @@ def main() -> None:
         if what == "clock":
             clock(Path(folder))
         else:
-            ladder(Path(folder), [int(seed) for seed in seeds] or SEEDS)
+            title, rungs, usual = LADDERS[what]
+            ladder(Path(folder), title, rungs, [int(seed) for seed in seeds] or usual)
 
 
 if __name__ == "__main__":

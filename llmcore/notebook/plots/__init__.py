@@ -1,8 +1,10 @@
 """Figures for the notebooks. Each function takes data and returns a matplotlib Figure."""
 
 from llmcore.notebook.plots.corpus import (
+    box_rows,
     compression,
     length_histogram,
+    merge_steps,
     piece_lengths,
     rank_frequency,
     text_pieces,
@@ -16,34 +18,69 @@ from llmcore.notebook.plots.curves import (
     smoothed,
     training_curves,
 )
+from llmcore.notebook.plots.learning import loss_units, reading_order, staircase, surprise
+from llmcore.notebook.plots.machine import (
+    accuracy_by_place,
+    attention_head,
+    attention_moments,
+    attention_steps,
+    block_diagram,
+    norm_and_gate,
+    rope,
+    score_spread,
+    shapes,
+)
 from llmcore.notebook.plots.results import (
     attention_maps,
     bars,
     document_scores,
     next_tokens,
 )
+from llmcore.notebook.plots.sampling import cache_work, ways_to_choose
 from llmcore.notebook.plots.style import (
     chinese_font,
     png,
 )
+from llmcore.notebook.plots.training import kept_and_again, number_formats, singular_values, stacked
 
 __all__ = [
     "COSTS",
+    "accuracy_by_place",
+    "attention_head",
     "attention_maps",
+    "attention_moments",
+    "attention_steps",
     "bars",
+    "block_diagram",
+    "box_rows",
+    "cache_work",
     "chinese_font",
     "compare_runs",
     "compression",
     "document_scores",
     "isoflop_curves",
+    "kept_and_again",
     "length_histogram",
+    "loss_units",
     "memory_against_batch",
+    "merge_steps",
     "next_tokens",
+    "norm_and_gate",
+    "number_formats",
     "piece_lengths",
     "png",
     "rank_frequency",
+    "reading_order",
+    "rope",
     "scaling_fit",
+    "score_spread",
+    "shapes",
+    "singular_values",
     "smoothed",
+    "stacked",
+    "staircase",
+    "surprise",
     "text_pieces",
     "training_curves",
+    "ways_to_choose",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,13 +78,14 @@ def training_curves(
     figure = Picture(figsize=(10, 4.6), dpi=100)
     # margins by hand: a layout engine would take most of a live drawing's time
     gap = 0.42 if metric == "val_loss" else 0.7  # the second axis needs room
-    figure.subplots_adjust(left=0.065, right=0.985, top=0.93, bottom=0.11, wspace=gap, hspace=0.25)
+    figure.subplots_adjust(left=0.065, right=0.985, top=0.86, bottom=0.11, wspace=gap, hspace=0.25)
     axes = figure.subplot_mosaic([["loss", "loss", "rate"], ["loss", "loss", "norm"], ["loss", "loss", "speed"]])
     events = list(events)
     drawn = events[:: max(1, len(events) // 2000)]
 
     _draw_losses(axes["loss"], events, drawn, metric, metric_label)
-    name_axes(axes["loss"], title, "optimizer step", "loss (nats per token)")
+    name_axes(axes["loss"], "", "optimizer step", "loss (nats per token)")
+    axes["loss"].set_title(figure_text(title), pad=20)  # above the legend
     _draw_small_panels(axes["rate"], axes["norm"], axes["speed"], drawn)
     if log_x:
         for panel in figure.axes:
@@ -116,7 +116,7 @@ def _draw_losses(
     steps, loss = _series(drawn, "step"), _series(drawn, "loss")
     axes.plot(steps, loss, color=SKY, linewidth=0.8, alpha=0.7, label="training, each step")
     if len(loss) > 20:
-        axes.plot(steps, smoothed(loss, len(loss) / 50), color=BLUE, linewidth=2, label="training, smoothed")
+        axes.plot(steps, smoothed(loss, len(loss) // 50), color=BLUE, linewidth=2, label="training, smoothed")
     finite = loss[np.isfinite(loss)]
 
     # validations, on the same axis or, as a share, on another one
@@ -143,9 +143,10 @@ def _draw_losses(
         edge = axes.get_xaxis_transform()  # x in steps, y as a share of the height
         axes.plot(skipped, np.full(len(skipped), 0.985), "kx", transform=edge, label=f"skipped: {len(skipped)}")
 
+    # above the axes, so that no curve is covered
     lines = [*axes.get_lines(), *(metric_axes.get_lines() if metric_axes is not axes else [])]
-    frame: dict[str, Any] = {"frameon": True, "framealpha": 0.8, "edgecolor": "none"}  # readable over the curves
-    axes.legend(handles=lines, loc="upper right" if metric == "val_loss" else "center right", **frame)
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+    axes.legend(handles=lines, ncols=len(lines), fontsize=8, columnspacing=1.2, handlelength=1.5, **place)
 
 
 def _draw_small_panels(rate: Axes, norm: Axes, speed: Axes, events: Sequence[Mapping[str, Any]]) -> None:
@@ -304,13 +305,16 @@ def scaling_fit(
     return figure
 
 
-def smoothed(values: ArrayLike, span: float) -> NDArray[np.float64]:
-    """Exponential moving average over about `span` values, without a bias towards the first value."""
-    keep = 1 - 1 / max(1.0, span)
-    total = weight = 0.0
-    averages = []
-    for value in np.asarray(values, dtype=float):
-        if math.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1
-        averages.append(total / weight if weight else math.nan)
-    return np.array(averages)
+def smoothed(values: ArrayLike, span: int) -> NDArray[np.float64]:
+    """Mean of the finite values up to `span` places before and after each one.
+
+    Near an end the window is as short on its other side, so that the mean never lags behind a loss that falls.
+    """
+    given = np.asarray(values, dtype=float)
+    finite = np.isfinite(given)
+    total, count = (np.concatenate([[0.0], np.cumsum(each)]) for each in (np.where(finite, given, 0.0), finite))
+    place = np.arange(len(given))
+    reach = np.minimum(np.minimum(place, len(given) - 1 - place), span)
+    first, end = place - reach, place + reach + 1
+    with np.errstate(invalid="ignore"):  # no finite value near: the mean is NaN
+        return (total[end] - total[first]) / (count[end] - count[first])

@@ -15,6 +15,7 @@ from llmcore.notebook.plots.style import (
     GREEN,
     GREY,
     LABEL,
+    PAPER,
     PURPLE,
     RED,
     figure_text,
@@ -84,7 +85,7 @@ def document_scores(evaluations: Mapping[str, Evaluation], title: str) -> Figure
     axes.set_yticks(rows, [figure_text(label) for label in labels])
     if gap:
         note, left = f"⋮ {len(ordered) - len(shown):,} documents between", axes.get_yaxis_transform()
-        axes.text(0.01, 10, note, transform=left, va="center", color=GREY, backgroundcolor="white")
+        axes.text(0.01, 10, note, transform=left, va="center", color=GREY, backgroundcolor=PAPER)
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.5 / len(shown))
     name_axes(axes, "", "bits per byte (less is better)", "")

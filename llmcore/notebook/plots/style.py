@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from llmcore.notebook.safe_html import visible
+from llmcore.notebook.safe_html import COLORS, visible
 
 P = ParamSpec("P")
 
@@ -30,6 +30,10 @@ P = ParamSpec("P")
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 LABEL, TITLE = 32, 300  # characters of a label and of a title that are shown at most
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#666666"
+# The same colours mean the same thing in all figures: what a model reads, what it is to guess, and attention's three.
+INPUT, TARGET, QUERY, KEY, VALUE = BLUE, RED, ORANGE, GREEN, PURPLE
+PAPER = "#eef1f4"  # behind every figure: dark enough for a dark page not to glare, light enough for black text
+PALE = COLORS  # of boxes under black text
 # As matplotlib calls them. "Noto Sans SC" is not among them: a system has it as a variable font, which comes out thin.
 SYSTEM_FONTS = (
     "Noto Sans CJK SC",
@@ -64,9 +68,9 @@ def png(figure: Figure, live: bool = False) -> bytes:
     """A figure as PNG: twice as fine as the screen and in 256 colours. For a live view: faster, and not so fine."""
     buffer = io.BytesIO()
     if live:
-        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+        figure.savefig(buffer, format="png", facecolor=PAPER, pil_kwargs={"compress_level": 1})
         return buffer.getvalue()
-    figure.savefig(buffer, format="png", dpi=2 * figure.dpi, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=2 * figure.dpi, facecolor=PAPER)
     quantized = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     quantized.save(buffer, format="png", optimize=True)
@@ -126,10 +130,11 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
             "axes.spines.right": False,
             "axes.grid": True,
             "axes.axisbelow": True,
-            "grid.color": "#dddddd",
+            "grid.color": "#d3d8dd",
             "grid.linewidth": 0.6,
             "legend.frameon": False,
-            "figure.facecolor": "white",
+            "figure.facecolor": PAPER,
+            "axes.facecolor": PAPER,
             "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY]),
         }
         with matplotlib.rc_context(style):
