@@ -70,6 +70,22 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
+def sent_to(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """Tensors on a device. To CUDA they are copied from pinned memory, so that the CPU need not wait for the copy."""
+    if device.type == "cuda":
+        tensors = tuple(tensor.pin_memory() for tensor in tensors)
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+
+def chunk_rows(few: int, tokens: int, vocab_size: int, dim: int, device: str) -> int:
+    """How many tokens' logits the loss computes at a time, where each chunk takes a few dozen calls of torch.
+
+    On a CPU `few`, which its caches hold. On a GPU each call takes a launch, and small products do not fill it: there
+    so many that the logits are as large as the batch's hidden states, the rule of torch's own operator.
+    """
+    return few if device == "cpu" else max(few, -(-tokens * dim // vocab_size))
+
+
 def settle_cache_folder() -> None:
     """Give torch's compiler another cache folder, with a warning, where its own cannot be written.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llmcore.config import ModelConfig
-from llmcore.device import settle_cache_folder
+from llmcore.device import chunk_rows, settle_cache_folder
 
 settle_cache_folder()  # before the first use of torch.compiler below imports the compiler
 
@@ -85,7 +85,7 @@ def _recomputed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(rows, weight.to(rows.dtype))  # cast anew, so that the chunks' gradients add up in float32
         return F.cross_entropy(logits.float(), wanted, reduction="sum")
 
-    size = LOSS_CHUNK // 4  # a chunk's logits exist four times: as they are, as logarithms, and the gradients of both
+    size = chunk_rows(LOSS_CHUNK // 4, len(hidden), weight.shape[0], weight.shape[1], hidden.device.type)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
     total = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
     return total / (targets != -100).sum()  # cross_entropy too leaves out -100

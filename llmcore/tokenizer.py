@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 _SPACE = "▁"  # U+2581: SentencePiece's own sign for a space
+_IDS_AS: Any = "numpy" if sentencepiece.__version__ > "0.2.1" else int  # 0.2.1 hands ids over as a list only
 
 
 class TokenizerError(ValueError):
@@ -111,11 +112,11 @@ class Tokenizer:
         """`encode` to an array, about a third faster. Other threads can run meanwhile."""
         first, *rest = self._spelled.split(text)  # text, sign, text, sign, …, text
         with _surrogates_refused():
-            parts = [self._processor.encode(first, out_type="numpy")]
+            parts = [self._processor.encode(first, out_type=_IDS_AS)]
             for sign, part in zip(rest[::2], rest[1::2], strict=True):
                 ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in sign.encode()]
-                parts += [np.array(ids, dtype=np.int32), self._processor.encode(part, out_type="numpy")]
-        return np.concatenate(parts)
+                parts += [np.array(ids, dtype=np.int32), self._processor.encode(part, out_type=_IDS_AS)]
+        return np.concatenate(parts, dtype=np.int32, casting="same_kind")
 
     def inner_pairs(self) -> set[str]:
         """Every two characters that stand side by side in some piece.

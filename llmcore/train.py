@@ -33,6 +33,7 @@ from llmcore.device import (
     keep_freed_memory,
     pick_device,
     pick_precision,
+    sent_to,
     ways_to_save_memory,
 )
 from llmcore.files import display_path, resolve
@@ -293,9 +294,8 @@ class Trainer:
             for (x, y), count in zip(batches, targets, strict=True):
                 if not count:
                     continue
-                x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
                 with autocast(self.precision, self.device):
-                    loss = self._forward(x, y) * (count / sum(targets))
+                    loss = self._forward(*sent_to(self.device, x, y)) * (count / sum(targets))
                 self.scaler.scale(loss).backward()
                 total += loss.detach()
         return total
@@ -332,7 +332,7 @@ class Trainer:
             if not targets:
                 continue
             with autocast(self.precision, self.device):
-                total += float(self.model(x.to(self.device), y.to(self.device))) * targets
+                total += float(self.model(*sent_to(self.device, x, y))) * targets
             count += targets
 
         loss = total / count

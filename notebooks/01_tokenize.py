@@ -123,13 +123,13 @@ print(f"{len(set(''.join(texts))):,} different characters")
 # - **Words.** The rows are short. But the list of words has no end, and Chinese writes no spaces between words.
 #
 # Here is one line of the text in all three. (The default line: "The Long River rolls east, its waves have washed all
-# heroes away; right and wrong, victory and defeat turn to nothing.")
+# heroes away.")
 
 # %%
 lines = [line for text in texts for line in text.split("\n") if line]
-line = next((line for line in lines[1:] if len(line) >= 12), lines[0])[:23]
+line = next((line for line in lines[1:] if len(line) >= 12), lines[0])[:15]
 cuts = {"characters": list(line), "bytes": [f"{byte:02X}" for byte in line.encode()], "words": line.split()}
-rows = [(f"{len(parts)} {name}", parts, ()) for name, parts in cuts.items()]
+rows = [(f"{name}: {len(parts)}", parts, ()) for name, parts in cuts.items()]
 plots.box_rows(rows, "One line cut into characters, bytes, and at its spaces")
 
 # %% [markdown]
@@ -139,7 +139,7 @@ plots.box_rows(rows, "One line cut into characters, bytes, and at its spaces")
 #
 # $$(a, b)^\ast = \arg\max_{(a,\,b)} \mathrm{count}(a\,b), \qquad a\,b \to ab$$
 #
-# Frequent words so become one piece, and rare ones stay in several. The whole method is these eight lines.
+# Frequent words so become one piece, and rare ones stay in several. The whole method is in the two cells below.
 
 # %%
 phrase = "the father gathers feathers"
@@ -179,6 +179,7 @@ tok = train_tokenizer(library.kept, model_prefix, vocab_size, character_coverage
 print(f"wrote {display_path(model_prefix)}.model and .vocab")
 
 # %% [markdown]
+# ## What it learned
 # These were its first merges, in order. (In the default text, most are names. A person often has two: 玄德 Xuande is
 # 刘备 Liu Bei.)
 

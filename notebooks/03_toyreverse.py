@@ -165,6 +165,7 @@ print(f"each of {len(weights)} rows adds up to one: {weights.sum(-1).round(decim
 # there: a small change of the scores changes nothing. Divided by $\sqrt{d}$, the spread is 1 for every width.
 
 # %%
+torch.manual_seed(1)
 products = {n: torch.randn(256, n) @ torch.randn(16, n).T for n in (4, 32, 256)}
 for n, product in products.items():
     spread, root = product.std(), math.sqrt(n)
@@ -285,6 +286,7 @@ await dashboard.run(trainer)
 # Which characters does it learn first? The first character of the answer stands one place back, the last one 63 places.
 
 # %%
+probe.look(trainer.step)  # once more, in case training was stopped between two validations
 seen = list(probe.by_place)
 moments = [seen[0], seen[len(seen) // 4], seen[len(seen) // 2], seen[-1]]
 title = "Right characters at each place of the answer, as training goes on"

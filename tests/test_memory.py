@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import llmcore.model
 from llmcore.config import PRESETS, ModelConfig, TrainConfig
+from llmcore.device import chunk_rows
 from llmcore.files import PROJECT_ROOT
 from llmcore.measure import memory
 from llmcore.measure.memory import available_memory, block_activations, predict_memory
@@ -92,6 +94,22 @@ def test_without_torchs_operator_the_prediction_holds(
     measured = allocated(model, train, tmp_path)
     assert predicted["total"] - predicted["libraries"] == pytest.approx(measured, rel=0.03)
     assert measured < 1.5 * with_operator["total"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_larger_chunks_of_a_gpu_are_predicted_too(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, with the chunks that a GPU gets."""
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    for module in (memory, llmcore.model):
+        monkeypatch.setattr(module, "chunk_rows", lambda *counts: chunk_rows(*counts[:-1], device="cuda"))
+    model = SHAPE.replace(vocab_size=3000, dim=512, n_layers=1)
+    train = quick(precision=precision, batch_size=32)
+    rows = chunk_rows(256, 32 * 128, 3000, 512, "cuda")
+    assert rows == -(-32 * 128 * 512 // 3000) > 256 == chunk_rows(256, 32 * 128, 3000, 512, "cpu")
+    predicted = predict_memory(model, train)
+    assert predicted["total"] - predicted["libraries"] == pytest.approx(allocated(model, train, tmp_path), rel=0.03)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

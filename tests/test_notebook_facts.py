@@ -85,10 +85,20 @@ def test_the_facts_of_notebooks_1_and_2_hold_for_odd_corpora(
     one, facts = run_cells("01_tokenize", capsys, **choices, model_prefix=str(tmp_path / "tok"), vocab_size=vocab_size)
     assert f"{len(CORPORA[corpus])} documents" in facts and "False" not in facts
     assert "unknown tokens: 0" in facts
+    for what in ("documents that come back unchanged", "strange strings that come back unchanged"):
+        [(same, of)] = re.findall(rf"{what}: (\d+) of (\d+)", facts)
+        assert same == of != "0"
     files = {"tokenizer_model_file": str(tmp_path / "tok.model"), "dataset_dir": str(tmp_path / "d")}
     two, facts = run_cells("02_dataset", capsys, **choices, **files, context_size=16)
     assert "False" not in facts
-    assert facts.count("True") == 4
+    equal = re.findall(r"(?:at|same again:|document:|again:) ([\d,]+) of ([\d,]+)", facts)
+    assert len(equal) == 3 and all(same == of != "0" for same, of in equal)  # document, y beside x, the batch again
+    [(documents, ends)] = re.findall(r"end in the training split: (\d+), eos tokens there: (\d+)", facts)
+    assert documents == ends
+    [(targets, *epochs)] = re.findall(
+        r"targets in the stream: ([\d,]+); in the two epochs: ([\d,]+) and ([\d,]+)", facts
+    )
+    assert epochs == [targets, targets]
     characters = {split: counts["characters"] for split, counts in two["manifest"]["splits"].items()}
     assert sum(characters.values()) == one["characters"]
     assert f"held out: {characters['val'] / sum(characters.values()):.1%} of the text" in facts

@@ -77,10 +77,11 @@ def test_outputs_stand_without_widgets_styles_and_scripts(name: str) -> None:
         assert "text/html" not in data or len(bare.split()) > 10
 
 
-def test_the_readme_shows_what_the_notebooks_found() -> None:
-    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_shows_what_the_notebooks_found(name: str) -> None:
+    readme = (NOTEBOOKS.parent / name).read_text(encoding="utf-8")
     training, writing = output_of(read("04_scifi_train")), output_of(read("05_generate"))
-    [bits] = re.findall(r"\*\*([\d.]+) bits\s+per\s+byte\*\*", readme)
+    [bits] = re.findall(r"\*\*([\d.]+) (?:bits\s+per\s+byte|比特)\*\*", readme)
     assert re.findall(r"bits/byte ([\d.]+)", training)[-1] == bits
     [sample] = re.findall(r"^> (却说曹操.*)$", readme, re.MULTILINE)
     assert sample in writing
@@ -93,8 +94,11 @@ def test_the_committed_toy_model_reverses_strings() -> None:
     assert int(tokens.replace(",", "")) <= 3_500_000
     [percent] = re.findall(r"exact match on 10,000 held-out strings of 32 characters: ([\d.]+)%", text)
     assert float(percent) >= 99.9
-    [(prompt, answer)] = re.findall(r"'(\w+)' reversed: '(\w+)'", text)
-    assert answer == prompt[::-1]
+    repetitive = re.findall(r"\d+ characters, \d+ different: ([\d.]+)% of 10,000", text)
+    assert len(repetitive) == 5 and all(float(percent) >= 99.9 for percent in repetitive)
+    tried = re.findall(r"^(\w+) +(\w+) +(\w+) +✓$", text, re.MULTILINE)
+    assert len(tried) == 9 and "abcabcXYZ999" in {prompt for prompt, *_ in tried} and "✗" not in text
+    assert all(prompt[::-1] == truth == answer for prompt, truth, answer in tried)
 
 
 def test_the_committed_language_model_beats_xz_and_4_grams() -> None:
@@ -114,6 +118,15 @@ def test_the_committed_language_model_beats_xz_and_4_grams() -> None:
     assert costs == ["2,048,000", "3.36e+13"]
     assert "it reads the training text 4.5 times" in text
     assert "0.8 tokens for each" in text and "0.5M parameters, 10.6M tokens" in text
+
+
+def test_both_readmes_name_the_same_files_and_presets() -> None:
+    english, chinese = (
+        (NOTEBOOKS.parent / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")
+    )
+    for pattern in (r"notebooks/0\d\w+\.ipynb", r"^\| `[\w.-]+` \| [\d.]+[MB] \| \d+ \|", r"^make \w+|^papermill .*"):
+        found = [re.findall(pattern, text, re.MULTILINE) for text in (english, chinese)]
+        assert found[0] == found[1] and found[0], pattern
 
 
 def test_the_readmes_pictures_exist_and_are_small() -> None:

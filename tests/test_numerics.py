@@ -81,6 +81,46 @@ def test_the_fp16_scaler_backs_off_grows_and_is_resumed(tmp_path: Path, monkeypa
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_fp16_run_is_near_the_fp32_run(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its norms too, all above `grad_clip`: the loss scale is taken out of the gradient before it is clipped."""
+    seen = {}
+    for precision in ("fp32", "fp16"):
+        monkeypatch.setattr("llmcore.train.pick_precision", lambda *_, precision=precision: precision)
+        config = quick(optimizer=optimizer, max_steps=20, grad_clip=0.2, grad_accum_steps=2)
+        one = trainer(tmp_path / precision, config, tiny_model(std=0.1), val=False)
+        assert one.scaler.get_scale() == (2.0**16 if precision == "fp16" else 1)
+        one.fit()
+        assert one.progress.skipped == 0
+        seen[precision] = [[event["loss"], event["grad_norm"]] for event in read_metrics(tmp_path / precision)]
+    torch.testing.assert_close(torch.tensor(seen["fp16"]), torch.tensor(seen["fp32"]), rtol=0.02, atol=0)
+    assert min(norm for _, norm in seen["fp32"]) > 0.2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_fp16_scale_that_is_too_large_falls_until_it_fits(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients that float16 itself cannot hold, and not such as a test has spoiled."""
+    monkeypatch.setattr("llmcore.train.pick_precision", lambda *_: "fp16")
+    config = quick(optimizer=optimizer, max_steps=40, max_skipped_steps=40)
+    one = trainer(tmp_path, config, tiny_model(std=0.1), val=False)
+    one.scaler.load_state_dict({**one.scaler.state_dict(), "scale": 2.0**40})
+    seen, scales = [everything(one)], [one.scaler.get_scale()]
+    for event in one.steps():
+        seen.append(everything(one))
+        scales.append(one.scaler.get_scale())
+        if event["skipped"] < event["step"]:
+            break  # a larger gradient may overflow later again
+    skipped = one.progress.skipped
+    assert one.step == skipped + 1 and 5 < skipped < 35
+    assert scales == [*(2.0 ** (40 - step) for step in range(skipped + 1)), scales[skipped]]
+    assert [event["skipped"] for event in read_metrics(tmp_path)] == [*range(1, skipped + 1), skipped]
+    for untouched in seen[1:-1]:
+        assert_same_tensors(untouched, seen[0])
+    assert not torch.equal(seen[-1]["norm.weight"], seen[0]["norm.weight"])
+
+
 def everything(one: Trainer) -> dict[str, Tensor]:
     """Copies of a run's weights and of all that its optimizers remember."""
     names = {id(parameter): name for name, parameter in one.model.named_parameters()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -20,11 +21,12 @@ from PIL import Image
 
 from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.evaluate import Evaluation, Score
+from llmcore.model import rope_table
 from llmcore.notebook import plots
 from llmcore.notebook.plots import style
 from llmcore.runs import read_metrics
 
-from .helpers import quick, tiny_config, trainer
+from .helpers import quick, tiny_config, tiny_model, trainer
 
 
 def events(steps: int) -> list[dict[str, float]]:
@@ -137,11 +139,32 @@ def test_a_figure_shows_itself_crisp_small_and_with_words() -> None:
     assert len(data["image/png"]) < 120_000
 
 
-def test_smoothing_keeps_a_constant_and_starts_unbiased() -> None:
+def test_smoothing_keeps_a_constant_and_does_not_lag() -> None:
     assert plots.smoothed([3.0] * 50, 10) == pytest.approx(np.full(50, 3.0))
     assert plots.smoothed([5.0, math.nan, 5.0], 10) == pytest.approx([5.0] * 3)
+    assert np.isnan(plots.smoothed([math.nan, 1.0], 10)[0])
+    falling = np.linspace(8, 1, 300)
+    assert plots.smoothed(falling, 16) == pytest.approx(falling)
     noisy = np.random.default_rng(0).normal(size=2000)
-    assert plots.smoothed(noisy, 50)[200:].std() < 0.3 * noisy.std()
+    assert plots.smoothed(noisy, 50)[200:-200].std() < 0.3 * noisy.std()
+
+
+@pytest.mark.parametrize("metric", ["val_loss", "exact_match"])
+def test_the_legend_of_a_run_lies_above_its_curves(metric: str) -> None:
+    some = [{**event, "skipped": event["step"] // 10, "exact_match": 0.5} for event in events(100)]
+    figure = plots.training_curves(some, "loss falls", metric=metric)
+    figure.draw_without_rendering()
+    legend, axes = figure.axes[0].get_legend().get_window_extent(), figure.axes[0].get_window_extent()
+    title = figure.axes[0]._left_title.get_window_extent()  # type: ignore[attr-defined]
+    assert axes.y1 - 1 <= legend.y0 and legend.y1 <= title.y0 + 1
+    assert legend.x1 <= figure.bbox.x1 and title.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_no_figure_glares_on_a_dark_page(live: bool) -> None:
+    picture = Image.open(io.BytesIO(plots.png(plots.bars({"a": 1.0}, "one", "things"), live))).convert("RGB")
+    assert picture.getpixel((2, 2)) == pytest.approx(tuple(bytes.fromhex(style.PAPER[1:])), abs=2)
+    assert (255, 255, 255) not in {color for _, color in picture.getcolors(1 << 24) or []}
 
 
 def test_every_piece_is_drawn_in_order() -> None:
@@ -154,9 +177,154 @@ def test_every_piece_is_drawn_in_order() -> None:
     assert shades[4][1] < shades[1][1] < shades[3][1]  # the more surprising, the redder: the less green
 
 
-def test_rank_frequency_is_sorted_and_leaves_out_what_never_occurs() -> None:
-    figure = plots.rank_frequency([5, 0, 100, 20, 0, 1], "counts")
-    assert line(figure, 0, "tokens")[:, 1].tolist() == [100, 20, 5, 1]
+def test_rank_frequency_is_sorted_and_marks_the_shares_of_the_text() -> None:
+    figure = plots.rank_frequency([5, 0, 100, 20, 0, 1], "counts", shares=(0.5, 0.95))
+    assert line(figure, 0, "tokens")[:, 1].tolist() == [100, 20, 5, 1]  # what never occurs is left out
+    assert [text.get_text().split("\n") for text in figure.axes[0].texts] == [
+        ["1 tokens:", "50% of the text "],
+        ["2 tokens:", "95% of the text "],
+    ]
+
+
+def test_a_note_stands_below_its_piece() -> None:
+    figure = plots.text_pieces(["曹操", "曰"], "glossed", notes=["Cao Cao", "said"])
+    drawn = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert drawn["Cao Cao"][0] == drawn["曹操"][0] and drawn["Cao Cao"][1] < drawn["曹操"][1]
+
+
+def test_rows_of_boxes_have_names_and_marks() -> None:
+    figure = plots.box_rows([("3 letters", list("abc"), ()), ("2 pieces", ["ab", "c"], (0,))], "cuts")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["3 letters", "a", "b", "c", "2 pieces", "ab", "c"]
+    colors = [patch.get_facecolor() for patch in figure.axes[0].patches]
+    assert len({*colors[:3], colors[4]}) == 1 and colors[3] != colors[0]
+    wrapped = plots.box_rows([("bytes", ["E6"] * 90, ())], "long").axes[0]
+    right = max(patch.get_x() + patch.get_width() for patch in wrapped.patches)
+    assert len(wrapped.patches) == 90 and right <= wrapped.get_xlim()[1]
+
+
+def test_a_merge_shows_its_pairs_and_marks_the_new_piece() -> None:
+    steps = [([(("a", "b"), 3), (("b", " "), 2)], ["ab", " ", "ab", "ab"])]
+    figure = plots.merge_steps(list("ab abab"), steps, "one merge")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[8:] == ["1. pairs", "a + b: 3×", "b + ␣: 2×", "4 pieces", "ab", "␣", "ab", "ab"]
+    colors = [patch.get_facecolor() for patch in figure.axes[0].patches][7:]
+    assert [color == colors[0] for color in colors] == [True, False, True, False, True, True]
+
+
+def test_a_vocabulary_is_drawn_with_what_its_table_costs() -> None:
+    figure = plots.compression([1000, 4000], [1.1, 1.4], "sizes", chosen=4000, dim=200)
+    gain, cost = figure.axes
+    assert gain.get_lines()[0].get_xydata().tolist() == [[1000, 1.1], [4000, 1.4]]
+    assert cost.get_lines()[0].get_xydata().tolist() == [[1000, 0.2], [4000, 0.8]]
+    assert all(line(figure, n, "chosen")[:, 0].tolist() == [4000] for n in (0, 1))
+    assert len(plots.compression([1000, 4000], [1.1, 1.4], "sizes").axes) == 1
+
+
+def test_a_staircase_shows_what_is_seen_and_frames_what_is_guessed() -> None:
+    [axes] = plots.staircase(["a", "b", "c", "d"], "stairs").axes
+    cells = {(int(patch.get_x()), int(patch.get_y())): patch.get_facecolor()[3] for patch in axes.patches}
+    assert cells == {(column, row): float(column <= row) for row in range(3) for column in range(row + 2)}
+    assert [text.get_text() for text in axes.texts] == [*"ab", *"abc", *"abcd"]
+
+
+def test_surprise_is_drawn_from_scores_over_softmax_to_its_logarithm() -> None:
+    scores = torch.tensor([2.0, -1.0, 0.5])
+    left, middle, curve = plots.surprise(list("abc"), scores, 2, "three").axes
+    assert [bar.get_height() for bar in left.patches] == scores.tolist()
+    assert [bar.get_height() for bar in middle.patches] == pytest.approx(scores.softmax(0).tolist())
+    [[p, nats]] = curve.get_lines()[1].get_xydata()
+    assert (p, nats) == pytest.approx((float(scores.softmax(0)[2]), float(-scores.log_softmax(0)[2])))
+    assert f"{nats:.2f}" in curve.texts[0].get_text()
+
+
+def test_three_rulers_agree() -> None:
+    [axes] = plots.loss_units({"nothing": 8.0, "something": 5.0}, 3.5, "units").axes
+    marks = {(text.get_text(), text.get_position()[1]): text.get_position()[0] for text in axes.texts}
+    assert marks["8", 0.2] == marks[f"{math.exp(8):,.0f}", 1.2] == 8
+    assert marks["2.0", 2.2] == pytest.approx(2 * 3.5 * math.log(2))
+    assert marks["nothing", -0.42] == 8 and marks["something", -0.42] == 5
+
+
+def test_windows_are_drawn_where_and_when_they_are_read() -> None:
+    figure = plots.reading_order([(0, 10, 20), (0, 0, 10), (1, 5, 15)], 20, "order")
+    drawn = [each.get_xydata().tolist() for each in figure.axes[0].get_lines()[:3]]
+    assert drawn == [[[10, 0], [20, 0]], [[0, 1], [10, 1]], [[5, 2], [15, 2]]]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["epoch 1", "epoch 2"]
+    assert figure.axes[0].yaxis_inverted()
+
+
+def test_a_diagram_has_the_shapes_that_the_model_gives() -> None:
+    model, tokens = tiny_model(), torch.zeros(3, 5, dtype=torch.int64)
+    config = model.config
+    given = plots.shapes(model, tokens)
+    assert given["tokens"] == (3, 5) and given["output"] == tuple(model(tokens).shape) == (3, 5, config.vocab_size)
+    assert given["layers.0.feed_forward.w1"] == (3, 5, config.hidden_dim)
+    assert given["layers.0"] == given["norm"] == (3, 5, config.dim)
+    assert not [part for part in model.modules() if part._forward_hooks]
+    drawn = [text.get_text() for text in plots.block_diagram(model, tokens, "all").axes[0].texts]
+    assert "(3, 5)" in drawn and f"(3, 5, {config.vocab_size})" in drawn and "inside: (3, 5, 48)" in drawn
+    assert any(f"{config.n_heads} heads of {config.head_dim}" in text for text in drawn)
+
+
+def test_attention_steps_write_their_numbers_and_hide_the_future() -> None:
+    scores = torch.tensor([[1.0, -math.inf], [0.5, -2.0]])
+    steps = {"masked": scores, "softmax": scores.softmax(-1), "times v": torch.ones(2, 3)}
+    masked, shares, values = plots.attention_steps(steps, ["a", "b"], "steps").axes
+    assert [text.get_text() for text in masked.texts] == ["1.00", "-∞", "0.50", "-2.00"]
+    assert masked.images[0].get_array().mask.tolist() == [[False, True], [False, False]]
+    assert shares.images[0].get_clim() == (0, 1) and masked.images[0].get_clim() == (-2, 2)
+    assert [label.get_text() for label in shares.get_xticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in values.get_xticklabels()] == ["1", "2", "3"]
+
+
+def test_the_spread_of_scores_is_drawn_with_and_without_the_root() -> None:
+    products = {4: torch.randn(50, 8), 64: 8 * torch.randn(50, 8)}
+    figure = plots.score_spread(products, "spread")
+    for axes, values in zip(figure.axes, [products[4], products[64], products[4] / 2, products[64] / 8], strict=True):
+        assert [bar.get_height() for bar in axes.patches] == pytest.approx(values[0].softmax(0).tolist())
+        assert f"spreads by {values.std():.1f}" in axes.get_title(loc="left")
+
+
+def test_pairs_are_arrows_that_turn_as_the_table_says() -> None:
+    cos, sin = rope_table(8, 20, 10.0)
+    figure = plots.rope(cos, sin, (0, 3), {"here": ([0, 1], [5.0, 4.0]), "there": ([0, 1], [5.0, 4.0])}, "turns")
+    for axes, pair in zip(figure.axes[:2], (0, 3), strict=True):
+        ends = [text.xy for text in axes.texts if hasattr(text, "xy")]
+        angles = torch.arange(8) * 10.0 ** (-2 * pair / 8)
+        assert ends == [pytest.approx((math.cos(a), math.sin(a)), abs=1e-5) for a in angles]
+    assert line(figure, 2, "here").tolist() == line(figure, 2, "there").tolist() == [[0, 5], [1, 4]]
+
+
+def test_a_norm_is_drawn_before_and_after_and_the_gate_is_silu() -> None:
+    before = torch.tensor([3.0, -4.0])
+    left, right = plots.norm_and_gate(before, before / 12.5**0.5, "norm").axes
+    heights = [bar.get_height() for bar in left.patches]
+    assert heights == pytest.approx([3 / 12.5**0.5, -4 / 12.5**0.5, 3, -4])
+    assert "1.00" in left.get_legend().get_texts()[0].get_text()
+    x, y = right.get_lines()[0].get_data()
+    assert y == pytest.approx(x / (1 + np.exp(-x)), abs=1e-6)
+
+
+def test_a_large_head_has_its_anti_diagonal_and_separator_framed() -> None:
+    labels = list("^abc|cb")
+    figure = plots.attention_head(np.eye(7), labels, 1, "head")
+    *diagonal, column = [(p.get_x() + 0.5, p.get_y() + 0.5, p.get_height()) for p in figure.axes[0].patches]
+    assert diagonal == [(4, 4, 1), (3, 5, 1), (2, 6, 1)]  # one place to the right of c, b, a
+    assert column == (4, 4, 4)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == labels
+    assert len(figure.axes) == 2  # the second is the scale
+
+
+def test_one_head_is_shown_at_its_moments() -> None:
+    moments = {"step 1": np.zeros((2, 2)), "step 9": np.eye(2)}
+    figure = plots.attention_moments(moments, ["a", "b"], "moments")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [*moments]
+    assert np.array_equal(figure.axes[1].images[0].get_array(), np.eye(2))
+
+
+def test_accuracy_is_drawn_by_place_from_one() -> None:
+    figure = plots.accuracy_by_place({"step 1": [0.1, 0.2], "step 9": [1.0, 0.5]}, "by place")
+    assert line(figure, 0, "step 9").tolist() == [[1, 1.0], [2, 0.5]]
 
 
 def scores(bits: list[float], name: str = "第{}回") -> Evaluation:

@@ -106,3 +106,38 @@ def test_random_strings_have_their_length_and_all_symbols() -> None:
 def test_a_prompt_that_cannot_be_reversed_is_refused_by_name(prompt: str) -> None:
     with pytest.raises(ValueError, match="^prompt cannot be reversed: "):
         toy_reverse.check_prompt(prompt)
+
+
+def test_repetitive_strings_have_few_symbols_and_differ_from_each_other() -> None:
+    texts = toy_reverse.repetitive_strings(500, 12, 3, seed=0)
+    assert {len(text) for text in texts} == {12} and max(len(set(text)) for text in texts) == 3
+    assert set("".join(texts)) == set(SYMBOLS) and len(set(texts)) == 500
+    assert texts != toy_reverse.repetitive_strings(500, 12, 3, seed=1)
+
+
+def test_half_of_the_training_strings_use_few_symbols_and_half_may_be_short() -> None:
+    x, _ = toy_reverse.ReverseData().batch(step=0, batch_size=4000)
+    rows = [row[1 : row.index(toy_reverse.SEPARATOR)] for row in x.tolist()]
+    assert 0.4 < np.mean([len(row) < 32 for row in rows]) < 0.55
+    for long in (True, False):  # among the strings of full length and among the short ones
+        different = np.array([len(set(row)) for row in rows if (len(row) == 32) == long and len(row) > 16])
+        assert 0.4 < np.mean(different <= max(toy_reverse.FEW_SYMBOLS)) < 0.6
+        assert (different <= 2).sum() > 0.08 * len(different)
+
+
+def test_a_probe_keeps_what_it_saw_at_each_validation() -> None:
+    model = tiny_model(std=0.3, vocab_size=toy_reverse.VOCAB_SIZE, max_seq_len=80).eval()
+    texts = toy_reverse.random_strings(20, 3, seed=0)
+    probe = toy_reverse.Probe(model, texts, "ab")
+    without, event = {"step": 1}, {"step": 2, "val_loss": 3.0}
+    probe(without)
+    probe(event)
+    assert without == {"step": 1} and event["exact_match"] == toy_reverse.exact_match(model, texts)
+    assert [*probe.by_place] == [*probe.weights] == [2]
+    ids = torch.tensor([[*toy_reverse.question("ab"), *toy_reverse.encode("ba")]])
+    assert torch.equal(probe.weights[2], model.attention_weights(ids)[:, 0])
+
+
+def test_accuracy_by_place_counts_a_missing_character_as_wrong() -> None:
+    shares = toy_reverse.right_by_place(["abc", "ab", "xbc", ""], ["abc"] * 4)
+    assert shares.tolist() == [0.5, 0.75, 0.5]

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import llmcore.model
 from llmcore.checkpoint import CheckpointError, checkpoints
-from llmcore.config import TrainConfig
+from llmcore.config import PRESETS, TrainConfig
 from llmcore.device import DeviceError
+from llmcore.model import Transformer
 from llmcore.optim import learning_rate_at
 from llmcore.runs import TrainingError, free_run_dir, read_metrics
 from llmcore.tokenizer import Tokenizer
@@ -46,6 +48,33 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path: Path) -> None:
     for one, other in zip(read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b"), strict=True):
         assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-4)
         assert one["tokens"] == other["tokens"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("preset", [name for name, (shape, _) in PRESETS.items() if shape.max_seq_len >= 512])
+def test_presets_train_the_same_without_torchs_loss(
+    preset: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.11 has no operator for the chunked loss. Their vocabulary, context and policy need it, at any width."""
+    shape, how = PRESETS[preset]
+    shape = shape.replace(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=16, hidden_dim=48)
+    policy = how.activation_checkpointing
+    config = quick(max_steps=2, batch_size=1, precision=precision, activation_checkpointing=policy)
+    data = Batches(shape.max_seq_len, vocab_size=shape.vocab_size)
+    assert shape.max_seq_len * shape.vocab_size > llmcore.model.CHUNK_ABOVE
+    losses = []
+    for way in ("operator", "hidden", "plain"):
+        with monkeypatch.context() as patch:
+            if way == "hidden":
+                patch.delattr(F, "linear_cross_entropy", raising=False)
+            if way == "plain":
+                patch.setattr(llmcore.model, "CHUNK_ABOVE", 2**40)
+            torch.manual_seed(0)
+            one = Trainer(Transformer(shape), data, None, config, tmp_path / way, device="cpu")
+            losses.append([[event["loss"], event["grad_norm"]] for event in one.steps()])
+    close = 1e-4 if precision == "fp32" else 2e-2
+    for other in losses[1:]:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(losses[0]), rtol=close, atol=0)
 
 
 def test_a_step_is_torchs_own_adamw_on_the_clipped_gradient(tmp_path: Path) -> None:

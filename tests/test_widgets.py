@@ -110,8 +110,21 @@ def test_nothing_from_outside_acts() -> None:
     assert "⟨1B⟩[31mred⟨1B⟩[0m" in visible(HOSTILE) and visible("一\n二\t三 ⏎ é🙂") == "一\n二\t三 ⏎ é🙂"
     bare = re.sub(r"<[^>]*>", "", boxes(["曹操", "大⏎", "怒"], ["7", "8", "9"]))  # what code hosts leave of it
     assert bare.split() == ["曹操", "7", "大⏎", "8", "怒", "9"]
+    assert boxes(["曹操", "大"]).count("<code") == 2  # code hosts drop styles and keep code apart from other text
     hint = re.search(r'title="([^"]*)"', boxes(["a"], hints=['" onmouseover="alert(1)']))
     assert hint and html.unescape(hint[1]) == '" onmouseover="alert(1)'
+
+
+def test_bytes_that_are_letters_show_as_letters(tokenizer: Tokenizer) -> None:
+    shown = [piece_text(tokenizer, id) for id in tokenizer.encode("GPT 龘\x07")]
+    assert shown == ["G", "P", "T", "␣", "⟨E9⟩", "⟨BE⟩", "⟨98⟩", "⟨07⟩"]
+
+
+def test_chinese_has_the_english_of_its_words_beside_it(tokenizer: Tokenizer) -> None:
+    explorer = TokenExplorer({"one": tokenizer}, "却说曹操引兵，曹操大怒。")
+    assert "In English: 却说曹操 now, Cao Cao · 引兵 led troops · 曹操 Cao Cao" in words(explorer.result.value)
+    explorer.text.value = "no Chinese"
+    assert "In English" not in explorer.result.value
 
 
 # The dashboard

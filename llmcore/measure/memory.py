@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llmcore.config import ModelConfig, TrainConfig
-from llmcore.device import has_bf16, pick_precision, ways_to_save_memory
+from llmcore.device import chunk_rows, has_bf16, pick_precision, ways_to_save_memory
 from llmcore.model import CHUNK_ABOVE, LOSS_CHUNK, SHORT_CONTEXT, has_chunked_operator
 from llmcore.runs import TrainingError
 
@@ -94,7 +94,8 @@ def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") 
     missing = 4 * (matrices // model.n_layers + (0 if model.tie_embeddings else table))  # first block's, embeddings'
 
     # the moments that may hold most: gradients, activations, workspace
-    logits, optimizer = _loss_workspace(model, tokens, precision), _optimizer_workspace(model, train, matrices, device)
+    logits = _loss_workspace(model, tokens, precision, device)
+    optimizer = _optimizer_workspace(model, train, matrices, device)
     casts_kept = casts if policy == "none" else 0
     moments = [
         (earlier, activations, logits + (casts if tokens * model.vocab_size > CHUNK_ABOVE else casts_kept)),  # the loss
@@ -115,14 +116,15 @@ def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") 
     return {**parts, "total": sum(parts.values())}
 
 
-def _loss_workspace(model: ModelConfig, tokens: int, precision: str) -> int:
+def _loss_workspace(model: ModelConfig, tokens: int, precision: str, device: str) -> int:
     """Bytes that the output matrix and the loss need for a moment."""
     size, table = 4 if precision == "fp32" else 2, model.vocab_size * model.dim
     if tokens * model.vocab_size <= CHUNK_ABOVE:  # log-probabilities and two gradients, and a cast of the matrix
         return tokens * 12 * model.vocab_size + (0 if size == 4 else 2 * table)
 
     if not has_chunked_operator(torch.float16 if precision == "fp16" else torch.float32):
-        chunk = min(LOSS_CHUNK // 4, tokens) * model.vocab_size  # computed again in the backward pass
+        rows = chunk_rows(LOSS_CHUNK // 4, tokens, model.vocab_size, model.dim, device)
+        chunk = min(rows, tokens) * model.vocab_size  # computed again in the backward pass
         return max(12 * chunk + (4 if size == 4 else 6) * table, (12 if size == 4 else 10) * table)
 
     # the operator computes its gradients at once

@@ -17,21 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from llmcore import config
 from llmcore.corpus.library import open_library
 from llmcore.corpus.prepare import prepare_dataset
 from llmcore.corpus.sources import fetch
 from llmcore.corpus.texts import find_texts, read_text
-from llmcore.corpus.token_files import finish_split, write_manifest
 from llmcore.corpus.train_tokenizer import train_tokenizer
-from llmcore.dataset import FORMAT_VERSION, SPLITS, TokenDataset
+from llmcore.dataset import TokenDataset
 from llmcore.files import PROJECT_ROOT
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Trainer
 from tests.benchmarks.peers import machine
+from tests.benchmarks.token_files import write_tokens
 
 MB = 10**6
 ROUNDS = 9
@@ -129,20 +127,6 @@ def measure_memory(folder: Path, model: Path, sizes: list[int]) -> None:
                 done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
             memory, seconds = map(float, done.stdout.split())
             print(f"| {work} | {size} MB, {kind} | {memory / MB:,.0f} | {seconds:.0f} |", flush=True)
-
-
-def write_tokens(folder: Path, vocab_size: int, tokens: int) -> None:
-    """A data set of so many tokens in its real format; validation gets fewer."""
-    folder.mkdir()
-    ids = np.random.default_rng(0).integers(vocab_size, size=min(tokens, 10**7), dtype="<u2")
-    counts = {}
-    for split, blocks in zip(SPLITS, (tokens // len(ids), 1), strict=True):
-        with open(folder / f"{split}.bin", "wb") as file:
-            for number in range(blocks):
-                file.write(np.roll(ids, number).data)
-        counts[split] = {**finish_split(folder, split, [len(ids)] * blocks), "bytes": 3 * blocks * len(ids)}
-    manifest = {"format_version": FORMAT_VERSION, "dtype": "<u2", "vocab_size": vocab_size, "splits": counts}
-    write_manifest(folder, manifest)
 
 
 def measure_batches(folder: Path) -> list[str]:

@@ -1,5 +1,7 @@
 """`make lock`: the exact versions of pyproject.toml's extras, as pip resolves them, in two files.
 
+With the word `lowest`, it prints the lowest version that pyproject.toml allows of each package: for `make test-oldest`.
+
 requirements.lock has what the notebooks need (the extra `lab`), requirements-test.lock what the tests add. What the
 files pin already stays as it is: remove a line, or both files, to take the newest version.
 """
@@ -37,6 +39,17 @@ def extra(name: str) -> list[Requirement]:
         inner = [r for of in sorted(requirement.extras) for r in extra(of)] if requirement.name == "llmcore" else []
         found += inner or [requirement]
     return found
+
+
+def lowest() -> list[str]:
+    """A pin a line: of all that the notebooks and the tests need, the lowest version that pyproject.toml allows."""
+    bounds = {
+        requirement.name: f"{requirement.name}=={specifier.version}"
+        for requirement in (*extra("lab"), *extra("test"))
+        for specifier in requirement.specifier
+        if specifier.operator == ">=" and (requirement.marker is None or requirement.marker.evaluate())
+    }
+    return list(bounds.values())
 
 
 def read_lock(path: Path) -> list[Requirement]:
@@ -82,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(lowest())) if sys.argv[1:] == ["lowest"] else main()

@@ -196,7 +196,7 @@ def score_spread(scores: Mapping[int, Tensor], title: str) -> Figure:
         for row, (values, name) in enumerate(((raw, "q·k"), (raw / d**0.5, "q·k / √d"))):
             axes, weights = panels[row * len(scores) + column], values.softmax(-1)
             axes.bar(range(values.shape[1]), weights[0], color=(ORANGE, BLUE)[row])
-            axes.set(ylim=(0, 1), xticks=[])
+            axes.set(ylim=(0, 1.15), xticks=[], yticks=[0, 0.25, 0.5, 0.75, 1])
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             largest = weights.max(-1).values.mean()
             axes.set_title(f"d = {d}: {name} spreads by {values.std():.1f}", fontsize=9)
@@ -262,7 +262,7 @@ def norm_and_gate(before: Tensor, after: Tensor, title: str) -> Figure:
     places = np.arange(len(before))
     left.bar(places, after.numpy(), color=SKY, width=1.0, label=f"after: root mean square {sizes[1]:.2f}")
     left.bar(places, before.numpy(), color=PURPLE, width=1.0, label=f"before: {sizes[0]:.2f}")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     name_axes(left, "", "number of the stream", "value")
     x = torch.linspace(-5, 5, 200)
     right.plot(x, nn.functional.silu(x), color=GREEN, linewidth=2, label="silu(a) = a / (1 + exp(-a))")
