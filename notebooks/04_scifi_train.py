@@ -110,12 +110,14 @@ from llmcore.trainer_state import auto_start
 device = str(pick_device(device))
 check_writable(output_dir)
 check_tracker(tracker)
+began = time.perf_counter()
 if checkpoint_dir == "auto":
     start = auto_start(resolve(output_dir) / project, backup_dir)
 else:
     start = find_checkpoint(output_dir, checkpoint_dir) if checkpoint_dir else None
 if start:
     check_has_state(start)
+    print(f"goes on from {display_path(start)}, all of whose files were checked in {time.perf_counter() - began:.1f} s")
 saved = read_config(start).get("train", {}) if start else {}
 reached = read_config(start)["step"] if start else 0
 last_step = max_steps or (None if epochs else saved.get("max_steps"))

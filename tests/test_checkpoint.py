@@ -441,7 +441,7 @@ KILLED_WHILE_SAVING = """
 import os, shutil, sys, warnings
 from pathlib import Path
 import torch
-from llmcore.checkpoint import find_checkpoint, load_weights, prune_checkpoints
+from llmcore.checkpoint import checkpoints, find_checkpoint, load_weights, prune_checkpoints, verify_checkpoint
 from tests.kill import kill_at, survives
 from tests.test_checkpoint import save, tiny_model
 
@@ -463,9 +463,10 @@ while not finished:
     step = int(path.name[5:11])
     load_weights(tiny_model(9), path)
     assert step >= 2, path
+    assert [verify_checkpoint(one)["step"] for one in checkpoints(run)][0] == 1  # the best, with its state or without
     print(at, step, flush=True)
     if step == 3 and not finished:
-        shutil.rmtree(path)
+        shutil.rmtree(path), shutil.rmtree(find_checkpoint(run, "best"))
         save(run, models[1], step=1), save(run, models[2], step=2)
 assert sorted(p.name[:11] for p in run.iterdir()) == ["step=000001", "step=000003"], os.listdir(run)
 """

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,7 @@ def test_a_lost_folder_goes_on_from_its_copy_as_if_never_lost(tmp_path: Path) ->
 
 
 def test_a_faulty_drive_is_said_once_and_training_goes_on(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")  # Python itself would show the same words once
     (tmp_path / "drive").mkdir()
     one = trainer(tmp_path / "run", NIGHT, backup_dir=tmp_path / "drive")
 
@@ -442,7 +444,7 @@ def test_notebook_4_killed_three_times_ends_as_never_killed(tmp_path: Path, sang
     )
     assert not made.returncode, made.stderr
     straight = notebook_4(tmp_path, "straight", drive)
-    assert not straight.wait(600), straight.communicate()[1]
+    assert not straight.wait(1800), straight.communicate()[1]
     runs = tmp_path / "outputs" / "runs"
     for at in (7, 130, 290):
         process, metrics = notebook_4(tmp_path, "killed", drive), runs / "killed" / "metrics.jsonl"
@@ -455,7 +457,7 @@ def test_notebook_4_killed_three_times_ends_as_never_killed(tmp_path: Path, sang
             shutil.rmtree(runs / "killed")  # the hosted machine is another one
     for _ in range(2):  # the second time it is finished, and Run All ends well
         process = notebook_4(tmp_path, "killed", drive)
-        assert not process.wait(600), process.communicate()[1]
+        assert not process.wait(1800), process.communicate()[1]
         process.communicate()
         assert everything(runs / "killed") == everything(runs / "straight") == everything(drive / "killed")
     assert "is finished at step 400: it is shown, not trained" in (tmp_path / "killed.ipynb").read_text()

@@ -233,7 +233,7 @@ def test_a_short_run_has_a_short_warmup_and_is_looked_at_more_often() -> None:
     long = choose_steps("scifi-117M", model, train, 10**11)
     assert long == train
     mini = choose_steps("scifi-mini", *PRESETS["scifi-mini"], 450_000, max_steps=40)
-    assert (mini.warmup_steps, mini.eval_interval) == (4, 100)
+    assert (mini.warmup_steps, mini.eval_interval) == (4, 300)
 
 
 def test_a_run_that_goes_on_keeps_its_steps_unless_others_are_given() -> None:

@@ -50,15 +50,24 @@ def measure(name: str, rounds: int = 15) -> str:
 
 
 def measure_gigabyte(rounds: int = 5) -> str:
-    """Seconds per GB of the parts of a save, medians over rounds; the last is a copy into a folder beside it."""
+    """Seconds per GB of the parts of a save, medians over rounds; the last is a copy into a folder beside it.
+
+    In parentheses the seconds that the processor worked, which other programs on the machine change less.
+    """
     model = Transformer(config.preset("scifi-117M")[0].replace(n_layers=8))  # 86M weights, and twice as many moments
     moments = {f"{name}/{key}": torch.randn_like(p) for name, p in model.named_parameters() for key in "ab"}
-    parts: dict[str, list[float]] = {"save": [], "of it hashing": [], "verify": [], "load": [], "copy": []}
+    parts: dict[str, list[tuple[float, float]]] = {
+        "save": [],
+        "of it hashing": [],
+        "verify": [],
+        "load": [],
+        "copy": [],
+    }
 
     def timed(part: str, work: Callable[[], object]) -> None:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         work()
-        parts[part].append(time.perf_counter() - started)
+        parts[part].append((time.perf_counter() - started, time.process_time() - worked))
 
     with tempfile.TemporaryDirectory(dir=".") as folder:
         run = Path(folder).resolve() / "run"
@@ -74,7 +83,10 @@ def measure_gigabyte(rounds: int = 5) -> str:
             timed("copy", lambda: back_up(run, run.with_name("copy")))
             for old in run.glob("step=*"):
                 shutil.rmtree(old)
-    row = " | ".join(f"{part} {statistics.median(seconds) / size:.2f}" for part, seconds in parts.items())
+    medians = {
+        part: [statistics.median(column) / size for column in zip(*rows, strict=True)] for part, rows in parts.items()
+    }
+    row = ", ".join(f"{part} {wall:.2f} ({worked:.2f})" for part, (wall, worked) in medians.items())
     return f"a checkpoint of {size:.2f} GB, seconds per GB: {row}"
 
 
