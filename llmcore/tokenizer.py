@@ -116,7 +116,7 @@ class Tokenizer:
             for sign, part in zip(rest[::2], rest[1::2], strict=True):
                 ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in sign.encode()]
                 parts += [np.array(ids, dtype=np.int32), self._processor.encode(part, out_type=_IDS_AS)]
-        return np.concatenate(parts, dtype=np.int32, casting="same_kind")
+        return np.concatenate(parts, dtype=np.int32, casting="unsafe")  # an empty list is of float64
 
     def inner_pairs(self) -> set[str]:
         """Every two characters that stand side by side in some piece.

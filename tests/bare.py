@@ -6,7 +6,6 @@ there: jsonschema, which checks what is read from disk. These two programs read 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from llmcore import files
@@ -24,6 +23,8 @@ class _Anything:
 
 def do_without_jsonschema() -> None:
     """Let JSON be read unchecked, with a word, where jsonschema is not installed; else change nothing."""
-    if importlib.util.find_spec("jsonschema") is None:
+    try:
+        import jsonschema  # noqa: F401
+    except ImportError:
         print("jsonschema is not installed: JSON files are read unchecked")
         files._validator = lambda: _Anything  # type: ignore[assignment]

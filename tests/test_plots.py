@@ -134,7 +134,8 @@ def test_a_figure_shows_itself_crisp_small_and_with_words() -> None:
     figure = plots.training_curves(events(300), "loss falls")
     data, about = figure._repr_mimebundle_()
     width, height = Image.open(io.BytesIO(data["image/png"])).size
-    assert (width, height) == (2 * about["image/png"]["width"], 2 * about["image/png"]["height"])
+    shown = about["image/png"]  # in half as many pixels, an odd one of which some versions of matplotlib cut
+    assert width == 2 * shown["width"] and 2 * shown["height"] - height in (0, 1)
     assert "loss falls" in about["image/png"]["alt"] and "loss falls" in data["text/plain"]
     assert len(data["image/png"]) < 120_000
 

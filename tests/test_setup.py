@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from papermill import inspect_notebook
+
+from llmcore.config import PRESETS
 
 from .tools import lock
 
@@ -22,7 +29,7 @@ for argument; do printf '|%s' "$argument" >> "$CALLS"; done
 echo >> "$CALLS"
 if [ "$2" = venv ]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
 """
-TARGETS = ["demo", "test", "test-fast", "test-browser", "lint", "lab", "notebooks", "bench", "lock"]
+TARGETS = ["demo", "test", "test-fast", "test-oldest", "test-browser", "lint", "lab", "notebooks", "bench", "lock"]
 
 Call = tuple[str, str, list[str]]  # working folder, JUPYTER_CONFIG_PATH, arguments
 
@@ -148,7 +155,8 @@ def test_every_make_target_runs_in_a_folder_of_any_name(checkout: Path, active: 
     assert {"pip", "tests.tools.demo", "pytest", "mypy", "jupyterlab", "tests.tools.render", "tests.benchmarks"} < set(
         modules
     )
-    assert ("venv" in modules) is not active
+    made = [words[-1] for _, _, words in calls if "venv" in words]
+    assert made == (["build/oldest"] if active else [".venv", "build/oldest"])  # the oldest versions stand apart always
     [(_, config, words)] = [call for call in calls if "jupyterlab" in call[2]]
     assert config == str(checkout / ".jupyter")
     assert ("--allow-root" in words) is (os.geteuid() == 0) and "--ip=localhost" in words
@@ -168,3 +176,69 @@ def test_one_environment_grows_from_the_small_lock(checkout: Path, active: bool)
     assert installed("demo", "lab") == [torch, "requirements.lock", "."]
     assert installed("lint", "test-fast") == ["requirements-test.lock"]
     assert installed("demo", "lab", "test") == []
+
+
+def hosted_lines() -> list[str]:
+    """The lines that the notebooks' README gives to users of a hosted notebook."""
+    [block] = re.findall(r"```\n(.*?)```", (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return block.splitlines()
+
+
+def test_the_lines_for_a_hosted_notebook_name_what_there_is() -> None:
+    """Six lines, Python or shell; each parameter is one of its notebook, each preset one of ours."""
+    lines = hosted_lines()
+    assert len(lines) == 6
+    runs = 0
+    for line in lines:
+        if not line.startswith("!"):
+            ast.parse(line)
+            continue
+        subprocess.run(["bash", "-n", "-c", line[1:]], check=True)
+        words = shlex.split(line[1:])
+        if "papermill" not in words:
+            continue
+        runs += 1
+        [name] = [Path(word).name for word in words if "/notebooks/" in word]
+        known = inspect_notebook(str(ROOT / "notebooks" / name))
+        given = {words[place + 1]: words[place + 2] for place, word in enumerate(words) if word == "-p"}
+        assert given and given.keys() <= known.keys()
+        assert given.get("preset", "scifi-mini") in PRESETS
+    assert runs == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["test_cuda float32_is", "test_cuda greedy", "benchmarks.gpu toy"])
+def test_what_runs_on_a_borrowed_gpu_needs_few_packages(program: str) -> None:
+    """torch, numpy, sentencepiece, safetensors, transformers, psutil and tqdm, and what these need."""
+    allowed, todo = set(), ["torch", "numpy", "sentencepiece", "safetensors", "transformers", "psutil", "tqdm"]
+    while todo:
+        name = canonicalize_name(todo.pop())
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            needed = [] if name in allowed else map(Requirement, importlib.metadata.requires(name) or [])
+            allowed.add(name)
+            todo += [each.name for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    distributions = importlib.metadata.packages_distributions().items()
+    blocked = [module for module, names in distributions if not {canonicalize_name(name) for name in names} & allowed]
+    assert {"jsonschema", "pytest", "matplotlib", "charset_normalizer"} <= set(blocked)
+    module, *words = program.split()
+    code = f"""
+import runpy, sys
+from importlib.machinery import PathFinder
+
+blocked = {sorted({*blocked} - {"llmcore", "tests", "_distutils_hack", "setuptools"})}
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *where: None if name.split(".")[0] in blocked else find(name, *where)
+sys.argv[1:] = {words}
+runpy.run_module("tests.{module}", run_name="__main__")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TEST_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "jsonschema is not installed" in done.stdout
+
+
+def test_the_lowest_versions_are_those_that_pyproject_names() -> None:
+    lowest = dict(pin.split("==") for pin in lock.lowest())
+    assert lowest["torch"] == "2.11" and lowest["sentencepiece"] == "0.2.1"
+    for requirement in (*lock.extra("lab"), *lock.extra("test")):
+        assert requirement.name not in lowest or requirement.specifier.contains(lowest[requirement.name])
