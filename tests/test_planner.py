@@ -325,3 +325,19 @@ def test_measuring_speed_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(speed) == {"tokens_per_second", "start_seconds"} and min(speed.values()) > 0
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_measuring_the_speed_of_a_large_step_reads_a_few_batches() -> None:
+    data = Counting()
+    measure_speed(tiny_config(), quick(grad_accum_steps=500), data, "cpu", steps=2)
+    assert 3 <= data.batches <= 12
+
+
+class Counting(Batches):
+    """Counts the batches that are read."""
+
+    batches = 0
+
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        self.batches += 1
+        return super().batch(step, batch_size, seed)
