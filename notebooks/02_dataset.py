@@ -269,13 +269,11 @@ frequency = (counts + 1) / (counts + 1).sum()  # one more, so that no token is i
 by_frequency = float(-np.log(frequency[val.read(0, 1 << 20)]).mean())
 models = {"knows nothing": nothing, "knows how often\neach token occurs": by_frequency}
 for name, loss in models.items():
-    bits = loss / math.log(2) / val.bytes_per_token
-    print(f"{' '.join(name.split()):34} {loss:.2f} nats per token", end=" = ")
-    print(
-        f"{loss / math.log(2):.2f} bits per token, / {val.bytes_per_token:.2f} bytes = {bits:.2f} bits per byte;",
-        end=" ",
-    )
-    print(f"perplexity e^{loss:.2f} = {math.exp(loss):,.0f}")
+    bits = loss / math.log(2)
+    print(f"{' '.join(name.split())}: {loss:.2f} nats per token")
+    print(f"    perplexity: e^{loss:.2f} = {math.exp(loss):,.0f}")
+    print(f"    bits per token: {loss:.2f} / {math.log(2):.3f} = {bits:.2f}")
+    print(f"    bits per byte: {bits:.2f} / {val.bytes_per_token:.2f} = {bits / val.bytes_per_token:.2f}")
 
 # %%
 plots.loss_units(models, val.bytes_per_token, "Where two simple models stand on one ruler with three scales")

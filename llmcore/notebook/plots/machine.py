@@ -136,7 +136,7 @@ def _heat_map(
     hidden = np.isneginf(matrix)
     low = 0.0 if colors == "Blues" else -most
     axes.set_facecolor(HIDDEN)
-    axes.imshow(np.ma.masked_where(hidden, matrix), cmap=colors, vmin=low, vmax=most, interpolation="nearest")
+    axes.imshow(matrix, cmap=colors, vmin=low, vmax=most, interpolation="nearest")
     for (row, column), value in np.ndenumerate(matrix):
         text = "-∞" if hidden[row, column] else f"{value:.2f}".removeprefix("-0.00").strip() or "0.00"
         ink = "white" if not hidden[row, column] and abs(value) > 0.7 * most else "black"
