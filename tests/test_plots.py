@@ -383,20 +383,39 @@ def test_isoflop_curves_show_every_run_and_the_parabola_through_them() -> None:
     assert x[y.argmin()] == pytest.approx(3e5, rel=0.03)
     assert line(figure, 0, "the law's choice")[:, 0].tolist() == [2e5, 2e5]
     assert "nats" in figure.axes[0].get_ylabel() and figure.axes[0].get_xscale() == "log"
+    words = [f"reads {n}×" for n in range(5)]
+    figure = plots.isoflop_curves({1e9: curves[1e9]}, "one valley", notes={1e9: words})
+    assert [(each.get_text(), *each.xy) for each in figure.axes[0].texts] == list(zip(words, *curves[1e9], strict=True))
 
 
 def test_a_scaling_fit_shows_runs_and_the_held_back_one_with_its_band() -> None:
-    held_back = {"flops": 1e12, "measured": 4.2, "predicted": 4.0, "low": 3.9, "high": 4.3}
-    figure = plots.scaling_fit([6.0, 5.0, 4.5], [5.9, 5.1, 4.5], [1e9, 1e10, 1e11], "law", held_back)
+    held_back = {"flops": 1e12, "predicted": 4.0, "low": 3.9, "high": 4.3}
+    figure = plots.scaling_fit([6.0, 5.0, 4.5], [5.9, 5.1, 4.5], [1e9, 1e10, 1e11], "law", held_back, [4.2, 4.1])
     assert line(figure, 0, "runs, measured").tolist() == [[1e9, 6.0], [1e10, 5.0], [1e11, 4.5]]
     assert line(figure, 0, "runs, by the law")[:, 1].tolist() == [5.9, 5.1, 4.5]
-    assert line(figure, 0, "held back, measured").tolist() == [[1e12, 4.2]]
-    assert line(figure, 1, "held back, measured").tolist() == [[4.0, 4.2]]
+    assert line(figure, 0, "held back, measured").tolist() == [[1e12, 4.2], [1e12, 4.1]]
+    assert line(figure, 1, "held back, measured").tolist() == [[4.0, 4.2], [4.0, 4.1]]
     [band] = [each for each in figure.axes[0].containers if "predicted" in str(each.get_label())]
     [segment] = band.lines[2][0].get_segments()
     assert segment[:, 1] == pytest.approx([3.9, 4.3])
     assert figure.get_suptitle() == "law"
     assert not [each for each in plots.scaling_fit([6.0], [5.9], [1e9], "law").axes[0].containers]
+
+
+def test_a_predicted_band_is_drawn_with_what_lies_in_it_and_what_does_not() -> None:
+    figure = plots.prediction_bands({"near": ((5.0, 4.9, 5.2), [5.1]), "far": ((4.5, 4.3, 4.6), [4.4, 4.7])}, "bands")
+    [axes] = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["near", "far"]
+    drawn = [(each.get_marker(), *np.column_stack(each.get_data()).tolist()) for each in axes.get_lines()]
+    assert drawn[:7] == [
+        ("None", [4.9, 0], [5.2, 0]),
+        ("|", [5.0, 0]),
+        ("o", [5.1, 0]),
+        ("None", [4.3, 1], [4.6, 1]),
+        ("|", [4.5, 1]),
+        ("o", [4.4, 1]),
+        ("D", [4.7, 1]),
+    ]
 
 
 def test_the_style_leaves_the_callers_settings_alone() -> None:

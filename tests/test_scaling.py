@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmcore.measure.scaling import ScalingError, ScalingLaw, fit_scaling, isoflop_minimum
+from llmcore.measure.scaling import (
+    LeftOut,
+    ScalingError,
+    ScalingLaw,
+    fit_scaling,
+    isoflop_minimum,
+    leave_out_budgets,
+    needed_widening,
+)
 
 TRUE = ScalingLaw(*map(np.float64, (1.8, 30.0, 300.0, 0.3, 0.4)))
 LARGER = 2.2e6, 1.8e6
@@ -45,6 +53,91 @@ def test_bands_and_intervals_cover_the_truth_at_about_their_rate() -> None:
             held[name] += int(low <= getattr(TRUE, name) <= high)
     assert all(0.75 <= count / trials <= 1 for count in held.values()), held  # of a stated 0.9
     assert min(held.values()) < trials, "bands that never miss say nothing"
+
+
+def bent(share: float, budget: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A factor that no law has: it grows with the square of the log of compute."""
+    return np.exp(share * np.log(budget / 2e12) ** 2)
+
+
+def grid() -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Parameters, tokens and budget of runs at four budgets, as the notebook has them."""
+    budget = np.repeat([4e11, 8e11, 1.6e12, 3.2e12], 5)
+    parameters = np.tile([0.35, 0.6, 1.0, 1.7, 2.8], 4) * 1e5 * np.sqrt(budget / 4e11)
+    return parameters, budget / 6 / parameters, budget
+
+
+@pytest.mark.slow
+def test_a_widened_band_holds_nine_of_ten_although_the_law_is_wrong() -> None:
+    parameters, tokens, budget = grid()
+    reach, trials, noise = 4.0, 60, 0.002
+    size, text = np.array([6e5]), reach * budget.max() / 6 / np.array([6e5])
+    held, widths = {"own": 0, "widened": 0, "own, right law": 0, "widened, right law": 0}, []
+    for seed in range(trials):
+        chance = np.random.default_rng(seed)
+        share, errors = 0.004 * chance.choice([-1, 1]), noise * chance.standard_normal(budget.size + 1)
+        for wrong in (0.0, share):
+            losses = TRUE.loss(parameters, tokens) * bent(wrong, budget) * np.exp(errors[:-1])
+            [outcome] = TRUE.loss(size, text) * bent(wrong, reach * budget.max()) * np.exp(errors[-1])
+            fit = fit_scaling(parameters, tokens, losses, resamples=100)
+            left = leave_out_budgets(parameters, tokens, losses, budget, resamples=100)
+            for name, extra in (("own", 0.0), ("widened", needed_widening(left, np.log(reach)))):
+                _, low, high = fit.predict(float(size[0]), float(text[0]), widening=extra)
+                held[name if wrong else f"{name}, right law"] += int(low <= outcome <= high)
+                widths.append(np.log(high / low))
+    assert held["own"] < 0.7 * trials, held
+    assert held["widened"] >= 0.8 * trials, held
+    assert held["own, right law"] >= 0.75 * trials and held["widened, right law"] >= 0.85 * trials, held
+    assert np.median(widths) < 0.15, "a band that holds everything says nothing"
+
+
+def test_runs_are_predicted_only_from_smaller_budgets() -> None:
+    parameters, tokens, budget = grid()
+    losses = TRUE.loss(parameters, tokens) * np.exp(0.002 * np.random.default_rng(0).standard_normal(budget.size))
+    left = leave_out_budgets(parameters, tokens, losses, budget, resamples=20)
+    small, middle = budget <= 8e11, budget <= 1.6e12
+    assert [run.run for run in left] == [*np.flatnonzero(~middle), *np.flatnonzero(~small)]
+    assert [round(float(np.exp(run.distance)), 6) for run in left] == [2] * 10 + [4] * 5
+    alone = fit_scaling(parameters[small], tokens[small], losses[small], resamples=20)
+    for run in left[5:]:
+        band = run.predicted, run.low, run.high
+        assert band == alone.predict(parameters[run.run], tokens[run.run])
+        assert run.measured == losses[run.run]
+    changed = losses * np.where(middle, 1, 1.5)
+    for run, other in zip(left, leave_out_budgets(parameters, tokens, changed, budget, resamples=20), strict=True):
+        assert (run.predicted, run.low, run.high) == (other.predicted, other.low, other.high)
+
+
+def test_a_band_is_widened_until_it_holds_what_was_left_out() -> None:
+    inside = LeftOut(0, 1.0, 5.0, 5.0, 4.9, 5.1)
+    below, above = (
+        LeftOut(1, 1.0, 4.9 * np.exp(-0.01), 5.0, 4.9, 5.1),
+        LeftOut(2, 2.0, 5.1 * np.exp(0.08), 5.0, 4.9, 5.1),
+    )
+    assert needed_widening([inside], 3.0) == 0
+    assert needed_widening([inside, below], 3.0) == pytest.approx(9 * 0.01)
+    assert needed_widening([inside, below, above], 0.5) == pytest.approx(0.25 * 0.02)
+    fit = fit_scaling(*runs(0.003), resamples=20)
+    (middle, low, high), wide = fit.predict(*LARGER), fit.predict(*LARGER, widening=0.02)
+    assert wide == pytest.approx((middle, low * np.exp(-0.02), high * np.exp(0.02)))
+
+
+def test_too_few_budgets_leave_nothing_to_predict_from() -> None:
+    parameters, tokens, budget = grid()
+    losses = TRUE.loss(parameters, tokens)
+    few = budget <= 8e11
+    with pytest.raises(ScalingError, match="2 budgets: none can be left out; 3 or more"):
+        leave_out_budgets(parameters[few], tokens[few], losses[few], budget[few])
+    thin = np.r_[0, 5:20]  # the two smallest budgets have six runs, and one is enough for none
+    assert {
+        run.distance for run in leave_out_budgets(*(v[thin] for v in (parameters, tokens, losses, budget)), resamples=1)
+    }
+    with pytest.raises(ScalingError, match="4 runs do not determine the law"):
+        every = np.r_[0, 1, 5, 6, 10:20]
+        only = budget[every] < 3e12
+        leave_out_budgets(
+            parameters[every][only], tokens[every][only], losses[every][only], np.minimum(budget[every][only], 1.6e12)
+        )
 
 
 def test_one_run_gone_wrong_pulls_less_than_least_squares_would() -> None:

@@ -15,8 +15,10 @@ from llmcore.config import preset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
 from llmcore.measure.compare_runs import read_run
+from llmcore.measure import sweep
 from llmcore.measure.sweep import (
     SweepError,
+    SweepProgress,
     finished,
     isoflop_grid,
     remove_unfinished,
@@ -108,7 +110,37 @@ def test_a_finished_run_is_told_from_a_stopped_one_and_from_another(tmp_path: Pa
     found, events = run_outcome(tmp_path / "run"), read_metrics(tmp_path / "run")
     assert found["loss"] == events[-1]["val_loss"] and found["tokens"] == events[-1]["tokens"]
     assert found["train_loss"] == events[-1]["loss"] and found["parameters"] == tiny_config().n_params()
+    assert found["seconds"] == pytest.approx(sum(event["seconds"] for event in events))
     assert found["flops"] == pytest.approx(events[-1]["tokens"] * tiny_config().flops_per_token())
+
+
+def test_progress_counts_the_work_done_and_names_the_runs_at_work(tmp_path: Path) -> None:
+    def write(name: str, steps: int) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        lines = [
+            f'{{"step": {n}, "tokens": {n * 10}, "loss": {9 - n / 10}, "seconds": 0.1}}' for n in range(1, steps + 1)
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    runs = {name: {"max_steps": 10, "batch_size": 4} for name in ("ended", "one", "two")}
+    write("ended", 10)
+    now = [0.0]
+    progress = SweepProgress(runs, dict.fromkeys(runs, 1e6), tmp_path, clock=lambda: now[0])
+    assert progress.minutes_left() is None and progress.line() == "time left not known yet; starting"
+    now[0] = 120.0
+    write("one", 5)
+    assert progress.minutes_left() == pytest.approx(6)  # 5 steps in 2 minutes, 15 are left; "ended" took none of them
+    assert progress.line() == "about 6 min left; one step 5 of 10, loss 8.50"
+    write("one", 10)
+    write("two", 10)
+    assert progress.minutes_left() == 0
+
+
+def test_progress_knows_that_larger_models_take_longer(tmp_path: Path) -> None:
+    runs = {name: {"max_steps": 10, "batch_size": 4} for name in ("small", "large")}
+    costs = {"small": 1e6, "large": 1e8}
+    progress = SweepProgress(runs, costs, tmp_path)
+    assert 0.01 < progress.step_cost["small"] / progress.step_cost["large"] < 0.1
 
 
 @pytest.mark.parametrize("file", ["notes.txt", "step=000002_loss=1.000", ".step=000002_loss=1.000"])
@@ -175,7 +207,16 @@ def test_a_sweep_skips_finished_runs_resumes_stopped_names_failed(
 
     wanted = {"finished": {"max_steps": 4}, "stopped": {"max_steps": 5}, "killed": {"max_steps": 3}}
     wanted["new"] = {"max_steps": 2}
-    assert {path.name for path in run_sweep(wanted, runs, notebook=tmp_path / "train.ipynb")} == set(wanted)
+    monkeypatch.setattr(sweep, "TICK", 0.2)
+    progress, lines = (
+        SweepProgress(
+            {name: {**run, "batch_size": 4} for name, run in wanted.items()}, dict.fromkeys(wanted, 1e5), runs
+        ),
+        [],
+    )
+    ended = run_sweep(wanted, runs, notebook=tmp_path / "train.ipynb", tick=lambda: lines.append(progress.line()))
+    assert {path.name for path in ended} == set(wanted)
+    assert lines and progress.minutes_left() == 0
     assert (runs / "finished" / "metrics.jsonl").read_bytes() == before and not (runs / "finished.ipynb").exists()
     for name, parameters in wanted.items():
         steps = [event["step"] for event in read_metrics(runs / name)]

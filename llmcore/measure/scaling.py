@@ -4,11 +4,13 @@
 
 E is the loss that remains for any model. The second term is there because the model has only N parameters, the third
 because it was trained on only D tokens. Hoffmann et al., "Training compute-optimal large language models" (Chinchilla),
-arXiv:2203.15556, section 3.3 and appendix D.3.
+arXiv:2203.15556, section 3.3 and appendix D.3. The fit follows Besiroglu et al., "Chinchilla scaling: a replication
+attempt", arXiv:2404.10102: the costs of the runs are added up, not averaged, and every fit goes on to its end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 MIN_RUNS = 6  # one more than the law has numbers
-HUBER_DELTA = 1e-2  # in log loss: beyond 1% a residual's cost grows linearly (Hoffmann: 1e-3, with 400 runs)
-GAUSS_NEWTON_STEPS = 150
+HUBER_DELTA = 1e-3  # in log loss: beyond 0.1% a residual's cost grows linearly (Hoffmann; Besiroglu)
+GAUSS_NEWTON_STEPS = 400  # where the runs hardly determine E, its lower end needs so many
 START_EXPONENTS = np.array([0.2, 0.5, 1.0])
 # bounds of log E, log A, log B, alpha and beta
 LOW, HIGH = np.array([-10.0, -10.0, -10.0, 0.02, 0.02]), np.array([5.0, 5.0, 5.0, 3.0, 3.0])
@@ -94,12 +96,19 @@ class ScalingFit:
         return low, high
 
     def predict(
-        self, parameters: float, tokens: float, share: float = 0.9, seed: int = 0
+        self, parameters: float, tokens: float, share: float = 0.9, seed: int = 0, widening: float = 0.0
     ) -> tuple[float, float, float]:
         """The loss of a run that was not fitted, and the band that holds it with probability `share`.
 
         The band has two parts: how much the law changes with the runs that it was fitted to, and how far a single run
         lies from the law. The second comes from the residuals, which are made larger because five numbers were fitted.
+        Neither knows how wrong the law becomes beyond its runs: `widening` is for that.
+
+        Args:
+            parameters, tokens: of the run.
+            share: probability.
+            seed: of the second part.
+            widening: moves both ends outwards, in log loss; see `needed_widening`.
 
         Returns:
             Prediction, lower and upper end, nats per token.
@@ -108,7 +117,9 @@ class ScalingFit:
         noise = np.sqrt(np.mean(self.residuals**2) * runs / (runs - 5))
         laws = self.resampled.loss(parameters, tokens)
         outcomes = laws * np.exp(noise * np.random.default_rng(seed).standard_normal(laws.shape))
-        return (float(self.law.loss(parameters, tokens)), *_middle(outcomes, share))
+        low, high = _middle(outcomes, share)
+        predicted = float(self.law.loss(parameters, tokens))
+        return predicted, float(low * np.exp(-widening)), float(high * np.exp(widening))
 
 
 def fit_scaling(
@@ -144,6 +155,73 @@ def fit_scaling(
         return ScalingLaw(np.exp(e), np.exp(a) * middle_n**alpha, np.exp(b) * middle_d**beta, alpha, beta)
 
     return ScalingFit(law(best), law(resampled), target - np.log(law(best).loss(n, d)))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that was predicted from runs of smaller budgets only.
+
+    Attributes:
+        run: its place among all runs.
+        distance: log of its budget over the largest budget that was fitted.
+        measured, predicted, low, high: nats per token.
+    """
+
+    run: int
+    distance: float
+    measured: float
+    predicted: float
+    low: float
+    high: float
+
+
+def leave_out_budgets(
+    parameters: ArrayLike,
+    tokens: ArrayLike,
+    losses: ArrayLike,
+    budgets: ArrayLike,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[LeftOut]:
+    """Leave out the largest budget, fit the law to the others, predict; then leave out the two largest, and so on.
+
+    At least two budgets are fitted: one says nothing of how the loss falls with compute.
+
+    Args:
+        parameters, tokens, losses, resamples, seed: as for `fit_scaling`.
+        budgets: the budget of each run in FLOPs, the same number for all runs of a budget, (runs,).
+
+    Raises:
+        ScalingError: if not even the runs without the largest budget determine a law.
+    """
+    n, d, loss, budget = (np.asarray(values, float) for values in (parameters, tokens, losses, budgets))
+    known = np.unique(budget)
+    if len(known) < 3:
+        raise ScalingError(f"{len(known)} budgets: none can be left out; 3 or more are needed")
+    left = []
+    for largest in known[-2:0:-1]:
+        small = budget <= largest
+        try:
+            fit = fit_scaling(n[small], d[small], loss[small], resamples, seed)
+        except ScalingError:
+            if not left:
+                raise
+            break
+        for run in np.flatnonzero(~small):
+            band = fit.predict(n[run], d[run], seed=seed)
+            left.append(LeftOut(int(run), float(np.log(budget[run] / largest)), float(loss[run]), *band))
+    return left
+
+
+def needed_widening(left: Sequence[LeftOut], distance: float) -> float:
+    """What to add to both ends of a band, in log loss, for a run at `distance` from the budgets that were fitted.
+
+    A law that is fitted to its runs has about the right value and slope there. What it first gets wrong is the
+    curvature, so its error grows with the square of the distance. The factor is the smallest for which the widened
+    bands hold all runs that were left out.
+    """
+    outside = [max(0.0, np.log(run.low / run.measured), np.log(run.measured / run.high)) for run in left]
+    return distance**2 * max(out / run.distance**2 for out, run in zip(outside, left, strict=True))
 
 
 def _check_runs(n: Floats, d: Floats, loss: Floats) -> None:

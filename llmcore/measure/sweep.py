@@ -11,8 +11,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from llmcore.runs import run_lock
 # what a run writes into its folder before its first checkpoint
 UNFINISHED = ["metrics.jsonl", "config.json", ".lock", "curves.png", "summary.md", ".step=*.tmp", ".llmcore-*.tmp"]
 UNFINISHED += ["tensorboard", "wandb", "wandb-id.txt"]
+TICK = 5.0  # seconds between two looks at the runs in progress
+STEP_OVERHEAD = 2.4e6  # FLOPs that take as long on a CPU core as what a token needs in a model of no size
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "04_scifi_train.ipynb"
 
 
@@ -71,11 +74,65 @@ def isoflop_grid(
     return runs
 
 
+class SweepProgress:
+    """How far a sweep is, read from the metrics that its runs write.
+
+    Args:
+        runs: the parameters of each run's notebook, by the name of its folder.
+        flops_per_token: of each run's model, by the same names.
+        output_dir: the runs' folders are here.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        runs: Mapping[str, Mapping[str, Any]],
+        flops_per_token: Mapping[str, float],
+        output_dir: str | os.PathLike[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runs, self.folder, self.clock = runs, resolve(output_dir), clock
+        # a step of a small model takes longer than its FLOPs say
+        self.step_cost = {
+            name: (cost + STEP_OVERHEAD) * runs[name]["batch_size"] for name, cost in flops_per_token.items()
+        }
+        self.work = sum(runs[name]["max_steps"] * cost for name, cost in self.step_cost.items())
+        self.started, self.before = clock(), self._look()[0]
+
+    def minutes_left(self) -> float | None:
+        """None before there is anything to judge by."""
+        done = self._look()[0]
+        gained = done - self.before
+        return (self.clock() - self.started) / gained * (self.work - done) / 60 if gained > 0 else None
+
+    def line(self) -> str:
+        """The runs in progress with the last training loss of each, and the time left."""
+        left = self.minutes_left()
+        when = "time left not known yet" if left is None else f"about {max(1, round(left))} min left"
+        return f"{when}; " + ("; ".join(self._look()[1]) or "starting")
+
+    def _look(self) -> tuple[float, list[str]]:
+        """Work done, and the runs that have begun and not ended."""
+        done, now = 0.0, []
+        for name, run in self.runs.items():
+            file = self.folder / name / "metrics.jsonl"
+            try:
+                events = read_events(file.parent) if file.exists() else []
+            except (OSError, ValueError):  # it is just being written
+                events = []
+            if events:
+                done += min(events[-1]["step"], run["max_steps"]) * self.step_cost[name]
+                if events[-1]["step"] < run["max_steps"]:
+                    now.append(f"{name} step {events[-1]['step']} of {run['max_steps']}, loss {events[-1]['loss']:.2f}")
+        return done, now
+
+
 def run_sweep(
     runs: Mapping[str, Mapping[str, Any]],
     output_dir: str | os.PathLike[str],
     workers: int = 2,
     notebook: str | os.PathLike[str] = NOTEBOOK,
+    tick: Callable[[], object] | None = None,
 ) -> Iterator[Path]:
     """Train every run that is not finished, a few at a time, and yield the folder of each as it ends.
 
@@ -87,6 +144,7 @@ def run_sweep(
         output_dir: the runs' folders go here, and beside each the notebook that made it, `<name>.ipynb`.
         workers: processes at a time.
         notebook: executed by papermill; it must train to `max_steps` into `<output_dir>/<project>`.
+        tick: called every few seconds while runs are in progress.
 
     Raises:
         SweepError: before any run is started, if a folder holds a run with other parameters; later, if a run failed or
@@ -104,9 +162,14 @@ def run_sweep(
                 pool.submit(_run, Path(notebook), folder, name, parameters, threads): name
                 for name, parameters in left.items()
             }
-            for job in as_completed(jobs):
-                job.result()
-                yield folder / jobs[job]
+            going = set(jobs)
+            while going:
+                ended, going = wait(going, timeout=TICK, return_when=FIRST_COMPLETED)
+                for job in ended:
+                    job.result()
+                    yield folder / jobs[job]
+                if tick and going:
+                    tick()
         finally:  # also after an interrupt: the processes get it too, save and end
             pool.shutdown(cancel_futures=True)
 
@@ -144,14 +207,16 @@ def run_outcome(run_dir: Path) -> dict[str, float]:
     """What a finished run was, what it cost and how good it became.
 
     Returns:
-        parameters; without_tables: parameters without the embedding and output matrices; tokens; flops; loss: of the
-        last validation; train_loss: the mean over the last tenth of the steps. Losses are in nats per token.
+        parameters; without_tables: parameters without the embedding and output matrices; tokens; flops; seconds: of
+        the steps; loss: of the last validation; train_loss: the mean over the last tenth of the steps. Losses are in
+        nats per token.
     """
     config, events = read_run(run_dir), read_events(run_dir)
     model, last = ModelConfig.from_dict(config["model"]), validation_points(config, events)[-1]
     sizes = {"parameters": model.n_params(), "without_tables": model.n_params(embeddings=False)}
     train = statistics.fmean(event["loss"] for event in events[-max(1, len(events) // 10) :])
-    return {**sizes, "tokens": last["tokens"], "flops": last["flops"], "loss": last["val_loss"], "train_loss": train}
+    costs = {name: last[name] for name in ("tokens", "flops", "seconds")}
+    return {**sizes, **costs, "loss": last["val_loss"], "train_loss": train}
 
 
 def _run(notebook: Path, folder: Path, name: str, parameters: Mapping[str, Any], threads: int) -> None:

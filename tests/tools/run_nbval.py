@@ -24,10 +24,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "03_toyreverse": {"max_steps": 30, "test_strings": 200},
     "04_scifi_train": {"max_steps": 40, "thorough": False},  # notebook 5 opens this run
     "06_scaling": {
-        "dims": "8 12 16 24",
-        "budgets": "5e9 1.2e10",
+        "dims": "8 12 16 20 24",
+        "budgets": "4e9 7e9 1.2e10",
         "held_back_dim": 32,
         "held_back_epochs": 0.1,
+        "held_back_runs": 2,
         "context_size": 32,
         "min_steps": 80,
     },

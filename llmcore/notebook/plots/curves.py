@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from llmcore.files import one_line, resolve
@@ -242,6 +242,7 @@ def isoflop_curves(
     curves: Mapping[float, tuple[Sequence[float], Sequence[float]]],
     title: str,
     optima: Mapping[float, float] | None = None,
+    notes: Mapping[float, Sequence[str]] | None = None,
 ) -> Figure:
     """Loss against parameters, one curve for each compute budget, with the parabola in log N that fits best.
 
@@ -249,6 +250,7 @@ def isoflop_curves(
         curves: FLOPs of a run -> parameters and losses (nats per token) of the runs that cost so much.
         title: what to see.
         optima: FLOPs -> parameters that a fitted law would choose; drawn as vertical lines.
+        notes: FLOPs -> a word for each run, written above its point.
     """
     figure, [axes] = new_figure(8, 4.2)
     for number, (flops, (parameters, losses)) in enumerate(sorted(curves.items())):
@@ -257,11 +259,18 @@ def isoflop_curves(
             parabola = np.polynomial.Polynomial.fit(np.log(parameters), losses, 2)
             places = np.geomspace(min(parameters), max(parameters), 100)
             axes.plot(places, parabola(np.log(places)), color=runs.get_color(), linewidth=1.2)
+        for place, loss, note in zip(parameters, losses, (notes or {}).get(flops, ()), strict=False):
+            text = figure_text(note, LABEL)
+            axes.annotate(text, (place, loss), (0, 9), textcoords="offset points", ha="center", fontsize=9)
         if optima and flops in optima:
             axes.axvline(optima[flops], color=runs.get_color(), linestyle=":", label="the law's choice for it")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.xaxis.set_minor_formatter("")
+    sizes = sorted({size for parameters, _ in curves.values() for size in parameters})
+    axes.set_xticks(
+        sizes, [f"{size / 1e3:,.0f}k" if size < 1e6 else f"{size / 1e6:,.1f}M" for size in sizes], fontsize=8
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(y=0.12)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     name_axes(axes, title, "parameters (log scale)", "validation loss (nats per token)")
     return figure
@@ -269,7 +278,12 @@ def isoflop_curves(
 
 @styled
 def scaling_fit(
-    measured: ArrayLike, fitted: ArrayLike, flops: ArrayLike, title: str, held_back: Mapping[str, float] | None = None
+    measured: ArrayLike,
+    fitted: ArrayLike,
+    flops: ArrayLike,
+    title: str,
+    held_back: Mapping[str, float] | None = None,
+    outcomes: ArrayLike = (),
 ) -> Figure:
     """Loss against compute, and measured against fitted loss; a held-back run with its predicted band in both.
 
@@ -278,7 +292,8 @@ def scaling_fit(
         fitted: losses of the same runs by the law, (runs,).
         flops: what each run cost, (runs,).
         title: what to see.
-        held_back: flops, measured, predicted, low and high of a run that was not fitted.
+        held_back: flops, predicted, low and high of a run that was not fitted.
+        outcomes: losses of this run, one for each seed.
     """
     figure, [left, right] = new_figure(10, 4.2, 1, 2)
     left.plot(flops, measured, "o", color=BLUE, label="runs, measured")
@@ -293,14 +308,48 @@ def scaling_fit(
             axes.errorbar(
                 x, middle, reach, color=RED, capsize=4, marker="_", label="held back, predicted with its band"
             )
-            axes.plot(x, held_back["measured"], "*", color=RED, markersize=11, label="held back, measured")
-        ends += [middle, held_back["measured"]]
+            stars = np.atleast_1d(outcomes)
+            axes.plot([x] * len(stars), stars, "*", color=PURPLE, markersize=9, label="held back, measured")
+        ends += [middle, *np.atleast_1d(outcomes)]
 
     right.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, linestyle="--", linewidth=1)
     left.set_xscale("log")
     left.legend()
     name_axes(left, "", "compute (FLOPs, log scale)", "validation loss (nats per token)")
     name_axes(right, "", "by the law (nats per token)", "measured (nats per token)")
+    head(figure, title)
+    return figure
+
+
+@styled
+def prediction_bands(
+    rows: Mapping[str, tuple[tuple[float, float, float], Sequence[float]]], title: str, unit: str = "nats per token"
+) -> Figure:
+    """A row for each prediction: its band, and what was measured as points, which are red outside the band.
+
+    Args:
+        rows: name -> prediction, lower and upper end; and the losses of the runs that were predicted.
+        title: what to see.
+        unit: of all of them.
+    """
+    figure, [axes] = new_figure(8, 1.5 + 0.32 * len(rows))
+    for place, ((middle, low, high), measured) in enumerate(rows.values()):
+        axes.plot([low, high], [place, place], color=SKY, linewidth=9, alpha=0.45, solid_capstyle="butt")
+        axes.plot(middle, place, "|", color=BLUE, markersize=13, markeredgewidth=2)
+        for loss in measured:
+            inside = low <= loss <= high
+            axes.plot(loss, place, "o" if inside else "D", color=GREEN if inside else RED, markersize=6)
+    axes.set_yticks(range(len(rows)), [figure_text(name, LABEL) for name in rows])
+    axes.invert_yaxis()
+    axes.margins(y=0.6 / len(rows))
+    axes.grid(axis="y", visible=False)
+
+    # the key needs no points of its own
+    drawn = [("s", SKY, "90% band"), ("|", BLUE, "predicted"), ("o", GREEN, "measured, inside"), ("D", RED, "outside")]
+    for marker, color, label in drawn:
+        axes.plot([], [], marker, color=color, label=label)
+    figure.legend(loc="outside lower left", ncols=4)
+    name_axes(axes, "", f"validation loss ({unit})", "")
     head(figure, title)
     return figure
 
