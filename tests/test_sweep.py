@@ -14,8 +14,8 @@ import pytest
 from llmcore.config import preset
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
-from llmcore.measure.compare_runs import read_run
 from llmcore.measure import sweep
+from llmcore.measure.compare_runs import read_run
 from llmcore.measure.sweep import (
     SweepError,
     SweepProgress,
