@@ -196,8 +196,7 @@ class TrainConfig(_JSONConfig):
     compile: str = "auto"  # "auto" (if the run is long enough to win the time back), "on" or "off"
 
     eval_interval: int = 200  # steps between validations; 0: only at the end
-    # batches per validation, spread over the split; 0: all; None: as many as take at most 2% of the time. The last
-    # validation is always of the whole split.
+    # batches per validation, spread over the split; 0: all; None: as many as take at most 2% of the time
     eval_batches: int | None = None
     checkpoint_interval: int = 200  # steps between checkpoints; 0: only at the end or a stop
     checkpoint_minutes: float = 0.0  # also save when the last save is so long ago; 0: never for that reason
@@ -221,16 +220,17 @@ class TrainConfig(_JSONConfig):
         if wrong:
             raise ConfigError("TrainConfig: " + "; ".join(wrong.values()))
 
-    def validation_batches(self, step: int) -> int:
-        """How many batches the validation after a step reads; 0: the whole split.
+    @property
+    def validation_batches(self) -> int:
+        """How many batches a validation reads; 0: the whole split.
 
-        By default a validation takes at most 2% of the time since the last one: a forward pass takes about a third of
-        a training step on the same tokens.
+        By default it takes at most 2% of the time since the last one: a forward pass takes about a third of a training
+        step on the same tokens. All of a run read the same batches, so that they can be compared.
         """
-        if step == self.max_steps:
-            return 0
-        allowed = max(1, 6 * self.eval_interval * self.grad_accum_steps // 100)
-        return allowed if self.eval_batches is None else self.eval_batches
+        only_at_the_end = not 0 < self.eval_interval < self.max_steps
+        if self.eval_batches is not None or only_at_the_end:
+            return self.eval_batches or 0
+        return max(1, 6 * self.eval_interval * self.grad_accum_steps // 100)
 
 
 _ABOVE_0 = ["max_steps", "batch_size", "grad_accum_steps", "context_size", "learning_rate", "muon_learning_rate"]

@@ -203,7 +203,7 @@ class Trainer:
                 # validate, sample and log; the step is logged even if something before it fails
                 try:
                     if self.val_data is not None and self._due(config.eval_interval):
-                        event |= self.validate(config.validation_batches(self.step))
+                        event |= self.validate(config.validation_batches)
                         if self.progress.count_validation(event["val_loss"], config):
                             self.request_save()  # of a new best
                     if self._sample_requested or (config.sample_interval and self._due(config.sample_interval)):

@@ -167,19 +167,20 @@ def test_a_slow_save_shows_its_seconds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_validates_two_percent_of_the_time_at_most(name: str) -> None:
     train = preset(name)[1]
-    batches = train.validation_batches(train.max_steps - 1)
+    batches = train.validation_batches
     assert batches > 0
     assert batches / 3 <= 0.02 * train.eval_interval * train.grad_accum_steps
-    assert train.validation_batches(train.max_steps) == 0  # all, at the end
-    assert train.replace(eval_batches=0).validation_batches(1) == 0
-    assert train.replace(eval_batches=7).validation_batches(1) == 7
+    assert train.replace(eval_interval=0).validation_batches == 0  # the only one, at the end, reads all
+    assert train.replace(eval_interval=train.max_steps).validation_batches == 0
+    assert train.replace(eval_batches=0).validation_batches == 0
+    assert train.replace(eval_batches=7).validation_batches == 7
 
 
 def test_the_default_runs_validate_on_their_whole_split() -> None:
     """Of scifi-mini's corpus: 33,444 tokens, see notebook 4. Then its curve is of one text, and so is the toy's."""
     mini, toy = preset("scifi-mini")[1], preset("toy-reverse")[1]
-    assert mini.validation_batches(mini.eval_interval) * mini.batch_size * 256 >= 33_444
-    assert toy.validation_batches(toy.eval_interval) >= ReverseData().val_batches
+    assert mini.validation_batches * mini.batch_size * 256 >= 33_444
+    assert toy.validation_batches >= ReverseData().val_batches
 
 
 def test_few_validation_batches_are_spread_over_the_split(tmp_path: Path) -> None:
