@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -97,6 +98,18 @@ def test_any_ids_decode_to_the_bytes_of_their_pieces(tokenizer: Tokenizer, ids: 
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer, id: int) -> None:
     with pytest.raises(ValueError, match=str(id)):
         tokenizer.decode([5, id])
+
+
+@pytest.mark.parametrize("text", ["", "却说曹操", "a ▁ b▁", "é\n\U0001f600"])
+def test_ids_are_the_same_where_sentencepiece_has_no_arrays(
+    text: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Release 0.2.1, which hosted notebooks have, hands over lists."""
+    expected = tokenizer.encode_array(text)
+    monkeypatch.setattr("llmcore.tokenizer._IDS_AS", int)
+    ids = tokenizer.encode_array(text)
+    assert ids.dtype == expected.dtype == np.int32
+    assert ids.tolist() == expected.tolist()
 
 
 def test_half_a_surrogate_pair_is_refused_in_words(tokenizer: Tokenizer) -> None:
