@@ -337,7 +337,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
     # A library of novels on a laptop's GPU, or a free one: `python -m tests.benchmarks.quality 10M` has the tuning.
     "scifi-10M": (
         ModelConfig(vocab_size=8000, dim=320, n_layers=6, n_heads=5, max_seq_len=512, tie_embeddings=True),
-        TrainConfig(batch_size=16, learning_rate=5e-3, **_SMALL),
+        TrainConfig(batch_size=16, learning_rate=1.5e-2, **_SMALL),
     ),
     "scifi-40M": (
         ModelConfig(vocab_size=8000, dim=512, n_layers=11, n_heads=8, max_seq_len=1024, tie_embeddings=True),

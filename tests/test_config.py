@@ -218,6 +218,7 @@ def test_replace_checks_again() -> None:
         ("scifi-1.5B", {"dim": 1024}, (8, 128, 2816, 8)),
         ("scifi-mini", {"dim": 256}, (8, 32, 704, 8)),  # hidden_dim is 8/3 dim, rounded up as in Llama
         ("scifi-mini", {"dim": 100}, (2, 50, 320, 2)),  # 3 heads do not divide it
+        ("scifi-mini", {"dim": 50}, (1, 50, 192, 1)),  # 2 heads would have 25
         ("scifi-mini", {"dim": 8}, (1, 8, 64, 1)),
     ],
 )

@@ -140,7 +140,7 @@ def test_less_memory_means_smaller_batches_then_more_computed_again() -> None:
     """The largest model at 1024 tokens, from a card on which everything fits down to one on which nothing does."""
     model, train = PRESETS["scifi-1.5B"]
     train = train.replace(precision="bf16")
-    rooms = [200, 80, 40, 36, 33, 31, 28, 10]
+    rooms = [9999, 80, 40, 36, 33, 31, 28, 10]
     choices = [fit_batch(model, train, "cuda", room * 10**9) for room in rooms]
     order = [[*POLICIES].index(choice.activation_checkpointing) for choice in choices]
     assert order == sorted(order) and set(order) == {0, 1, 2}
@@ -187,7 +187,7 @@ def test_a_step_has_the_presets_tokens_at_any_context(context: int) -> None:
     model, train = PRESETS["scifi-117M"]
     chosen = choose_batch("scifi-117M", model.replace(max_seq_len=context), train, "cpu", memory=10**12)
     assert windows(chosen) * context == pytest.approx(64 * 8 * 1024, rel=0.001)
-    assert chosen.batch_size * context > 10_000  # not a prime number of windows, one by one
+    assert windows(chosen) % 8 == 0  # not a prime number of windows, one by one
 
 
 def test_a_run_that_goes_on_keeps_its_batch_if_it_fits_and_else_its_windows() -> None:
@@ -246,10 +246,11 @@ def test_a_run_that_goes_on_keeps_its_steps_unless_others_are_given() -> None:
 
 def test_the_plan_warns_of_a_text_read_too_often() -> None:
     """Figures by equation 5 of Muennighoff et al., summed: each repetition is worth exp(-1 / R*) of the one before."""
-    said = text_advice(116_600_000, 40 * 262_000_000, 262_000_000)
-    worth = 1 + sum(math.exp(-(number - 0.5) / 15.4) for number in range(1, 40))
-    assert "scifi-40M" in said and "warning" in said and "epochs=4" in said
-    assert f"{1 - worth / 40:.0%} of the compute is lost" in said
+    for epochs in (8, 40):
+        said = text_advice(116_600_000, epochs * 262_000_000, 262_000_000)
+        worth = 1 + sum(math.exp(-(number - 0.5) / 15.4) for number in range(1, epochs))
+        assert "scifi-40M" in said and "warning" in said and "epochs=4" in said
+        assert f"{1 - worth / epochs:.0%} of the compute is lost" in said
     assert "warning" not in text_advice(116_600_000, 4 * 262_000_000, 262_000_000)
 
 

@@ -156,6 +156,8 @@ def train(
     with tempfile.TemporaryDirectory() as run_dir:
         trainer = Trainer(Transformer(shape), data, unseen, how, run_dir, device="cpu")
         *_, last = trainer.steps()
+    if trainer.interrupted:
+        raise KeyboardInterrupt  # a run that was cut short has no figure
     return {**last, "seconds": time.perf_counter() - started}
 
 
