@@ -131,6 +131,9 @@ def test_progress_counts_the_work_done_and_names_the_runs_at_work(tmp_path: Path
     write("one", 5)
     assert progress.minutes_left() == pytest.approx(6)  # 5 steps in 2 minutes, 15 are left; "ended" took none of them
     assert progress.line() == "about 6 min left; one step 5 of 10, loss 8.50"
+    with open(tmp_path / "one" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 6, "los')  # just being written
+    assert "one step 5 of 10" in progress.line()
     write("one", 10)
     write("two", 10)
     assert progress.minutes_left() == 0

@@ -198,7 +198,7 @@ def leave_out_budgets(
     known = np.unique(budget)
     if len(known) < 3:
         raise ScalingError(f"{len(known)} budgets: none can be left out; 3 or more are needed")
-    left = []
+    left: list[LeftOut] = []
     for largest in known[-2:0:-1]:
         small = budget <= largest
         try:

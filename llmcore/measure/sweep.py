@@ -115,15 +115,15 @@ class SweepProgress:
         """Work done, and the runs that have begun and not ended."""
         done, now = 0.0, []
         for name, run in self.runs.items():
-            file = self.folder / name / "metrics.jsonl"
             try:
-                events = read_events(file.parent) if file.exists() else []
-            except (OSError, ValueError):  # it is just being written
-                events = []
-            if events:
-                done += min(events[-1]["step"], run["max_steps"]) * self.step_cost[name]
-                if events[-1]["step"] < run["max_steps"]:
-                    now.append(f"{name} step {events[-1]['step']} of {run['max_steps']}, loss {events[-1]['loss']:.2f}")
+                whole, _, _ = (self.folder / name / "metrics.jsonl").read_bytes().rpartition(b"\n")
+                event = json.loads(whole.rpartition(b"\n")[2])
+                step, loss = min(int(event["step"]), run["max_steps"]), float(event["loss"])
+            except (OSError, ValueError, KeyError, TypeError):  # not begun, or its first line is being written
+                continue
+            done += step * self.step_cost[name]
+            if step < run["max_steps"]:
+                now.append(f"{name} step {step} of {run['max_steps']}, loss {loss:.2f}")
         return done, now
 
 
