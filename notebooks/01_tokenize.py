@@ -312,7 +312,7 @@ rows = [
     }
     for text in strange
 ]
-widgets.tables({"What comes back": rows})
+widgets.tables({"What comes back of four strange strings": rows})
 
 # %% tags=["nbval-check-output"]
 # Checked

@@ -94,8 +94,9 @@ def test_the_committed_toy_model_reverses_strings() -> None:
     assert int(tokens.replace(",", "")) <= 3_500_000
     [percent] = re.findall(r"exact match on 10,000 held-out strings of 32 characters: ([\d.]+)%", text)
     assert float(percent) >= 99.9
-    repetitive = re.findall(r"\d+ characters, \d+ different: ([\d.]+)% of 10,000", text)
-    assert len(repetitive) == 5 and all(float(percent) >= 99.9 for percent in repetitive)
+    [of_three] = re.findall(r"12 characters, 3 different: ([\d.]+)% of 10,000", text)
+    others = re.findall(r"\d+ characters, \d different: ([\d.]+)% of 2,000", text)
+    assert float(of_three) >= 99.9 and len(others) == 4 and min(map(float, others)) >= 99.5
     tried = re.findall(r"^(\w+) +(\w+) +(\w+) +✓$", text, re.MULTILINE)
     assert len(tried) == 9 and "abcabcXYZ999" in {prompt for prompt, *_ in tried} and "✗" not in text
     assert all(prompt[::-1] == truth == answer for prompt, truth, answer in tried)

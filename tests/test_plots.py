@@ -310,7 +310,7 @@ def test_a_large_head_has_its_anti_diagonal_and_separator_framed() -> None:
     labels = list("^abc|cb")
     figure = plots.attention_head(np.eye(7), labels, 1, "head")
     *diagonal, column = [(p.get_x() + 0.5, p.get_y() + 0.5, p.get_height()) for p in figure.axes[0].patches]
-    assert diagonal == [(4, 4, 1), (3, 5, 1), (2, 6, 1)]  # one place to the right of c, b, a
+    assert diagonal == [(3, 5, 1), (2, 6, 1)]  # one place to the right of b and a; right of c there is nothing
     assert column == (4, 4, 4)
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == labels
     assert len(figure.axes) == 2  # the second is the scale
@@ -496,6 +496,10 @@ def test_no_title_leaves_its_figure_and_no_glyph_is_missing(kind: str) -> None:
         plots.training_curves(events(30), title, metric="exact_match"),
         plots.attention_maps(np.ones((1, 2, 3, 3)) / 3, list("🐉bc"), title),
         plots.scaling_fit([1.0, 2.0], [1.1, 2.1], [1e9, 1e10], title),
+        plots.box_rows([(title[:20], list(title[:90]), (1,))], title),
+        plots.staircase([*title[:5], title], title),
+        plots.surprise(list(title[:3]), [1.0, 2.0, 3.0], 0, title),
+        plots.accuracy_by_place({title[:20]: [0.5, 1.0]}, title),
     ]
     for figure in figures:
         figure.set_dpi(2 * figure.dpi)  # as a notebook shows it

@@ -136,13 +136,14 @@ def box_rows(rows: Sequence[tuple[str, Sequence[str], Collection[int]]], title: 
         title: what to see.
         columns: width of the figure, in full-width characters.
     """
-    margin = 0.6 + max((cells(name) for name, _, _ in rows), default=0) * 0.44
+    names = [figure_text(name, LABEL) for name, _, _ in rows]
+    margin = 0.6 + 0.44 * max(map(cells, names), default=0)
     placed = [_place_boxes(pieces, columns - margin) for _, pieces, _ in rows]
     lines = sum(count for _, count in placed) + 0.25 * len(rows)
     figure = Picture(figsize=(9.5, 0.4 * lines + 0.5), layout="constrained", dpi=100)
     axes, top = figure.add_subplot(), 0.0
-    for (name, _, marked), (boxes, count) in zip(rows, placed, strict=True):
-        axes.text(0, -top - 0.43, figure_text(name), va="center", fontsize=10)
+    for name, (_, _, marked), (boxes, count) in zip(names, rows, placed, strict=True):
+        axes.text(0, -top - 0.43, name, va="center", fontsize=10)
         for number, (x, line, width, piece) in enumerate(boxes):
             color = MARKED if number in marked else PALE[0]
             _draw_box(axes, (margin + x, top + line, width, piece), color)

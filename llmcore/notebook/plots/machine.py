@@ -19,6 +19,7 @@ from llmcore.notebook.plots.style import (
     GREEN,
     GREY,
     INPUT,
+    LABEL,
     ORANGE,
     PALE,
     PAPER,
@@ -310,13 +311,12 @@ def attention_head(weights: ArrayLike, labels: Sequence[str], shift: int, title:
     _head_map(axes, weights, labels, 10)
     bar = figure.colorbar(axes.images[0], ax=axes, fraction=0.04, pad=0.02, label="share of the attention")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for place in range(n):
+    for place in range(shift, n):
         corner = (n - place + shift - 0.5, n + 0.5 + place)
-        if corner[0] < len(labels) - 0.5:
-            axes.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=TARGET, linewidth=1.4))
+        axes.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=TARGET, linewidth=1.4))
     axes.add_patch(Rectangle((n + 0.5, n + 0.5), 1, n + 1, facecolor="none", edgecolor=ORANGE, linewidth=2))
     handles = [
-        Rectangle((0, 0), 1, 1, facecolor="none", edgecolor=TARGET, label="anti-diagonal: what is written next"),
+        Rectangle((0, 0), 1, 1, facecolor="none", edgecolor=TARGET, label="the anti-diagonal"),
         Rectangle((0, 0), 1, 1, facecolor="none", edgecolor=ORANGE, label="the column of the separator |"),
     ]
     axes.legend(handles=handles, loc="upper right", fontsize=10)
@@ -331,7 +331,7 @@ def accuracy_by_place(shares: Mapping[str, ArrayLike], title: str) -> Figure:
     figure, [axes] = new_figure(8, 3.2)
     for name, values in shares.items():
         right = np.asarray(values)
-        axes.plot(np.arange(1, len(right) + 1), right, marker=".", label=figure_text(name))
+        axes.plot(np.arange(1, len(right) + 1), right, marker=".", label=figure_text(name, LABEL))
     axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
