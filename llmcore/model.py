@@ -73,9 +73,12 @@ def _chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if not has_chunked_operator(dtype):
         return _recomputed_loss(hidden.to(dtype), weight, targets)
     options = nn.LinearCrossEntropyOptions()
-    if kind == "cpu":  # the defaults take five to ten times as long there
+    if kind == "cpu":  # the defaults take five to ten times as long
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK, acc_policy="accurate")
-    return F.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets, options=options)
+    loss = functools.partial(F.linear_cross_entropy, hidden.to(dtype), weight.to(dtype), targets, options=options)
+    if torch.is_grad_enabled():  # its value is rounded to bf16, its gradient is not; "none" has a slow backward pass
+        return loss()
+    return loss(reduction="none").float().sum() / (targets != -100).sum()
 
 
 def _recomputed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -110,13 +113,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 # What selective checkpointing keeps of a block: results that take long to compute again and are not the largest.
 _aten = torch.ops.aten
-SAVED_OPERATIONS = [
-    _aten.mm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-]
+_KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+SAVED_OPERATIONS = [_aten.mm.default, *(getattr(_aten, f"_scaled_dot_product_{name}").default for name in _KERNELS)]
 
 
 class KVCache:
@@ -330,8 +328,8 @@ class Transformer(nn.Module):
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats from hidden states (batch, time, dim).
 
-        A large batch is computed in chunks, so that all its logits, often the largest tensor of a run, never exist at
-        once. A small one is computed in one piece, which the compiler can fuse.
+        A large batch is computed in chunks, so that all its logits never exist at once. A small one is computed in one
+        piece, which the compiler can fuse.
         """
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
         if targets.numel() * self.config.vocab_size > CHUNK_ABOVE:

@@ -130,6 +130,21 @@ def test_chunked_loss_equals_the_plain_one(
         assert (gradient - expected[name]).norm() < tolerance * expected[name].norm(), name
 
 
+def test_a_validation_loss_in_bf16_is_not_rounded_to_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between 4 and 8 nats, neighbours in bf16 are 1/32 apart: too far to choose the best checkpoint by."""
+    model = tiny_model(std=0.1, vocab_size=700)
+    monkeypatch.setattr(llmcore.model, "CHUNK_ABOVE", 0)
+    losses = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for seed in range(8):
+            tokens, targets = (random_ids(16, 24, seed=seed + last, vocab_size=700) for last in (0, 100))
+            targets[3] = -100
+            losses.append(model(tokens, targets))
+            exact = torch.nn.functional.cross_entropy(model(tokens).float().flatten(0, 1), targets.flatten())
+            assert abs(float(losses[-1] - exact)) < 2e-3
+    assert len({float(loss) for loss in losses}) == 8
+
+
 @settings(deadline=None, max_examples=examples(50))
 @given(
     tokens=st.integers(1, 40),
