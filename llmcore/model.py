@@ -85,7 +85,7 @@ def _recomputed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(rows, weight.to(rows.dtype))  # cast anew, so that the chunks' gradients add up in float32
         return F.cross_entropy(logits.float(), wanted, reduction="sum")
 
-    size = chunk_rows(LOSS_CHUNK // 4, len(hidden), *weight.shape, hidden.device.type)
+    size = chunk_rows(LOSS_CHUNK // 4, len(hidden), weight.shape[0], weight.shape[1], hidden.device.type)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
     total = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
     return total / (targets != -100).sum()  # cross_entropy too leaves out -100
