@@ -12,7 +12,7 @@ from tests.benchmarks import gpu
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_fills_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu.main(["toy"])
+    gpu.main(["toy"], seconds=3600)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| toy")]
     assert len(rows) == len(gpu.LADDERS["toy"]) + 2  # and transformers, and decoding
     for row in rows:
