@@ -342,8 +342,8 @@ for largest in budgets[1:]:
 # and this sum is much better known.
 #
 # The band knows three things: the draw of the runs, the distance of single runs from the law, and how wrong the law was
-# at the budgets that we left out. So the widened band is no promise of nine in ten: the runs that we left out are few, and
-# all of them tell of one law. Nor does it know what is new in the larger run: more blocks, another best learning
+# at the budgets that we left out. So the widened band is no promise of nine in ten: the runs that we left out are few,
+# and all of them tell of one law. Nor does it know what is new in the larger run: more blocks, another best learning
 # rate, or memorising. A model that reads the same novel again can memorise it. Then the loss on the training text falls
 # faster than the loss on the held-out chapters. We measure this gap, and the spread between seeds:
 
