@@ -258,14 +258,14 @@ print(
 # numbers adapt to them.
 #
 # So we play the prediction through with runs that we have. We leave out the largest budget, fit the others, and predict
-# what we left out. Then we leave out the two largest. We chose this method before we looked at the held-back runs.
+# what we left out. Then we leave out the two largest. "2× beyond" in the figure means: this run costs twice the compute
+# of the largest budget that was fitted. We chose this method before we looked at the held-back runs.
 
 # %%
 left = leave_out_budgets(N, D, L, budget, seed=seed)
 rows = {}
 for run in left:
-    ratio = np.exp(run.distance)
-    name = f"{N[run.run] / 1e3:,.0f}k parameters, {ratio:.0f}× the compute"
+    name = f"{N[run.run] / 1e3:,.0f}k, {budget[run.run]:.1e} FLOPs, {np.exp(run.distance):.0f}× beyond"
     rows[name] = (run.predicted, run.low, run.high), [run.measured]
 inside = sum(run.low <= run.measured <= run.high for run in left)
 below = sum(run.measured < run.predicted for run in left)
@@ -342,7 +342,8 @@ for largest in budgets[1:]:
 # and this sum is much better known.
 #
 # The band knows three things: the draw of the runs, the distance of single runs from the law, and how wrong the law was
-# at the budgets that we left out. It does not know what is new in the larger run: more blocks, another best learning
+# at the budgets that we left out. So the widened band is no promise of nine in ten: the runs that we left out are few,
+# and all of them tell of one law. Nor does it know what is new in the larger run: more blocks, another best learning
 # rate, or memorising. A model that reads the same novel again can memorise it. Then the loss on the training text falls
 # faster than the loss on the held-out chapters. We measure this gap, and the spread between seeds:
 

@@ -68,7 +68,7 @@ def grid() -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64
 
 
 @pytest.mark.slow
-def test_a_widened_band_holds_nine_of_ten_although_the_law_is_wrong() -> None:
+def test_a_widened_band_holds_most_runs_of_a_wrong_law_and_its_own_few() -> None:
     parameters, tokens, budget = grid()
     reach, trials, noise = 4.0, 24, 0.002
     size, text = np.array([6e5]), reach * budget.max() / 6 / np.array([6e5])
@@ -85,8 +85,8 @@ def test_a_widened_band_holds_nine_of_ten_although_the_law_is_wrong() -> None:
                 _, low, high = fit.predict(float(size[0]), float(text[0]), widening=extra)
                 held[name if wrong else f"{name}, right law"] += int(low <= outcome <= high)
                 widths.append(np.log(high / low))
-    assert held["own"] < 0.7 * trials, held
-    assert held["widened"] >= 0.8 * trials, held
+    assert held["own"] <= 0.25 * trials, held
+    assert held["widened"] >= 0.5 * trials, held
     assert held["own, right law"] >= 0.75 * trials and held["widened, right law"] >= 0.85 * trials, held
     assert np.median(widths) < 0.15, "a band that holds everything says nothing"
 

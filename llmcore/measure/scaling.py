@@ -218,7 +218,7 @@ def needed_widening(left: Sequence[LeftOut], distance: float) -> float:
 
     A law that is fitted to its runs has about the right value and slope there. What it first gets wrong is the
     curvature, so its error grows with the square of the distance. The factor is the smallest for which the widened
-    bands hold all runs that were left out.
+    bands hold all runs that were left out. This is a calibration by few runs, not a promise of the band's `share`.
     """
     outside = [max(0.0, np.log(run.low / run.measured), np.log(run.measured / run.high)) for run in left]
     return distance**2 * max(out / run.distance**2 for out, run in zip(outside, left, strict=True))

@@ -270,7 +270,7 @@ def isoflop_curves(
         sizes, [f"{size / 1e3:,.0f}k" if size < 1e6 else f"{size / 1e6:,.1f}M" for size in sizes], fontsize=8
     )
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(y=0.12)
+    axes.margins(x=0.08, y=0.12)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     name_axes(axes, title, "parameters (log scale)", "validation loss (nats per token)")
     return figure
@@ -345,7 +345,7 @@ def prediction_bands(
     axes.grid(axis="y", visible=False)
 
     # the key needs no points of its own
-    drawn = [("s", SKY, "90% band"), ("|", BLUE, "predicted"), ("o", GREEN, "measured, inside"), ("D", RED, "outside")]
+    drawn = [("s", SKY, "band"), ("|", BLUE, "predicted"), ("o", GREEN, "measured, inside"), ("D", RED, "outside")]
     for marker, color, label in drawn:
         axes.plot([], [], marker, color=color, label=label)
     figure.legend(loc="outside lower left", ncols=4)
