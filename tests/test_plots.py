@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import io
+import json
 import logging
 import math
 import sys
@@ -94,17 +95,26 @@ def run_folder(folder: Path, rate: float, **options: object) -> Path:
 
 def test_runs_are_drawn_against_steps_tokens_time_and_compute(tmp_path: Path) -> None:
     folders = [run_folder(tmp_path / f"lr={rate}", rate) for rate in (1e-3, 1e-2, 1e-1)]
+    for number, folder in enumerate(folders):  # costs in no fixed ratio to each other, so that no panel is left out
+        events = read_metrics(folder)
+        for event in events:
+            event["tokens"] *= (1, 2, 3)[number]
+            event["seconds"] = (1.0, 7.0, 2.0)[number]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        model = json.loads((folder / "config.json").read_text())
+        model["model"]["hidden_dim"] *= (1, 8, 64)[number]
+        (folder / "config.json").write_text(json.dumps(model))
     assert find_runs(tmp_path) == sorted(folders)
     figure = plots.compare_runs(folders)
     for number, folder in enumerate(folders):
         events = read_metrics(folder)
         validated = [event for event in events if "val_loss" in event]
-        flops = tiny_config().flops_per_token()
+        flops = tiny_config(hidden_dim=tiny_config().hidden_dim * (1, 8, 64)[number]).flops_per_token()
         drawn = [axes.get_lines()[number] for axes in figure.axes]
         assert {tuple(each.get_ydata()) for each in drawn} == {tuple(e["val_bits_per_byte"] for e in validated)}
-        steps, tokens, seconds, compute = (each.get_xdata() for each in drawn)
+        steps, tokens, minutes, compute = (each.get_xdata() for each in drawn)
         assert list(steps) == [2, 4, 6, 8] and list(tokens) == [event["tokens"] for event in validated]
-        assert seconds[-1] == pytest.approx(sum(event["seconds"] for event in events))
+        assert 60 * minutes[-1] == pytest.approx(sum(event["seconds"] for event in events))
         assert list(compute) == pytest.approx([event["tokens"] * flops for event in validated])
     assert [axes.get_xlabel() for axes in figure.axes] == list(plots.COSTS.values())
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {folder.name for folder in folders}
@@ -112,6 +122,12 @@ def test_runs_are_drawn_against_steps_tokens_time_and_compute(tmp_path: Path) ->
     assert figure.get_suptitle().startswith(f"{best.name} ends lowest of 3 runs")
     looks = {(each.get_color(), each.get_marker()) for each in figure.axes[0].get_lines()}
     assert len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 3
+
+
+def test_of_one_run_the_curve_is_drawn_once(tmp_path: Path) -> None:
+    figure = plots.compare_runs([run_folder(tmp_path / "one", 1e-2)])
+    assert [axes.get_xlabel() for axes in figure.axes] == ["optimizer steps"]
+    assert figure.axes[0].get_xlim()[0] == 0
 
 
 def test_a_run_that_was_not_validated_is_named_and_left_out(tmp_path: Path) -> None:

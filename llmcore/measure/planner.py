@@ -98,7 +98,13 @@ class Plan:
         """The plan as rows of a table: names and values, both as text."""
         memory = {f"memory: {part}": f"{size / 1e6:,.0f} MB" for part, size in self.memory.items()}
         speed = "–" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens per second"
-        hours = "–" if self.hours is None else f"{self.hours:,.2f} hours"
+        hours = (
+            "–"
+            if self.hours is None
+            else f"{self.hours:,.1f} hours"
+            if self.hours >= 2
+            else f"{60 * self.hours:,.1f} minutes"
+        )
         return {
             "parameters": f"{self.parameters:,}",
             "tokens": f"{self.tokens:,}",

@@ -171,14 +171,16 @@ def _draw_small_panels(rate: Axes, norm: Axes, speed: Axes, events: Sequence[Map
 COSTS = {  # key of `compare_runs.validations` -> label of its axis
     "steps": "optimizer steps",
     "tokens": "tokens read",
-    "seconds": "seconds spent in steps",
+    "seconds": "minutes spent in steps",
     "flops": "compute (FLOPs)",
 }
 
 
 @styled
 def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") -> Figure:
-    """Validation loss of several runs against steps, tokens, time and compute, one panel each.
+    """Validation loss of several runs against steps, tokens, time and compute.
+
+    A panel for each of these, but none that would show the curves of another one at another scale.
 
     In bits per byte if every run has them, so that runs with different vocabularies compare; else in nats per token.
     Runs differ in colour, marker and dashes. Runs without a validation, or unreadable, are only named in the title.
@@ -203,11 +205,17 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
     in_bits = all("val_bits_per_byte" in point for _, points in drawn for point in points)
     measure, unit = ("val_bits_per_byte", "bits per byte") if in_bits else ("val_loss", "nats per token")
 
-    figure, panels = new_figure(10, 6.2, 2, 2)
-    for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
+    costs = _telling_costs([points for _, points in drawn])
+    columns = min(2, len(costs))
+    rows = -(-len(costs) // columns)
+    figure, panels = new_figure(10, 0.4 + 3 * rows, rows, columns)
+    for axes in panels[len(costs) :]:
+        axes.set_visible(False)
+    for axes, cost in zip(panels, costs, strict=False):
+        unit_of_cost = 60 if cost == "seconds" else 1
         for number, (name, points) in enumerate(drawn):
             axes.plot(
-                [point[cost] for point in points],
+                [point[cost] / unit_of_cost for point in points],
                 [point[measure] for point in points],
                 marker="os^Dv*"[number % 6],
                 linestyle=("-", "--", "-.", ":")[number // 6 % 4],
@@ -215,7 +223,8 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
                 label=figure_text(name, LABEL),
             )
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        name_axes(axes, "", label, f"validation ({unit})")
+        axes.set_xlim(left=0)
+        name_axes(axes, "", COSTS[cost], f"validation ({unit})")
 
     if drawn:
         widest = max(cells(figure_text(name, LABEL)) for name, _ in drawn)
@@ -227,6 +236,16 @@ def compare_runs(run_dirs: Sequence[str | os.PathLike[str]], title: str = "") ->
             title += f" ({reason}: {', '.join(names)})"
     head(figure, title)
     return figure
+
+
+def _telling_costs(runs: Sequence[Sequence[Mapping[str, float]]]) -> list[str]:
+    """Those of `COSTS` whose panels differ: runs that end in about the same ratio of two costs need only one."""
+    telling: list[str] = []
+    for cost in COSTS:
+        ratios = [[points[-1][cost] / points[-1][other] for points in runs] for other in telling]
+        if not telling or (runs and all(max(each) > 1.2 * min(each) for each in ratios)):
+            telling.append(cost)
+    return telling
 
 
 def _lowest(runs: Sequence[tuple[str, Sequence[Mapping[str, float]]]], measure: str, unit: str) -> str:
