@@ -44,7 +44,7 @@ def extra(name: str) -> list[Requirement]:
 def lowest() -> list[str]:
     """A pin a line: of all that the notebooks and the tests need, the lowest version that pyproject.toml allows."""
     bounds = {
-        requirement.name: f"{requirement.name}=={specifier.version}"
+        requirement.name: str(requirement).split(">=")[0] + f"=={specifier.version}"  # the name with its extras
         for requirement in (*extra("lab"), *extra("test"))
         for specifier in requirement.specifier
         if specifier.operator == ">=" and (requirement.marker is None or requirement.marker.evaluate())
