@@ -282,8 +282,9 @@ def test_a_cut_killed_at_any_file_operation_loses_nothing(tmp_path: Path) -> Non
 @given(text=st.text(alphabet=st.characters() | st.sampled_from(SEPARATORS + "\ud800\udfff\n\r"), max_size=12))
 def test_any_text_in_an_event_is_read_back_and_resumed(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     run = tmp_path_factory.mktemp("run")
+    prompt = "".join(sign for sign in text if not "\ud800" <= sign <= "\udfff")  # a configuration refuses these
     for resume in (None, "latest"):
-        config = quick(max_steps=4, sample_prompt=text)
+        config = quick(max_steps=4, sample_prompt=prompt)
         one = trainer(run, config, val=False, sampler=lambda prompt: prompt + text, resume=resume)
         one.request_sample("甲" + SEPARATORS + text)
         steps = one.steps()
@@ -294,7 +295,7 @@ def test_any_text_in_an_event_is_read_back_and_resumed(text: str, tmp_path_facto
     assert [event.get("sample") for event in events[::2]] == ["甲" + SEPARATORS + text + text] * 2
     assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 4
     for folder in (run, find_checkpoint(run)):
-        assert read_run(folder)["train"]["sample_prompt"] == text
+        assert read_run(folder)["train"]["sample_prompt"] == prompt
 
 
 def test_the_readmes_sweep_reads_lines_with_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,6 +239,6 @@ runpy.run_module("tests.{module}", run_name="__main__")
 
 def test_the_lowest_versions_are_those_that_pyproject_names() -> None:
     lowest = dict(pin.split("==") for pin in lock.lowest())
-    assert lowest["torch"] == "2.11" and lowest["sentencepiece"] == "0.2.1"
+    assert lowest["torch"] == "2.11" and lowest["sentencepiece"] == "0.2.1" and "dask[distributed]" in lowest
     for requirement in (*lock.extra("lab"), *lock.extra("test")):
         assert requirement.name not in lowest or requirement.specifier.contains(lowest[requirement.name])

@@ -43,8 +43,12 @@ def extra(name: str) -> list[Requirement]:
 
 def lowest() -> list[str]:
     """A pin a line: of all that the notebooks and the tests need, the lowest version that pyproject.toml allows."""
+
+    def with_extras(requirement: Requirement) -> str:
+        return f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+
     bounds = {
-        requirement.name: f"{requirement.name}=={specifier.version}"
+        requirement.name: f"{requirement.name}{with_extras(requirement)}=={specifier.version}"
         for requirement in (*extra("lab"), *extra("test"))
         for specifier in requirement.specifier
         if specifier.operator == ">=" and (requirement.marker is None or requirement.marker.evaluate())
