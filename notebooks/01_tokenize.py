@@ -28,7 +28,7 @@
 # [6](06_scaling.ipynb)
 
 # %% tags=["parameters"]
-data_dir: str = "data/sanguo"  # folder of texts (txt, zip, epub, jsonl), or data/sanguo, data/scifi, data/zhwiki
+data_dir: str = "data/sanguo"  # folder of texts (txt, zip, epub, jsonl), or data/shakespeare, data/scifi, data/zhwiki
 model_prefix: str = "outputs/tokenizer"  # the tokenizer becomes <model_prefix>.model
 vocab_size: int = 4000  # number of pieces, 256 single bytes and 4 special ones included
 character_coverage: float = 0.99  # share of characters that get a piece; rarer ones are spelled in bytes

@@ -412,8 +412,8 @@ def test_auto_killed_three_times_ends_as_never_killed(lost: bool, tmp_path: Path
 
 def notebook_4(root: Path, project: str, backup: Path) -> subprocess.Popen[str]:
     """Notebook 4 at a tiny size, through papermill, with auto."""
-    tiny = {"max_steps": 400, "context_size": 16, "batch_size": 1, "dim": 12, "n_layers": 1, "thorough": False}
-    given = {"checkpoint_dir": "auto", "checkpoint_interval": 20, "device": "cpu", "backup_dir": backup}
+    tiny = {"max_steps": 60, "context_size": 16, "batch_size": 1, "dim": 12, "n_layers": 1, "thorough": False}
+    given = {"checkpoint_dir": "auto", "checkpoint_interval": 10, "device": "cpu", "backup_dir": backup}
     options = [word for key, value in {**tiny, **given, "project": project}.items() for word in ("-p", key, str(value))]
     notebook, made = ROOT / "notebooks" / "04_scifi_train.ipynb", root / f"{project}.ipynb"
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(made), *options]
@@ -447,20 +447,20 @@ def test_notebook_4_killed_three_times_ends_as_never_killed(tmp_path: Path, sang
     straight = notebook_4(tmp_path, "straight", drive)
     assert not straight.wait(1800), straight.communicate()[1]
     runs = tmp_path / "outputs" / "runs"
-    for at in (7, 130, 290):
+    for at in (3, 24, 45):
         process, metrics = notebook_4(tmp_path, "killed", drive), runs / "killed" / "metrics.jsonl"
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < at:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.01)
         kill_with_kernel(process)
-        assert read_metrics(runs / "killed")[-1]["step"] < 400
-        if at == 130:
+        assert read_metrics(runs / "killed")[-1]["step"] < 60
+        if at == 24:
             shutil.rmtree(runs / "killed")  # the hosted machine is another one
     for _ in range(2):  # the second time it is finished, and Run All ends well
         process = notebook_4(tmp_path, "killed", drive)
         assert not process.wait(1800), process.communicate()[1]
         process.communicate()
         assert everything(runs / "killed") == everything(runs / "straight") == everything(drive / "killed")
-    assert "is finished at step 400: it is shown, not trained" in (tmp_path / "killed.ipynb").read_text()
+    assert "is finished at step 60: it is shown, not trained" in (tmp_path / "killed.ipynb").read_text()
     assert json.loads((runs / "killed" / "config.json").read_text())["history"]
     assert load_file(find_checkpoint(runs / "killed") / "model.safetensors")

@@ -35,7 +35,7 @@ def run_cells(name: str, capsys: pytest.CaptureFixture[str], **parameters: objec
 def test_a_notebook_that_reads_texts_has_what_errors_advise(name: str) -> None:
     """The messages about texts and data sets name parameters to change: each notebook that may show them has them."""
     source = (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8")
-    [parameters] = re.findall(r'tags=\["parameters"\]\n(.*?)\n\n', source, re.DOTALL)
+    [parameters] = re.findall(r'tags=\["parameters"\]\n(.*?)\n# %%', source, re.DOTALL)
     has = set(re.findall(r"^(\w+):", parameters, re.MULTILINE))
     settings = {"errors", "encoding", "clean", "duplicates"}
     needed = {"data_dir", *settings} if "open_library(" in source else set()

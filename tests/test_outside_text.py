@@ -23,6 +23,7 @@ from llmcore.formats.huggingface import to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.generate import generate, stream
 from llmcore.notebook import widgets
+from llmcore.notebook.gloss import gloss
 from llmcore.notebook.run_page import write_index
 from llmcore.notebook.safe_html import SHOWN, ending, html_text, visible
 from llmcore.notebook.trackers import tracker_callback
@@ -81,7 +82,7 @@ def test_a_prompt_of_any_length_is_written_after_its_visible_end(
     code, model = cell("05_generate", words), tiny_model(vocab_size=tokenizer.vocab_size)
     space = {"model": model, "tok": tokenizer, "max_new_tokens": 8, "temperature": 0.8, "widgets": widgets}
     space |= {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "seed": 0}
-    space |= {"stream": stream, "generate": generate, "prompt": "曹\x1b[31m\u202e操" * 200_000}
+    space |= {"stream": stream, "generate": generate, "gloss": gloss, "prompt": "曹\x1b[31m\u202e操" * 200_000}
     if words == "for degree in":
         space["sampling"] = {"seed": 0}
     with warnings.catch_warnings():
@@ -94,10 +95,10 @@ def test_a_prompt_of_any_length_is_written_after_its_visible_end(
 
 def test_names_of_files_are_printed_on_one_visible_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [next(line for line in cell("01_tokenize", "left out:").splitlines() if "left out:" in line)]
-    lines += [next(line for line in cell("02_dataset", "held_out[:12]").splitlines() if "held_out[:12]" in line)]
+    lines += [next(line for line in cell("02_dataset", "val.names[:12]").splitlines() if "val.names[:12]" in line)]
     for line in lines:
         library = SimpleNamespace(refused={HOSTILE: "no text"})
-        exec(line, {"library": library, "held_out": [HOSTILE], "one_line": one_line})
+        exec(line, {"library": library, "val": SimpleNamespace(names=[HOSTILE]), "one_line": one_line})
         printed = capsys.readouterr().out
         assert printed.count("\n") == 1 and not acts(printed) and "⟨1B⟩" in printed
 
@@ -131,4 +132,4 @@ def test_an_export_that_cannot_be_written_is_left_out_with_a_word(
     space |= {"to_hf": to_hf, "to_llama2c": to_llama2c, "to_gguf": to_gguf}
     exec(cell("05_generate", "export_dir = "), space)
     assert space["hf_dir"] is None and "left out, since outputs/export/run" in capsys.readouterr().out
-    exec(cell("05_generate", "logits agree within"), space)  # goes on without
+    exec(cell("05_generate", "transformers gives the same ids"), space)  # goes on without

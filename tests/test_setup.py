@@ -225,7 +225,7 @@ def test_what_runs_on_a_borrowed_gpu_needs_few_packages(program: str) -> None:
 import runpy, sys
 from importlib.machinery import PathFinder
 
-blocked = {sorted({*blocked} - {"llmcore", "tests", "_distutils_hack", "setuptools"})}
+blocked = {sorted({*blocked} - {"llmcore", "tests", "_distutils_hack", "setuptools", "jaraco"})}
 find = PathFinder.find_spec
 PathFinder.find_spec = lambda name, *where: None if name.split(".")[0] in blocked else find(name, *where)
 sys.argv[1:] = {words}

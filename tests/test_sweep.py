@@ -39,8 +39,8 @@ trainer(f"{output_dir}/{project}", quick(max_steps=max_steps), resume=checkpoint
 
 
 def example() -> str:
-    """The program that the README names."""
-    assert "tests/tools/dask_sweep.py" in (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+    """The program that the notebooks' README names."""
+    assert "tests/tools/dask_sweep.py" in (PROJECT_ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
     return (PROJECT_ROOT / "tests" / "tools" / "dask_sweep.py").read_text(encoding="utf-8")
 
 

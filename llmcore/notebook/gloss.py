@@ -98,6 +98,44 @@ ENGLISH = {
     "英雄": "hero",
     "长江": "the Long River",
 }
+# Single characters, for pictures of what may come next. In a whole text they would be too many.
+CHARACTERS = {
+    **{"曰": "said", "之": "of, it", "不": "not", "人": "person", "兵": "troops", "来": "to come", "大": "great"},
+    **{"于": "at, in", "在": "at", "与": "and, with", "为": "to be", "有": "to have", "无": "to lack", "将": "general"},
+    **{"军": "army", "马": "horse", "破": "to defeat", "欲": "to want", "至": "to arrive", "回": "to return"},
+    **{
+        "自": "himself",
+        "起": "to rise",
+        "已": "already",
+        "出": "to go out",
+        "入": "to enter",
+        "上": "up",
+        "下": "down",
+    },
+    **{"中": "middle", "此": "this", "其": "his, its", "而": "and yet", "则": "then", "乃": "then, is", "遂": "so"},
+    **{"见": "to see", "闻": "to hear", "知": "to know", "引": "to lead", "去": "to leave", "到": "to reach"},
+    **{
+        "操": "Cao",
+        "孙": "Sun",
+        "刘": "Liu",
+        "曹": "Cao",
+        "吾": "I, my",
+        "汝": "you",
+        "我": "I",
+        "你": "you",
+        "他": "he",
+    },
+    **{"众": "all, the crowd", "皆": "all", "后": "after", "先": "first", "急": "in haste"},
+    **{
+        "令": "to order",
+        "使": "to send",
+        "可": "can",
+        "若": "if",
+        "今": "now",
+        "也": "(ends a sentence)",
+        "矣": "(done)",
+    },
+}
 _WORDS = re.compile("|".join(sorted(ENGLISH, key=len, reverse=True)))
 
 
@@ -114,4 +152,5 @@ def gloss(text: str) -> str:
 
 def beside_english(piece: str) -> str:
     """A token with its English after it, if it has a translation here."""
-    return f"{piece} {ENGLISH[piece]}" if piece in ENGLISH else piece
+    meaning = ENGLISH.get(piece) or CHARACTERS.get(piece)
+    return f"{piece} {meaning}" if meaning else piece

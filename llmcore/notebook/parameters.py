@@ -189,6 +189,7 @@ PARAMETERS: dict[str, Kind] = {
     "grad_accum_steps": Kind(int, 1, 100_000, optional=True),
     "held_back_dim": Kind(int, 2, 65_536),
     "held_back_epochs": Kind(float, 1e-6, 1000),
+    "held_back_runs": Kind(int, 1, 100),
     "init_step": Kind(int, 0, 1e9, optional=True),
     "learning_rate": Kind(float, 1e-8, 10, optional=True),
     "max_new_tokens": Kind(int, 0, 1_000_000),
