@@ -214,7 +214,7 @@ class TrainConfig(_JSONConfig):
                 value = getattr(self, name)
                 if name not in wrong and value is not None and not fits(value):
                     wrong[name] = f"{name}={value!r} must be {wanted}"
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if name not in wrong and getattr(self, name) not in choices:
                 wrong[name] = f"{name}={getattr(self, name)!r} must be {', '.join(choices[:-1])} or {choices[-1]}"
         if wrong:
@@ -244,7 +244,7 @@ _RANGES: list[tuple[Callable[[Any], bool], str, list[str]]] = [
     (lambda value: 0 <= value < 1, "at least 0 and below 1", ["beta1", "beta2"]),
     (lambda value: value >= 2, "2 or more, because one may be damaged", ["keep_checkpoints"]),
 ]
-_CHOICES = {
+CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "wsd", "plateau"),
     "precision": ("auto", "bf16", "fp16", "fp32"),
@@ -301,7 +301,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
             hidden_dim=352,
             max_seq_len=80,
             tie_embeddings=True,
-            rope_theta=30,
+            rope_theta=30.0,
         ),
         TrainConfig(
             max_steps=810,

@@ -308,12 +308,12 @@ class TokenDataset:
         numbers = range(step * batch_size, (step + 1) * batch_size)
         return self._windows([self.segment(number, seed) for number in numbers])
 
-    def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """The whole split once, in order: for validation."""
+    def sequential(self, batch_size: int, most: int = 0) -> Iterable[tuple[Tensor, Tensor]]:
+        """The whole split once, in order, or `most` batches of it: for validation."""
         bounds = [*range(0, self.n_targets, self.context_size), self.n_targets]
         segments = list(itertools.pairwise(bounds))
-        for first in range(0, len(segments), batch_size):
-            yield self._windows(segments[first : first + batch_size])
+        for number in spread(-(-len(segments) // batch_size), most):
+            yield self._windows(segments[number * batch_size : (number + 1) * batch_size])
 
     def segment(self, number: int, seed: int) -> tuple[int, int]:
         """A window's first target and the one after its last. Windows are numbered over all epochs."""
@@ -357,11 +357,16 @@ class TrainData(Protocol):
         """x and y, int64 (batch, time)."""
 
 
+def spread(count: int, most: int) -> range:
+    """The numbers of at most `most` of `count` batches, spread evenly over them; 0: of all."""
+    return range(0, count, max(1, -(-count // most)) if most else 1)
+
+
 class ValData(Protocol):
     """What the trainer asks of its validation data: the whole split, once, in order.
 
     Where it has `bytes_per_token`, the raw bytes of its text per token, losses are given in bits per byte too.
     """
 
-    def sequential(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """Batches of x and y, int64 (batch, time)."""
+    def sequential(self, batch_size: int, most: int = 0) -> Iterable[tuple[Tensor, Tensor]]:
+        """Batches of x and y, int64 (batch, time): all, or at most so many, see `spread`."""

@@ -7,8 +7,6 @@ notebook can draw, pause or stop between two steps. `Trainer.fit()` runs it to t
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import math
 import os
 import time
@@ -326,8 +324,7 @@ class Trainer:
         assert self.val_data is not None
         self.model.eval()
         total, count = 0.0, 0
-        batches = functools.partial(self.val_data.sequential, self.config.batch_size)
-        for x, y in itertools.islice(batches(), None, None, -(-sum(1 for _ in batches()) // most) if most else 1):
+        for x, y in self.val_data.sequential(self.config.batch_size, most):
             targets = int((y != IGNORED).sum())
             if not targets:
                 continue

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmcore.config import ModelConfig, TrainConfig
-from llmcore.dataset import IGNORED
+from llmcore.dataset import IGNORED, spread
 from llmcore.model import Transformer
 from llmcore.runs import read_metrics
 from llmcore.train import Event, Trainer
@@ -70,10 +70,10 @@ class Batches:
         rows = [self.window(number, seed) for number in range(step * batch_size, (step + 1) * batch_size)]
         return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
 
-    def sequential(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def sequential(self, batch_size: int, most: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         rows = [self.window(number, 10**6) for number in range(self.windows)]
-        for first in range(0, len(rows), batch_size):
-            part = rows[first : first + batch_size]
+        for number in spread(-(-len(rows) // batch_size), most):
+            part = rows[number * batch_size : (number + 1) * batch_size]
             yield torch.stack([x for x, _ in part]), torch.stack([y for _, y in part])
 
 

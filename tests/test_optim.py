@@ -111,7 +111,7 @@ def test_plateau_counts_validations_in_a_row(tmp_path: Path) -> None:
     class Course(Batches):
         """One window at each validation, chosen by how hard it is for a model that learns nothing."""
 
-        def sequential(self, batch_size: int) -> Any:
+        def sequential(self, batch_size: int, most: int = 0) -> Any:
             yield ranked[next(course)]
 
     def hardness(window: tuple[Tensor, Tensor]) -> float:

@@ -147,8 +147,8 @@ def test_batches_without_targets_change_nothing(tmp_path: Path) -> None:
             x, y = super().batch(step // 2, batch_size)
             return x, y if step % 2 else torch.full_like(y, -100)
 
-        def sequential(self, batch_size: int) -> Any:
-            for x, y in super().sequential(batch_size):
+        def sequential(self, batch_size: int, most: int = 0) -> Any:
+            for x, y in super().sequential(batch_size, most):
                 yield x, torch.full_like(y, -100)
                 yield x, y
 

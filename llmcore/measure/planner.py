@@ -35,6 +35,7 @@ RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 TOKENS_PER_PARAMETER = 20  # compute-optimal, by Hoffmann et al., "Chinchilla", arXiv:2203.15556, table 3
 GOOD_EPOCHS = 4  # reading a text so often is nearly as good as new text, by Muennighoff et al., arXiv:2305.16264
 REPEATS_LEARNT = 15.4  # repetitions of a text after which little is left to learn from more: R* of their equation 5
+LANGUAGE_PRESETS = {name: configs for name, configs in PRESETS.items() if name != "toy-reverse"}
 FIXED_STEPS = ("toy-reverse", "scifi-mini")  # presets whose number of steps does not follow from the text
 
 HEAD_ROOM = 0.1  # of the memory, left free by a batch that `fit_batch` chooses
@@ -98,13 +99,9 @@ class Plan:
         """The plan as rows of a table: names and values, both as text."""
         memory = {f"memory: {part}": f"{size / 1e6:,.0f} MB" for part, size in self.memory.items()}
         speed = "–" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens per second"
-        hours = (
-            "–"
-            if self.hours is None
-            else f"{self.hours:,.1f} hours"
-            if self.hours >= 2
-            else f"{60 * self.hours:,.1f} minutes"
-        )
+        time = "–"
+        if self.hours is not None:
+            time = f"{self.hours:,.1f} hours" if self.hours >= 2 else f"{60 * self.hours:,.1f} minutes"
         return {
             "parameters": f"{self.parameters:,}",
             "tokens": f"{self.tokens:,}",
@@ -115,7 +112,7 @@ class Plan:
             "largest batch_size that fits": f"{self.largest_batch:,}",
             "checkpoints on disk": f"{self.disk / 1e6:,.0f} MB",
             f"speed ({self.speed_is})": speed,
-            "time": hours,
+            "time": time,
             "compute-optimal for these FLOPs": f"{self.best_size_for_compute:,.0f} parameters, "
             f"{self.best_tokens_for_compute:,.0f} tokens",
         }
@@ -269,8 +266,8 @@ def text_advice(parameters: int, tokens: int, text_tokens: int) -> str:
         tokens: that the run reads.
         text_tokens: tokens of the training text.
     """
-    fed = GOOD_EPOCHS * text_tokens / TOKENS_PER_PARAMETER
-    names = [name for name in PRESETS if name != "toy-reverse"]
+    fed = _parameters_fed(text_tokens)
+    names = [*LANGUAGE_PRESETS]
     best = max((name for name in names if PRESETS[name][0].n_params() <= fed), key=names.index, default=names[0])
     lines = [f"this text, read {GOOD_EPOCHS} times, can feed {fed / 1e6:,.1f}M parameters: preset {best}"]
     if parameters > 2 * fed:
@@ -286,15 +283,18 @@ def text_advice(parameters: int, tokens: int, text_tokens: int) -> str:
     return "\n".join(lines)
 
 
+def _parameters_fed(text_tokens: int) -> float:
+    """Parameters for which a text, read `GOOD_EPOCHS` times, is as much as is best."""
+    return GOOD_EPOCHS * text_tokens / TOKENS_PER_PARAMETER
+
+
 def preset_advice(tokens: int) -> list[dict[str, str]]:
     """What a text of this many tokens can feed: a row for each preset, but for the toy task."""
     rows = []
-    for name, (model, train) in PRESETS.items():
-        if name == "toy-reverse":
-            continue
+    for name, (model, train) in LANGUAGE_PRESETS.items():
         parameters, step = model.n_params(), step_tokens(model, train)
         steps = choose_steps(name, model, train, tokens).max_steps
-        share = GOOD_EPOCHS * tokens / (TOKENS_PER_PARAMETER * parameters)
+        share = _parameters_fed(tokens) / parameters
         rows.append(
             {
                 "preset": name,

@@ -101,15 +101,18 @@ class SweepProgress:
 
     def minutes_left(self) -> float | None:
         """None before there is anything to judge by."""
-        done = self._look()[0]
+        return self._minutes_left(self._look()[0])
+
+    def _minutes_left(self, done: float) -> float | None:
         gained = done - self.before
         return (self.clock() - self.started) / gained * (self.work - done) / 60 if gained > 0 else None
 
     def line(self) -> str:
         """The runs in progress with the last training loss of each, and the time left."""
-        left = self.minutes_left()
+        done, now = self._look()
+        left = self._minutes_left(done)
         when = "time left not known yet" if left is None else f"about {max(1, round(left))} min left"
-        return f"{when}; " + ("; ".join(self._look()[1]) or "starting")
+        return f"{when}; " + ("; ".join(now) or "starting")
 
     def _look(self) -> tuple[float, list[str]]:
         """Work done, and the runs that have begun and not ended."""

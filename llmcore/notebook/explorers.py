@@ -20,7 +20,7 @@ from llmcore.files import one_line
 from llmcore.model import Transformer
 from llmcore.notebook import toy_reverse
 from llmcore.notebook.dashboard import output
-from llmcore.notebook.gloss import words_in
+from llmcore.notebook.gloss import gloss, words_in
 from llmcore.notebook.safe_html import boxes, html_text, piece_text
 from llmcore.tokenizer import Tokenizer
 
@@ -53,8 +53,7 @@ class Explorer:
 
 def english(text: str) -> str:
     """A line in HTML with the English of some words of a text; nothing if no word is known."""
-    known = " · ".join(f"{html_text(word)} {html_text(meaning)}" for word, meaning in words_in(text).items())
-    return f"<p><small>In English: {known}</small></p>" if known else ""
+    return f"<p><small>In English: {html_text(gloss(text))}</small></p>" if words_in(text) else ""
 
 
 class TokenExplorer(Explorer):

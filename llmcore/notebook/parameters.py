@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcore.config import PRESETS, nearest
+from llmcore import config
 from llmcore.corpus.sources import CORPORA
 from llmcore.corpus.texts import CHOICES
 from llmcore.files import resolve
@@ -89,7 +89,7 @@ class Kind:
         if not isinstance(value, str):
             raise ValueError(f"{name}={_quoted(value)} must be text")
         if self.choices and value not in self.choices:
-            raise ValueError(f"{name}={_quoted(value)}: {nearest(value[:100], self.choices)}")
+            raise ValueError(f"{name}={_quoted(value)}: {config.nearest(value[:100], self.choices)}")
         if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{name}={_quoted(value)} holds half of a surrogate pair, not a character; remove it")
         if self.is_name and (reason := _why_not_a_name(value)):
@@ -166,7 +166,7 @@ def _why_not_a_name(value: str) -> str | None:
 
 
 PARAMETERS: dict[str, Kind] = {
-    "activation_checkpointing": Kind(str, choices=("none", "selective", "full"), optional=True),
+    "activation_checkpointing": Kind(str, choices=config.CHOICES["activation_checkpointing"], optional=True),
     "backup_dir": Kind(Path, optional=True, must_exist=True, folder=True),
     "batch_size": Kind(int, 1, 1_000_000, optional=True),
     "budgets": Kind(float, 1e6, 1e30, many=True),
@@ -175,7 +175,7 @@ PARAMETERS: dict[str, Kind] = {
     "checkpoint_interval": Kind(int, 0, 1e9, optional=True),
     "checkpoint_minutes": Kind(float, 0, 1e6, optional=True),
     "clean": Kind(bool, optional=True),
-    "compile": Kind(str, choices=("auto", "on", "off")),
+    "compile": Kind(str, choices=config.CHOICES["compile"]),
     "context_size": Kind(int, 1, 1_048_576, optional=True),
     "data_dir": Kind(Path, must_exist=True),
     "dataset_dir": Kind(Path, choices=("auto",), folder=True),
@@ -200,14 +200,14 @@ PARAMETERS: dict[str, Kind] = {
     "muon_learning_rate": Kind(float, 1e-8, 10, optional=True),
     "n_heads": Kind(int, 1, 1024, optional=True),
     "n_layers": Kind(int, 1, 1024, optional=True),
-    "optimizer": Kind(str, choices=("adamw", "muon"), optional=True),
+    "optimizer": Kind(str, choices=config.CHOICES["optimizer"], optional=True),
     "output_dir": Kind(Path, folder=True),
-    "precision": Kind(str, choices=("auto", "bf16", "fp16", "fp32")),
-    "preset": Kind(str, choices=tuple(PRESETS)),
+    "precision": Kind(str, choices=config.CHOICES["precision"]),
+    "preset": Kind(str, choices=tuple(config.PRESETS)),
     "project": Kind(str, is_name=True),
     "prompt": Kind(str),
     "repetition_penalty": Kind(float, 0.01, 100),
-    "schedule": Kind(str, choices=("cosine", "wsd", "plateau"), optional=True),
+    "schedule": Kind(str, choices=config.CHOICES["schedule"], optional=True),
     "seed": Kind(int, 0, 2**31 - 1),
     "temperature": Kind(float, 0, 100),
     "test_strings": Kind(int, 1, 1_000_000),
@@ -246,7 +246,7 @@ def check_parameters(namespace: MutableMapping[str, Any]) -> None:
                 namespace[name] = PARAMETERS[name].read(name, namespace[name])
             except ValueError as error:
                 wrong.append(str(error))
-    wrong += [f"unknown parameter {name}: {nearest(name, known)}" for name in injected if name not in known]
+    wrong += [f"unknown parameter {name}: {config.nearest(name, known)}" for name in injected if name not in known]
     for names in TOO_MANY:
         if set(names) <= set(known) and all(namespace[name] is not None for name in names):
             given = ", ".join(f"{name}={_quoted(namespace[name])}" for name in names)

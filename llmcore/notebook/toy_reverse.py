@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmcore.dataset import IGNORED
+from llmcore.dataset import IGNORED, spread
 from llmcore.generate import generate_ids
 from llmcore.model import Transformer
 
@@ -81,7 +81,7 @@ def repetitive_strings(count: int, length: int, symbols: int, seed: int) -> list
 
 
 class ReverseData:
-    """Batches of the task: random strings. A quarter have any length, the others the full length, which is hardest.
+    """Batches of the task: random strings. Half have any length, the others the full length, which is hardest.
 
     Half of the strings repeat a few symbols. Without these, a model learns to find the letter that it wrote last and to
     copy the letter to its left. That fails where a letter comes twice. With these, it learns to count places.
@@ -103,9 +103,9 @@ class ReverseData:
         """
         return self._batch(np.random.default_rng((seed, 0, step)), batch_size)
 
-    def sequential(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def sequential(self, batch_size: int, most: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """A few fixed batches for validation, from random streams that training does not use."""
-        for number in range(self.val_batches):
+        for number in spread(self.val_batches, most):
             yield self._batch(np.random.default_rng((0, 2, number)), batch_size)
 
     def _batch(self, generator: np.random.Generator, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -145,8 +145,11 @@ def answers(model: Transformer, texts: Sequence[str], batch_size: int = 1000) ->
 
 def exact_match(model: Transformer, texts: Sequence[str]) -> float:
     """Share of the strings that the model reverses without a mistake, 0 to 1."""
-    written = answers(model, texts)
-    return sum(text[::-1] == answer for text, answer in zip(texts, written, strict=True)) / len(texts)
+    return _share_right(answers(model, texts), [text[::-1] for text in texts])
+
+
+def _share_right(written: Sequence[str], truth: Sequence[str]) -> float:
+    return sum(answer == true for answer, true in zip(written, truth, strict=True)) / len(truth)
 
 
 def right_by_place(written: Sequence[str], truth: Sequence[str]) -> NDArray[np.float64]:
@@ -190,7 +193,7 @@ class Probe:
         written, truth = answers(self.model, self.texts), [text[::-1] for text in self.texts]
         self.by_place[step] = right_by_place(written, truth)
         self.weights[step] = attention(self.model, self.ids)
-        return float(np.mean([answer == true for answer, true in zip(written, truth, strict=True)]))
+        return _share_right(written, truth)
 
 
 def labels(ids: Sequence[int]) -> list[str]:

@@ -23,6 +23,7 @@ from llmcore.notebook.plots.learning import loss_units, reading_order, staircase
 from llmcore.notebook.plots.machine import (
     accuracy_by_place,
     attention_head,
+    attention_maps,
     attention_moments,
     attention_steps,
     block_diagram,
@@ -32,7 +33,6 @@ from llmcore.notebook.plots.machine import (
     shapes,
 )
 from llmcore.notebook.plots.results import (
-    attention_maps,
     bars,
     document_scores,
     next_tokens,

@@ -20,7 +20,6 @@ from llmcore.notebook.plots.style import (
     ORANGE,
     PALE,
     RED,
-    Picture,
     cells,
     figure_text,
     head,
@@ -106,8 +105,7 @@ def text_pieces(
     boxes, lines = _place_boxes(pieces, columns, notes)
     below = 0.5 if notes else 0.0  # room below each line, in lines
     height = lines * (1 + below)
-    figure = Picture(figsize=(9, 0.42 * height + 0.7), layout="constrained", dpi=100)
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure(9, 0.42 * height + 0.7)
     scale = matplotlib.colormaps["YlOrRd"]
     largest = max(values) if values is not None and len(values) else 1.0
     for index, (x, line, width, piece) in enumerate(boxes):
@@ -140,8 +138,8 @@ def box_rows(rows: Sequence[tuple[str, Sequence[str], Collection[int]]], title: 
     margin = 0.6 + 0.44 * max(map(cells, names), default=0)
     placed = [_place_boxes(pieces, columns - margin) for _, pieces, _ in rows]
     lines = sum(count for _, count in placed) + 0.25 * len(rows)
-    figure = Picture(figsize=(9.5, 0.4 * lines + 0.5), layout="constrained", dpi=100)
-    axes, top = figure.add_subplot(), 0.0
+    figure, [axes] = new_figure(9.5, 0.4 * lines + 0.5)
+    top = 0.0
     for name, (_, _, marked), (boxes, count) in zip(names, rows, placed, strict=True):
         axes.text(0, -top - 0.43, name, va="center", fontsize=10)
         for number, (x, line, width, piece) in enumerate(boxes):

@@ -18,7 +18,7 @@ from llmcore.notebook.plots.style import (
     LABEL,
     PALE,
     TARGET,
-    Picture,
+    bare,
     figure_text,
     head,
     name_axes,
@@ -36,8 +36,7 @@ def staircase(pieces: Sequence[str], title: str) -> Figure:
         title: what to see.
     """
     places = len(pieces) - 1
-    figure = Picture(figsize=(9, 0.45 * places + 1.1), layout="constrained", dpi=100)
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure(9, 0.45 * places + 1.1)
     for t in range(places):
         for column in range(t + 2):
             guessed = column == t + 1
@@ -50,9 +49,7 @@ def staircase(pieces: Sequence[str], title: str) -> Figure:
     axes.set(xlim=(0, places + 1), ylim=(places, 0))
     axes.set_yticks(np.arange(places) + 0.5, [f"position {t}" for t in range(places)])
     axes.set_xticks([])
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    bare(axes)
     handles = [
         Rectangle((0, 0), 1, 1, facecolor=PALE[0], label="seen (x)"),
         Rectangle((0, 0), 1, 1, facecolor="none", edgecolor=TARGET, label="to be guessed (y)"),
@@ -113,8 +110,7 @@ def loss_units(losses: Mapping[str, float], bytes_per_token: float, title: str) 
         title: what to see.
     """
     end = 1.08 * max(losses.values())
-    figure = Picture(figsize=(9, 2.6), layout="constrained", dpi=100)
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure(9, 2.6)
     bits = 1 / math.log(2) / bytes_per_token  # nats per token -> bits per byte
     nats = np.arange(0, end, 1)
     whole = np.arange(0, end * bits, 0.5)
@@ -133,9 +129,7 @@ def loss_units(losses: Mapping[str, float], bytes_per_token: float, title: str) 
         axes.text(loss, -0.42, figure_text(name), ha="center", va="bottom", color=TARGET, fontsize=9)
     axes.set_yticks(range(3), [name for name, _, _ in rulers])
     axes.set(xlim=(-0.2, end), ylim=(2.6, -1.0), xticks=[])
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    bare(axes)
     name_axes(axes, title, "", "")
     return figure
 

@@ -28,6 +28,7 @@ from llmcore.notebook.plots.style import (
     SKY,
     TARGET,
     Picture,
+    bare,
     figure_text,
     head,
     name_axes,
@@ -74,8 +75,7 @@ def block_diagram(model: Transformer, tokens: Tensor, title: str) -> Figure:
     first = model.layers[0]
     assert isinstance(first, Block)
     attention = first.attention
-    figure = Picture(figsize=(10, 4.6), layout="constrained", dpi=100)
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure(10, 4.6)
 
     def box(x: float, y: float, text: str, color: str, width: float = 1.5, height: float = 0.62) -> None:
         place, style = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.1"
@@ -144,9 +144,8 @@ def _heat_map(
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(matrix.shape[1]), _texts(columns))
     axes.set_yticks(range(matrix.shape[0]), _texts(rows))
-    axes.tick_params(length=0, labelsize=9)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
+    axes.tick_params(labelsize=9)
+    bare(axes)
 
 
 def _texts(labels: Sequence[str]) -> list[str]:
@@ -279,7 +278,30 @@ def _head_map(axes: Axes, weights: ArrayLike, labels: Sequence[str], size: float
     axes.grid(False)
     axes.set_xticks(range(len(labels)), _texts(labels), fontsize=size)
     axes.set_yticks(range(len(labels)), _texts(labels), fontsize=size)
-    axes.tick_params(length=0)
+
+
+@styled
+def attention_maps(weights: ArrayLike, labels: Sequence[str], title: str) -> Figure:
+    """Every head's attention pattern, a row for each layer: which token (down) looks at which (across).
+
+    Args:
+        weights: (layers, heads, time, time).
+        labels: the token at each position.
+        title: what to see.
+    """
+    patterns = np.asarray(weights)
+    layers, heads = patterns.shape[:2]
+    figure, axes = new_figure(2.9 * heads, 3.1 * layers + 0.4, layers, heads)
+    for index, axis in enumerate(axes):
+        layer, head = divmod(index, heads)
+        _head_map(axis, patterns[layer, head], labels, 6)
+        axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
+        if head == 0:
+            axis.set_ylabel("token that looks", fontsize=8)
+        if layer == layers - 1:
+            axis.set_xlabel("token looked at", fontsize=8)
+    figure.suptitle(figure_text(title), fontweight="bold", fontsize=11)
+    return figure
 
 
 @styled
@@ -288,6 +310,7 @@ def attention_moments(moments: Mapping[str, ArrayLike], labels: Sequence[str], t
     figure, panels = new_figure(3.6 * len(moments), 4.3, 1, len(moments))
     for axes, (name, weights) in zip(panels, moments.items(), strict=True):
         _head_map(axes, weights, labels, 7)
+        axes.tick_params(length=0)
         axes.set_title(figure_text(name), fontsize=10)
         axes.set_xlabel("token looked at", fontsize=8)
     panels[0].set_ylabel("token that looks", fontsize=8)
@@ -306,9 +329,9 @@ def attention_head(weights: ArrayLike, labels: Sequence[str], shift: int, title:
         title: what to see.
     """
     n = list(labels).index("|") - 1
-    figure = Picture(figsize=(8, 7), layout="constrained", dpi=100)
-    axes = figure.add_subplot()
+    figure, [axes] = new_figure(8, 7)
     _head_map(axes, weights, labels, 10)
+    axes.tick_params(length=0)
     bar = figure.colorbar(axes.images[0], ax=axes, fraction=0.04, pad=0.02, label="share of the attention")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     for place in range(shift, n):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
-from numpy.typing import ArrayLike
 
 from llmcore.measure.evaluate import Evaluation
 from llmcore.notebook.plots.style import (
@@ -107,31 +106,4 @@ def next_tokens(pieces: Sequence[str], probabilities: Sequence[float], title: st
     axes.margins(x=0.15)
     axes.grid(axis="y", visible=False)
     name_axes(axes, title, "probability", "next token")
-    return figure
-
-
-@styled
-def attention_maps(weights: ArrayLike, labels: Sequence[str], title: str) -> Figure:
-    """Every head's attention pattern, a row for each layer: which token (down) looks at which (across).
-
-    Args:
-        weights: (layers, heads, time, time).
-        labels: the token at each position.
-        title: what to see.
-    """
-    patterns = np.asarray(weights)
-    layers, heads, time, _ = patterns.shape
-    figure, axes = new_figure(2.9 * heads, 3.1 * layers + 0.4, layers, heads)
-    for index, axis in enumerate(axes):
-        layer, head = divmod(index, heads)
-        axis.imshow(patterns[layer, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
-        axis.grid(False)
-        axis.set_xticks(range(time), list(map(figure_text, labels)), fontsize=6)
-        axis.set_yticks(range(time), list(map(figure_text, labels)), fontsize=6)
-        if head == 0:
-            axis.set_ylabel("token that looks", fontsize=8)
-        if layer == layers - 1:
-            axis.set_xlabel("token looked at", fontsize=8)
-    figure.suptitle(figure_text(title), fontweight="bold", fontsize=11)
     return figure

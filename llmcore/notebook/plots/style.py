@@ -240,6 +240,13 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     return figure, list(np.atleast_1d(figure.subplots(rows, columns)).ravel())
 
 
+def bare(axes: Axes) -> None:
+    """Leave out the grid, the edges and the small lines at the labels: for axes that hold a drawing."""
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
 def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
     """Set the title and the labels of the axes."""
     axes.set(title=figure_text(title), xlabel=figure_text(x), ylabel=figure_text(y))

@@ -15,6 +15,7 @@ from llmcore.notebook.plots.style import (
     GREEN,
     GREY,
     ORANGE,
+    PURPLE,
     RED,
     figure_text,
     head,
@@ -132,7 +133,7 @@ def stacked(parts: Mapping[str, float], unit: str, title: str) -> Figure:
     """A whole as one bar of its parts, each with its name and size."""
     figure, [axes] = new_figure(10, 1.5)
     place, whole = 0.0, sum(parts.values())
-    colors: Sequence[str] = (BLUE, ORANGE, GREEN, RED, "#CC79A7", GREY)
+    colors: Sequence[str] = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
     for number, (name, size) in enumerate(parts.items()):
         label = f"{figure_text(name)}: {size:,.0f} {unit}"
         axes.barh(0, size, left=place, color=colors[number % len(colors)], label=label)
