@@ -562,7 +562,8 @@ def _load(path: Path, manifest: dict[str, Any], device: str) -> Checkpoint:
             tokenizer = Tokenizer(file)
     except (ConfigError, TokenizerError) as error:
         raise _fault(file, f"cannot be used: {error}") from None
-    model = model_with(model_config, read_tensors(path / "model.safetensors"), path / "model.safetensors")
+    weights = path / "model.safetensors"
+    model = model_with(model_config, read_tensors(weights), weights, "the model in config.json")
 
     # the tokenizer must be the one that the model was trained with
     if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
@@ -573,19 +574,23 @@ def _load(path: Path, manifest: dict[str, Any], device: str) -> Checkpoint:
     return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, config["step"], path)
 
 
-def model_with(config: ModelConfig, weights: dict[str, Tensor], source: Path) -> Transformer:
+def model_with(
+    config: ModelConfig, weights: dict[str, Tensor], source: Path, described: str = "the model"
+) -> Transformer:
     """A model of this shape with these weights, by our names. A shape that cannot fit them is refused unbuilt.
+
+    The arguments are those of `fill_model`.
 
     Raises:
         CheckpointError: see `fill_model`.
     """
     if config.n_layers > len(weights):
         few = f"it holds {len(weights)} tensors, too few for n_layers={config.n_layers}"
-        raise _fault(source, f"does not fit the model: {few}")
+        raise _fault(source, f"does not fit {described}: {few}")
     with torch.device("meta"):  # no time lost on initial values, and the random state stays as it is
         model = Transformer(config)
     model.reset_rope()
-    fill_model(model, weights, source)
+    fill_model(model, weights, source, described)
     return model
 
 
@@ -598,13 +603,14 @@ def load_weights(model: Transformer, path: Path) -> None:
     fill_model(model, read_tensors(path / "model.safetensors"), path / "model.safetensors")
 
 
-def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> None:
+def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path, described: str = "the model") -> None:
     """Give a model its weights, by our names; a tied output matrix may be left out.
 
     Args:
         model: of any device. One on the meta device takes over these tensors themselves, and their dtype.
         weights: by name, all of one dtype: float32, bfloat16, float16 or float64.
         source: the file they come from.
+        described: the model in words, for an error: with the file that its shape comes from, if it is another one.
 
     Raises:
         CheckpointError: naming the source, and tensors that are missing, too many, of another shape or dtype, or not
@@ -623,7 +629,7 @@ def fill_model(model: Transformer, weights: dict[str, Tensor], source: Path) -> 
         wrong = ["output.weight is not tok_embeddings.weight, though tie_embeddings is true"]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise _fault(source, "does not fit the model: " + "; ".join(wrong[:8]) + more)
+        raise _fault(source, f"does not fit {described}: " + "; ".join(wrong[:8]) + more)
 
     model.load_state_dict(weights, assign=is_empty)
     if model.config.tie_embeddings:

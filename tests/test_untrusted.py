@@ -258,6 +258,17 @@ def test_moments_missing_or_of_nothing_are_refused(checkpoint_of: Callable[[str]
             resumed(path, tmp_path / "new", "adamw")
 
 
+@pytest.mark.parametrize("field", ["vocab_size", "n_layers", "hidden_dim", "n_kv_heads"])
+def test_a_shape_that_the_weights_do_not_have_names_both_files(
+    field: str, checkpoint_of: Callable[[str], Path]
+) -> None:
+    path = checkpoint_of("adamw")
+    value = {"n_layers": 9, "n_kv_heads": 1}.get(field, 7)
+    edit_json(path / "config.json", ("model", field), value)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit the model in config\.json: "):
+        load_checkpoint(path, device="cpu")
+
+
 @settings(deadline=None, max_examples=500, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def any_one_change_is_refused_or_harmless(original: Path, folder: Path, data: st.DataObject) -> None:
