@@ -86,6 +86,12 @@ _CONFIG = {
         "val_loss": {"type": ["number", "null"]},
         "val_step": {**COUNT, "type": ["integer", "null"]},
         "data": {"type": ["object", "null"]},
+        "init_from": {  # of a run that started from another model
+            "type": ["object", "null"],
+            "required": ["source", "sha256"],
+            "properties": {"source": {"type": "string"}, "sha256": {"type": "string"}},
+        },
+        "sources": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
         "bytes_per_token": {"type": ["finite number", "null"], "minimum": 0},
         "history": {"type": "array", "items": _OBJECT},
     },

@@ -363,6 +363,28 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
 }
 
 
+# A new run that starts from a trained model's weights, which high rates would destroy.
+GO_ON = TrainConfig(
+    max_steps=100_000, batch_size=4, learning_rate=3e-5, muon_learning_rate=1e-3, warmup_steps=20, **_LONG
+)
+GO_ON_CONTEXT = 512  # tokens in a window of such a run, where the model has room for them
+GO_ON_RATE = 0.3  # of the rates of a model of ours
+
+
+def go_on(train: dict[str, Any] | None = None) -> TrainConfig:
+    """How to train a model that is trained already: `GO_ON`, or the way a model of ours was trained, at lower rates.
+
+    Args:
+        train: the settings of the model's own run, if it is one of ours.
+    """
+    if not train:
+        return GO_ON
+    kept = ("optimizer", "learning_rate", "muon_learning_rate", "weight_decay", "batch_size", "grad_accum_steps")
+    settings = GO_ON.replace(**{name: train[name] for name in kept if name in train})
+    rates = ("learning_rate", "muon_learning_rate")
+    return settings.replace(**{name: GO_ON_RATE * getattr(settings, name) for name in rates})
+
+
 def preset(name: str) -> tuple[ModelConfig, TrainConfig]:
     """The model and training configuration of a named preset.
 

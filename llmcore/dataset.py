@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -253,21 +254,24 @@ class TokenDataset:
             raise _fault(self.path.with_name("meta.json"), "does not name its sources")
         return [source["path"] for source in sources_of(self.manifest, self.split)]
 
-    def texts(self, tokenizer: Tokenizer, max_tokens: int | None = None) -> dict[str, str]:
+    def texts(self, tokenizer: Tokenizer, max_tokens: int | None = None, each: int | None = None) -> dict[str, str]:
         """The documents' texts by name, decoded without loss: the first ones up to `max_tokens`, but at least one.
+
+        With `each`, of each document only its first tokens. Where these end within a character, they are cut before it.
 
         Raises:
             DatasetError: if the data set was made with another tokenizer.
         """
         if tokenizer.fingerprint != self.manifest.get("tokenizer"):
             raise DatasetError(f"{self.path.parent} was made with another tokenizer; {PREPARE_AGAIN} with this one")
-        ends = self.offsets[1:]
+        ends = self.offsets[1:] if each is None else np.minimum(np.diff(self.offsets), each).cumsum()
         count = len(ends) if max_tokens is None else max(1, int((ends <= max_tokens).sum()))
-        spans = itertools.pairwise(self.offsets[: count + 1])
-        return {
-            name: tokenizer.decode(self.read(start, end).tolist())
-            for name, (start, end) in zip(self.names[:count], spans, strict=True)
-        }
+        texts = {}
+        for name, (start, end) in zip(self.names[:count], itertools.pairwise(self.offsets[: count + 1]), strict=True):
+            ids = self.read(start, end if each is None else min(end, start + each)).tolist()
+            cut = end - start > len(ids)  # perhaps within a character
+            texts[name] = b"".join(map(tokenizer.id_to_bytes, ids)).decode("utf-8", "ignore" if cut else "replace")
+        return texts
 
     def read(self, start: int, end: int) -> NDArray[np.int64]:
         """The ids at `start` to before `end`, (tokens,). Each block that holds some is checked when first read.
@@ -332,6 +336,41 @@ class TokenDataset:
             block[row] = self.read(start, start + time + 1)
             y[row, first - start : end - start] = torch.from_numpy(block[row, first - start + 1 : end - start + 1])
         return torch.from_numpy(block[:, :-1].copy()), y
+
+
+class MixedDataset:
+    """Training windows of two data sets in a fixed proportion: new text, and some of the old against forgetting.
+
+    Window n of a run is one of the old text where n · share passes a whole number. So batches are a pure function of
+    (seed, step) here too, and the windows of each text come in the order in which they come without the other.
+
+    Args:
+        new, old: training splits with the same context_size and tokenizer.
+        share: of the windows that are of the old text, above 0 and below 1.
+
+    Raises:
+        DatasetError: if the share is out of range, or the two do not fit together.
+    """
+
+    def __init__(self, new: TokenDataset, old: TokenDataset, share: float) -> None:
+        if not 0 < share < 1:
+            raise DatasetError(f"the share of old text is {share}; it must be above 0 and below 1")
+        if new.manifest.get("tokenizer") != old.manifest.get("tokenizer"):
+            raise DatasetError(f"{new.path.parent} and {old.path.parent} were made with different tokenizers")
+        if new.context_size != old.context_size:
+            raise DatasetError(f"context_size={new.context_size} of the new text is not {old.context_size} of the old")
+        self.new, self.old, self.share = new, old, share
+        self.vocab_size, self.manifest = new.vocab_size, new.manifest
+        self.fingerprint = f"{new.fingerprint} with {share:g} of {old.fingerprint}"
+
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """x and y, int64 (batch, time), as of `TokenDataset.batch`."""
+        rows = []
+        for number in range(step * batch_size, (step + 1) * batch_size):
+            old = math.floor(number * self.share)  # windows of the old text before this one
+            is_old = math.floor((number + 1) * self.share) > old
+            rows.append(self.old.batch(old, 1, seed) if is_old else self.new.batch(number - old, 1, seed))
+        return torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows])
 
 
 def _identity(file: Path) -> tuple[int, int, int] | None:

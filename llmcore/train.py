@@ -11,7 +11,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Trainer:
     the run fits into memory is not checked: `measure.memory.check_memory` can say so before the model is built.
 
     Args:
-        model: moved to the device.
+        model: moved to the device, its weights to float32.
         train_data: batches by (step, seed).
         val_data: None for no validation.
         config: how to train.
@@ -71,6 +71,8 @@ class Trainer:
         sampler: writes a sample of a prompt; None for the tokenizer and `generate`.
         callbacks: each is called with every event before it is logged, and may add to it.
         device: "auto", "cpu", "cuda" or "mps".
+        init_from: where the weights come from, if they are trained already, for the run's record: the "init_from" in
+            the config of a model from `open_pretrained`. A resumed run keeps the record that it has.
         resume: a checkpoint to go on from: its folder, or "latest" or "best" of this run. See also `auto_start`.
         init_step: if given, the step that the run must start from.
         backup_dir: an existing folder, on another drive say. After each save, `<backup_dir>/<run>` is made a copy.
@@ -100,6 +102,7 @@ class Trainer:
         sampler: Callable[[str], str] | None = None,
         callbacks: Sequence[Callable[[Event], None]] = (),
         device: str = "auto",
+        init_from: Mapping[str, Any] | None = None,
         resume: str | os.PathLike[str] | None = None,
         init_step: int | None = None,
         backup_dir: str | os.PathLike[str] | None = None,
@@ -118,7 +121,7 @@ class Trainer:
         # build
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model, self.train_data, self.val_data = model.to(self.device), train_data, val_data
+        self.model, self.train_data, self.val_data = model.to(self.device, torch.float32), train_data, val_data
         self.config, self.tokenizer, self.callbacks = config, tokenizer, list(callbacks)
         self.sampler = sampler or (self._continue_prompt if tokenizer is not None else None)
         self.model.activation_checkpointing = config.activation_checkpointing
@@ -130,7 +133,8 @@ class Trainer:
         self._update_unfinished = False  # an error has ended a step while the weights were changing
         self.stop_requested = self.interrupted = self._save_requested = self._sample_requested = False
         self._sample_prompt: str | None = None
-        self._description = describe_run(model, config, tokenizer, train_data, val_data, self.precision, self.device)
+        parts = (model, config, tokenizer, train_data, val_data)
+        self._description = describe_run(*parts, self.precision, self.device, init_from)
 
         # resume
         self.last_checkpoint: Path | None = None

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from llmcore.runs import (
 )
 from llmcore.tokenizer import Tokenizer
 
+MOST_SOURCES = 10_000  # files of a data set that config.json lists
 # What trainer_state.json must look like.
 _SCALER = ["scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"]
 _TRAINER_STATE = {
@@ -144,19 +145,30 @@ def describe_run(
     val_data: object,
     precision: str,
     device: torch.device,
+    init_from: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a run is, for `config.json`: its model, and how, on what and where it is trained. JSON values."""
     return {
+        "init_from": None if init_from is None else dict(init_from),
         "model": model.config.to_dict(),
         "train": config.to_dict(),
         "data": {"train": getattr(train_data, "fingerprint", None), "val": getattr(val_data, "fingerprint", None)},
+        "sources": _sources(train_data),
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "bytes_per_token": getattr(val_data, "bytes_per_token", None),
         "precision": precision,
         "device": str(device),
         "environment": environment(device),
-        "history": [],  # an entry for each resume
+        # an entry for each resume, and for a start from another model
+        "history": [] if init_from is None else [{"step": 0, "changed": {}, "init_from": init_from.get("source")}],
     }
+
+
+def _sources(data: object) -> dict[str, str] | None:
+    """The files of a data set, and the start of the hash of each; None where there are none, or too many to keep."""
+    manifest = getattr(data, "manifest", None)
+    sources = manifest.get("sources", []) if isinstance(manifest, dict) else []
+    return {source["path"]: source["sha256"][:16] for source in sources} if 0 < len(sources) <= MOST_SOURCES else None
 
 
 def save_run(
@@ -251,7 +263,35 @@ def check_same_run(path: Path, saved: dict[str, Any], description: dict[str, Any
     pairs["optimizer"] = saved.get("train", {}).get("optimizer"), description["train"]["optimizer"]
     differing = [f"{name}: {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
     if differing:
-        raise CheckpointError(f"{display_path(path)} belongs to another run: " + "; ".join(differing))
+        way_out = ""
+        if saved.get("data") != description["data"]:
+            differing += changed_files(saved.get("sources"), description["sources"])
+            way_out = (
+                ". To resume is to go on with the same data. To train this model on other data, start a new run from "
+                f"its weights: init_from={display_path(path)!r} in place of checkpoint_dir"
+            )
+        raise CheckpointError(f"{display_path(path)} belongs to another run: " + "; ".join(differing) + way_out)
+
+
+def changed_files(before: dict[str, str] | None, after: dict[str, str] | None) -> list[str]:
+    """Which files of a data set were added, removed or changed, in words. Empty if that is not known.
+
+    Args:
+        before, after: the hash of each file by its path.
+    """
+    if not before or not after:
+        return []
+    changes = {
+        "added": sorted(after.keys() - before.keys()),
+        "removed": sorted(before.keys() - after.keys()),
+        "changed": sorted(path for path in before.keys() & after.keys() if before[path] != after[path]),
+    }
+    return [
+        f"{len(paths):,} file{'s' * (len(paths) > 1)} {what} ({', '.join(map(display_path, paths[:3]))}"
+        f"{', …' * (len(paths) > 3)})"
+        for what, paths in changes.items()
+        if paths
+    ]
 
 
 # Resuming
@@ -323,10 +363,15 @@ def load_run(
         init_step: if given, the step that it must go on from.
 
     Raises:
-        TrainingError: if its step is not the one asked for.
+        TrainingError: if its step is not the one asked for, or the run is to start from another model.
         CheckpointError: if it belongs to another run, or holds only weights; or naming the file and the field or tensor
             at fault.
     """
+    if description["init_from"] is not None:
+        raise TrainingError(
+            "init_from starts a new run at step 0 with another model's weights, and resume (checkpoint_dir) goes on "
+            "with a run as it was: leave out one of them"
+        )
     saved = read_config(path)
     check_same_run(path, saved, description)
     check_has_state(path)
@@ -354,6 +399,7 @@ def load_run(
     loss_scale = state.pop("scaler")
     if loss_scale:  # empty unless the run was in fp16
         scaler.load_state_dict(loss_scale)
+    description["init_from"] = saved.get("init_from")
     description["history"] = [*saved.get("history", []), history_entry(saved, description, state["step"])]
     known = {name: state[name] for name in Progress.__dataclass_fields__ if name in state}  # older ones lack val_step
     return Progress(**{**known, "plateau": Plateau(**state["plateau"])})

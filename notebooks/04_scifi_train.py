@@ -34,6 +34,7 @@ tokenizer_model_file: str = "outputs/tokenizer.model"  # from notebook 1
 output_dir: str = "outputs/runs"  # folder of all runs
 project: str = "scifi-mini"  # name of the run's folder; a number is added if it exists
 checkpoint_dir: str = None  # a checkpoint, a run, latest or best to continue; auto: this project's run, or a new one
+init_from: str = None  # a trained model that a new run starts from: see "Start from a trained model" below
 epochs: float = None  # how often to read the text; None: as max_steps says
 max_steps: int = None  # optimizer steps; None: scifi-mini's own, else four epochs; a resume keeps the run's
 prompt: str = "却说曹操"  # samples continue this text
@@ -46,6 +47,8 @@ checkpoint_interval: int = None  # steps between checkpoints
 checkpoint_minutes: float = None  # minutes after which to save in any case; 0: never for that
 backup_dir: str = None  # a folder on another drive, where a copy of the run is kept; auto takes it if the run is lost
 dataset_dir: str = "auto"  # token files, from notebook 2 or made here; auto: a folder for this corpus and tokenizer
+replay_dir: str = None  # with init_from: texts as the model knows them, to measure what it forgets
+replay_fraction: float = None  # share of the windows that are read from replay_dir; None: 0
 val_fraction: float = None  # share of the documents held out; None: as in an existing data set, else 0.05
 errors: str = None  # for a text that cannot be read: strict stops, skip leaves it out; None: as before, else strict
 encoding: str = None  # of the files, a name or auto; None: as before, else auto
@@ -85,16 +88,18 @@ from llmcore import config
 from llmcore.checkpoint import check_has_state, find_checkpoint, load_checkpoint, read_config
 from llmcore.corpus import report
 from llmcore.corpus.prepare import dataset_folder, prepare_dataset
-from llmcore.corpus.sources import open_corpus
-from llmcore.dataset import TokenDataset
+from llmcore.corpus.sources import fetch_model, open_corpus
+from llmcore.dataset import MixedDataset, TokenDataset
 from llmcore.device import autocast, pick_device, pick_precision
 from llmcore.files import display_path, resolve
+from llmcore.formats.pretrained import open_pretrained
+from llmcore.generate import generate
 from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.disk import check_disk
 from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
 from llmcore.measure.memory import block_activations, check_memory, has_attention_kernel, predict_memory
 from llmcore.measure.ngram import evaluate_ngram
-from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, text_advice
+from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, step_tokens, text_advice
 from llmcore.model import Transformer
 from llmcore.notebook import plots, widgets
 from llmcore.notebook.gloss import gloss
@@ -118,8 +123,8 @@ else:
 if start:
     check_has_state(start)
     print(f"goes on from {display_path(start)}, all of whose files were checked in {time.perf_counter() - began:.1f} s")
-saved = read_config(start).get("train", {}) if start else {}
-reached = read_config(start)["step"] if start else 0
+saved_config = read_config(start) if start else {}
+saved, reached = saved_config.get("train", {}), saved_config.get("step", 0)
 last_step = max_steps or (None if epochs else saved.get("max_steps"))
 if last_step and reached >= last_step and checkpoint_dir != "auto":
     raise ValueError(
@@ -131,17 +136,39 @@ if last_step and reached >= last_step and checkpoint_dir != "auto":
 # ## The parts
 # The tokenizer decides the vocabulary size, not the preset. If notebook 2 has not made the token files, they are made
 # here.
+#
+# **Start from a trained model**: `init_from` names a run or checkpoint of yours, a GGUF file, a folder of Hugging Face
+# or of Meta, or a name on the Hub. Then the shape and the tokenizer are that model's. A new run begins at step 0 with
+# its weights and low learning rates, on any text. (`checkpoint_dir` is for a run that goes on exactly as it was.)
 
 # %%
-tok = Tokenizer(tokenizer_model_file)
-model_config, train_config = config.preset(preset)
-window = context_size or model_config.max_seq_len
-shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads}
-model_config = model_config.replace(
-    vocab_size=tok.vocab_size,
-    max_seq_len=window,
-    **{name: value for name, value in shape.items() if value is not None},
-)
+origin = pretrained = None
+if init_from and not start:
+    pretrained = open_pretrained(fetch_model(init_from))
+    origin = pretrained.config["init_from"]
+elif start and saved_config.get("init_from"):
+    pretrained = load_checkpoint(start, device="cpu")  # for its shape and tokenizer
+    origin = saved_config["init_from"]
+
+# %%
+if pretrained:
+    tok, model_config = pretrained.tokenizer, pretrained.model.config
+    train_config = config.go_on(None if start else pretrained.config["train"])
+    window = context_size or saved.get("context_size") or min(config.GO_ON_CONTEXT, model_config.max_seq_len)
+    train_config = train_config.replace(context_size=window)
+    tokens_per_step = tokens_per_step or (None if start else step_tokens(model_config, train_config))
+    epochs = epochs or (None if max_steps or start else 1)
+    print(f"starts from {origin['source']}: {model_config.n_params() / 1e6:,.1f}M parameters, {origin['format']}")
+else:
+    tok = Tokenizer(tokenizer_model_file)
+    model_config, train_config = config.preset(preset)
+    window = context_size or model_config.max_seq_len
+    shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads}
+    model_config = model_config.replace(
+        vocab_size=tok.vocab_size,
+        max_seq_len=window,
+        **{name: value for name, value in shape.items() if value is not None},
+    )
 
 # %%
 folder = open_corpus(data_dir)
@@ -151,6 +178,20 @@ manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction, **options)
 print(report.summary(manifest))
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
+if pretrained:
+    share = report.spelled_share(tok, "".join(train_data.texts(tok, max_tokens=500_000).values()))
+    print(f"its tokenizer has no piece for {share:.2%} of the characters, and spells them in bytes")
+
+# %%
+# Texts of the old kind, to measure what is forgotten, and to read some of them against that
+old_data, mixed_data = None, train_data
+if replay_dir:
+    old_folder = open_corpus(replay_dir)
+    old_dir = dataset_folder("auto", old_folder, tok)
+    print(report.summary(prepare_dataset(old_folder, tok, old_dir)))
+    old_data = TokenDataset(old_dir, "val", window)
+    if replay_fraction:
+        mixed_data = MixedDataset(train_data, TokenDataset(old_dir, "train", window), replay_fraction)
 
 # %% [markdown]
 # A preset says how many tokens a step reads, because this decides what a step learns. The step is cut into batches that
@@ -189,7 +230,7 @@ train_config = choose_steps(
     preset,
     model_config,
     train_config,
-    len(train_data.tokens),
+    round(len(train_data.tokens) / (1 - (replay_fraction or 0))),
     max_steps=max_steps,
     epochs=epochs,
     saved=saved,
@@ -324,7 +365,11 @@ track = tracker_callback(tracker, project, run_dir, model_config.to_dict() | tra
 
 def new_trainer(weights_seed, **options):
     torch.manual_seed(weights_seed)
-    parts = [Transformer(model_config), train_data, val_data, train_config, run_dir]
+    if pretrained and not options.get("resume"):
+        model, options["init_from"] = pretrained.model, origin
+    else:
+        model = Transformer(model_config)
+    parts = [model, mixed_data, val_data, train_config, run_dir]
     return Trainer(*parts, tokenizer=tok, callbacks=[track], device=device, backup_dir=backup_dir, **options)
 
 
@@ -337,7 +382,8 @@ if is_finished:
     print(f"{display_path(run_dir)} is finished at step {trainer.step:,}: it is shown, not trained")
 
 # %%
-dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters{', first half' if stops else ''}")
+run_name = display_path(resolve(origin["source"]).name) if origin else preset
+dashboard = TrainingDashboard(f"{run_name}: {cost.parameters / 1e6:.1f}M parameters{', first half' if stops else ''}")
 await dashboard.run(trainer)
 first_half = trainer.result()
 print(f"step {first_half.step}, stopped early: {first_half.stopped_early}, saved as {first_half.checkpoint.name}")
@@ -354,7 +400,7 @@ resumed_at = second.step
 
 # %%
 if first_half.stopped_early:
-    dashboard = TrainingDashboard(f"{preset}: {cost.parameters / 1e6:.1f}M parameters")
+    dashboard = TrainingDashboard(f"{run_name}: {cost.parameters / 1e6:.1f}M parameters")
     await dashboard.run(second)
 
 # %% tags=["nbval-check-output"]
@@ -391,11 +437,16 @@ for event in events:
 # each document separately, from its first token to its end.
 
 # %%
-last = second.validate()
+# a large model on a CPU reads a part of the text: a twentieth of what it has read in training
+most = min(1_000_000, max(20_000, cost.tokens // 20)) if thorough else 1
+whole = len(val_data.tokens) <= max(most, 20_000)
+last = second.validate(0 if whole else max(1, most // (train_config.batch_size * window)))
 print(f"validation: {last['val_loss']:.3f} nats per token, perplexity {last['val_perplexity']:.1f},", end=" ")
 print(f"{last['val_bits_per_byte']:.3f} bits per byte")
-texts = val_data.texts(tok, max_tokens=1_000_000 if thorough else 1)
-ours = evaluate(second.model, tok, texts, precision=precision, progress=False)
+each = None if whole or not thorough else max(window, most // len(val_data.names))  # tokens of each document
+texts = val_data.texts(tok, max_tokens=most, each=each)
+scoring = {"context_size": window, "precision": precision, "progress": False}
+ours = evaluate(second.model, tok, texts, **scoring)
 print(f"window by window: {ours}")
 
 # %% [markdown]
@@ -404,7 +455,7 @@ print(f"window by window: {ours}")
 # Both figures are right. If you quote one, say how the windows were cut. Below we use windows that do not overlap.
 
 # %%
-overlapping = evaluate(second.model, tok, texts, stride=max(1, window // 2), precision=precision, progress=False)
+overlapping = evaluate(second.model, tok, texts, stride=max(1, window // 2), **scoring)
 print(f"overlapping by half: {overlapping}")
 
 # %% [markdown]
@@ -418,11 +469,11 @@ counting = evaluate_ngram(known, texts, tok, order=4)
 bits = {
     "xz, training text known": xz_bits_per_byte("".join(known), "".join(texts.values())),
     "4-grams of the same tokens": counting.total.bits_per_byte,
-    preset: ours.total.bits_per_byte,
+    run_name: ours.total.bits_per_byte,
 }
 best = min(bits, key=bits.get)
 title = f"The fewest bits per byte, {bits[best]:.2f}: {best}"
-plots.bars(bits, title, "bits per byte of held-out text (less is better)", highlight=preset)
+plots.bars(bits, title, "bits per byte of held-out text (less is better)", highlight=run_name)
 
 # %%
 for name, value in bits.items():
@@ -435,13 +486,50 @@ for name, value in bits.items():
 # The interval holds for more text of this kind. It says nothing about other books or another training run. (Both
 # models use the same tokenizer, which was made from the whole corpus.)
 
+
 # %%
+def in_words(interval):
+    return "95% interval {:+.3f} to {:+.3f}".format(*interval) if interval else "too few documents for an interval"
+
+
 difference, interval = paired_difference(ours, counting)
-bounds = "95% interval {:+.3f} to {:+.3f}".format(*interval) if interval else "too few documents for an interval"
-print(f"{preset} minus 4-grams: {difference:+.3f} bits per byte ({bounds})")
+print(f"{run_name} minus 4-grams: {difference:+.3f} bits per byte ({in_words(interval)})")
 wins = sum(a.nats < b.nats for a, b in zip(ours.documents, counting.documents, strict=True))
-title = f"{preset} beats 4-grams on {wins} of {len(texts)} held-out documents"
-plots.document_scores({preset: ours, "4-grams": counting}, title)
+title = f"{run_name} beats 4-grams on {wins} of {len(texts)} held-out documents"
+plots.document_scores({run_name: ours, "4-grams": counting}, title)
+
+# %% [markdown]
+# ## What it gained, and what it forgot
+# A run that starts from a trained model is compared with that model: on held-out documents of the new text, and, where
+# `replay_dir` names some, of the old kind. What a model learns may displace what it knew. If `replay_fraction` of the
+# windows are of the old kind, it forgets less. (Without `init_from` there is nothing to compare, and this section is
+# empty.)
+
+# %%
+before_training, held_out = None, {"the new text": texts}
+if pretrained:
+    try:
+        before_training = open_pretrained(origin["source"], device).model
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"the model that this run started from is not there any more, so it cannot be compared: {error}")
+    if old_data:
+        old_each = max(window, most // len(old_data.names))
+        held_out["the old kind of text"] = old_data.texts(tok, max_tokens=most, each=old_each)
+
+# %%
+for kind_of_text, documents in held_out.items() if before_training else ():
+    at_start, at_end = (evaluate(model, tok, documents, **scoring) for model in (before_training, second.model))
+    difference, interval = paired_difference(at_end, at_start)
+    print(f"{kind_of_text}: {at_start.total.bits_per_byte:.3f} bits per byte before,", end=" ")
+    print(f"{at_end.total.bits_per_byte:.3f} after: {difference:+.3f} ({in_words(interval)})")
+    title = f"{run_name} on {kind_of_text}: {difference:+.2f} bits per byte"
+    plots.document_scores({"after": at_end, "before": at_start}, title)
+
+# %%
+for when, model in {"before": before_training, "after": second.model}.items() if before_training else ():
+    text = generate(model, tok, prompt, 80, temperature=0.8, top_p=0.95, seed=seed)
+    print(f"--- {when}\n{widgets.visible(prompt + text)}\n")
+before_training = None  # its memory is free again
 
 # %% [markdown]
 # ## Where the memory goes
@@ -527,12 +615,12 @@ plots.singular_values({"gradient": gradient.float().cpu(), f"update by {name}": 
 checkpoint = load_checkpoint(run_dir, device=device)
 print("checkpoint:", display_path(checkpoint.path))
 again = Trainer(
-    checkpoint.model, train_data, val_data, train_config, run_dir, tokenizer=tok, device=device, resume="latest"
+    checkpoint.model, mixed_data, val_data, train_config, run_dir, tokenizer=tok, device=device, resume="latest"
 )
 
 # %% tags=["nbval-check-output"]
 # Checked
-assert abs(again.validate()["val_loss"] - last["val_loss"]) < 1e-4
+assert abs(again.validate(0 if whole else 1)["val_loss"] - (last if whole else second.validate(1))["val_loss"]) < 1e-4
 assert checkpoint.tokenizer.fingerprint == tok.fingerprint
 print("the loaded model validates the same, and has our tokenizer")
 

@@ -115,7 +115,8 @@ def test_what_cannot_be_scored_is_refused_by_name(tmp_path: Path, english_tokeni
     (tmp_path / "bad.txt").write_bytes(b"a\xff")
     (tmp_path / "good.txt").write_bytes(b"a")
     for documents, options, words in [
-        (["a"], {"stride": 0}, r"stride=0 must be from 1 to the model's context of 24"),
+        (["a"], {"stride": 0}, "stride=0 must be from 1 to the context of 24"),
+        (["a"], {"context_size": 25}, r"context_size=25 must be from 1 to the model's context of 24"),
         (["a"], {"stride": 25}, "stride=25"),
         (["a"], {"batch_size": 0}, "batch_size=0"),
         ([], {}, "no documents"),

@@ -11,6 +11,7 @@ from llmcore.corpus import encodings
 from llmcore.corpus.cleaning import line_rows
 from llmcore.corpus.containers import ending
 from llmcore.corpus.library import Document, Library, Reader
+from llmcore.tokenizer import Tokenizer
 
 LOOKED_AT = 4  # blocks of 64 KiB at the beginning of a document, to see its script
 # Frequent characters that only one of the two ways to write Chinese has
@@ -63,6 +64,13 @@ def script_of(text: str) -> str:
     return (
         "another script" if counts["other"] > counts["Latin"] else "Latin letters" if counts["Latin"] else "no letters"
     )
+
+
+def spelled_share(tokenizer: Tokenizer, text: str) -> float:
+    """The share of a text's characters that have no piece of their own, and are spelled in bytes by several ids."""
+    counts = Counter(text)
+    spelled = sum(count for character, count in counts.items() if len(tokenizer.encode(character)) > 1)
+    return spelled / max(1, counts.total())
 
 
 def scripts(library: Library) -> list[Row]:

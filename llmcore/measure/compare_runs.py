@@ -28,6 +28,11 @@ CONFIG_SCHEMA = {
         "train": {"type": "object", "required": ["max_steps"], "properties": {"max_steps": _COUNT}},
         "data": {"type": ["object", "null"]},
         "tokenizer": {"type": ["string", "null"]},
+        "init_from": {
+            "type": ["object", "null"],
+            "required": ["source", "sha256"],
+            "properties": {"source": {"type": "string"}, "sha256": {"type": "string"}},
+        },
         "device": {"type": "string"},
         "precision": {"type": "string"},
         "environment": {"type": "object"},
@@ -141,12 +146,12 @@ def summarize(run_dirs: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]
 def run_row(config: dict[str, Any], events: list[dict[str, Any]], varied: Sequence[str] = ()) -> dict[str, str]:
     """A run's row of the table without its name, from what `read_run` and `read_events` give."""
     points = validation_points(config, events)
-    model, train = ModelConfig.from_dict(config["model"]), config["train"]
+    model, train, origin = ModelConfig.from_dict(config["model"]), config["train"], config.get("init_from")
     last = points[-1] if points else {}
     best = min(points, key=lambda point: (math.isnan(point["val_loss"]), point["val_loss"]), default={})
     step = events[-1]["step"] if events else 0
     return {
-        "preset": preset_of(model),
+        "preset": f"from {Path(origin['source']).name}" if origin else preset_of(model),
         "parameters": f"{model.n_params() / 1e6:,.1f} M",
         "steps": f"{step:,} of {train['max_steps']:,}",
         "tokens": f"{events[-1]['tokens'] if events else 0:,}",

@@ -22,7 +22,7 @@ from llmcore.corpus.texts import read_text
 from llmcore.dataset import IGNORED
 from llmcore.device import autocast, pick_precision
 from llmcore.files import display_path
-from llmcore.model import Transformer
+from llmcore.model import LOSS_CHUNK, Transformer
 from llmcore.tokenizer import Tokenizer
 
 MIN_DOCUMENTS = 5  # for an interval: fewer do not show how much documents differ
@@ -107,13 +107,14 @@ def evaluate(
     tokenizer: Tokenizer,
     documents: Documents,
     *,
+    context_size: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
     precision: str = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Score whole documents with windows of the model's context, each token exactly once.
+    """Score whole documents with windows of the model's context, or shorter ones, each token exactly once.
 
     A document is read after an eos, as in training, where the eos of another document comes before. Its own eos is
     scored too: the model must also predict where a text ends. The bytes are those of the text in UTF-8, as `read_text`
@@ -128,6 +129,7 @@ def evaluate(
         model: on its device, as from `load_checkpoint`.
         tokenizer: the one it was trained with.
         documents: texts by name (as of `TokenDataset.texts`), or a list of texts and of paths to text files.
+        context_size: tokens in a window; None: the longest that the model sees.
         stride: tokens between the beginnings of windows, 1 to the context; None: the context, without overlap.
         batch_size: windows at once; changes speed and memory only.
         precision: "auto", "fp32", "bf16" or "fp16", as in training.
@@ -135,14 +137,17 @@ def evaluate(
         progress: show a bar.
 
     Raises:
-        ValueError: before any work, for a stride out of range, no documents, a document without text, or a tokenizer
-            with more ids than the model.
+        ValueError: before any work, for a stride or context_size out of range, no documents, a document without text,
+            or a tokenizer with more ids than the model.
         DeviceError: for a precision that the device does not have.
     """
-    context = model.config.max_seq_len
+    longest = model.config.max_seq_len
+    context = longest if context_size is None else context_size
+    if not 1 <= context <= longest:
+        raise ValueError(f"context_size={context} must be from 1 to the model's context of {longest} tokens")
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
-        raise ValueError(f"stride={stride} must be from 1 to the model's context of {context} tokens")
+        raise ValueError(f"stride={stride} must be from 1 to the context of {context} tokens")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more")
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -214,8 +219,11 @@ def _surprise(model: Transformer, x: Tensor, y: Tensor, precision: str) -> NDArr
     device, counted = model.tok_embeddings.weight.device, y != IGNORED
     with autocast(precision, device):
         hidden = model.hidden_states(x.to(device))[counted.to(device)]
-        surprise = F.cross_entropy(model.output(hidden).float(), y[counted].to(device), reduction="none")
-    return surprise.double().cpu().numpy()
+        surprise = [  # in parts: with a large vocabulary, all logits at once would take gigabytes
+            F.cross_entropy(model.output(rows).float(), targets.to(device), reduction="none")
+            for rows, targets in zip(hidden.split(LOSS_CHUNK), y[counted].split(LOSS_CHUNK), strict=True)
+        ]
+    return torch.cat(surprise).double().cpu().numpy()
 
 
 def named_texts(documents: Documents) -> dict[str, str]:

@@ -11,7 +11,7 @@ import ast
 import math
 import os
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ PARAMETERS: dict[str, Kind] = {
     "held_back_dim": Kind(int, 2, 65_536),
     "held_back_epochs": Kind(float, 1e-6, 1000),
     "held_back_runs": Kind(int, 1, 100),
+    "init_from": Kind(str, optional=True),
     "init_step": Kind(int, 0, 1e9, optional=True),
     "learning_rate": Kind(float, 1e-8, 10, optional=True),
     "max_new_tokens": Kind(int, 0, 1_000_000),
@@ -207,6 +208,8 @@ PARAMETERS: dict[str, Kind] = {
     "project": Kind(str, is_name=True),
     "prompt": Kind(str),
     "repetition_penalty": Kind(float, 0.01, 100),
+    "replay_dir": Kind(Path, optional=True, must_exist=True),
+    "replay_fraction": Kind(float, 0, 0.95, optional=True),
     "schedule": Kind(str, choices=config.CHOICES["schedule"], optional=True),
     "seed": Kind(int, 0, 2**31 - 1),
     "temperature": Kind(float, 0, 100),
@@ -225,6 +228,9 @@ PARAMETERS: dict[str, Kind] = {
 # of these not all can be set: one of them follows from the others
 TOO_MANY = [("max_steps", "epochs"), ("tokens_per_step", "batch_size", "grad_accum_steps")]
 
+# given by the model that a run starts from; "auto" starts such a run if there is none to go on with
+FROM_MODEL = ("checkpoint_dir", "dim", "n_layers", "n_heads")
+
 
 def check_parameters(namespace: MutableMapping[str, Any]) -> None:
     """Check a notebook's parameters and put the values, in their right types, back into its namespace.
@@ -239,11 +245,15 @@ def check_parameters(namespace: MutableMapping[str, Any]) -> None:
         ParameterError: listing every parameter that is wrong or unknown.
     """
     known, injected = _parameter_names(namespace)
+    starts_from_model = namespace.get("init_from") not in (None, "None")
     wrong = []
     for name in known:
         if name in PARAMETERS:  # a reader may add parameters of their own
+            kind = PARAMETERS[name]
+            if name == "tokenizer_model_file" and starts_from_model:  # which brings its own
+                kind = replace(kind, must_exist=False)
             try:
-                namespace[name] = PARAMETERS[name].read(name, namespace[name])
+                namespace[name] = kind.read(name, namespace[name])
             except ValueError as error:
                 wrong.append(str(error))
     wrong += [f"unknown parameter {name}: {config.nearest(name, known)}" for name in injected if name not in known]
@@ -251,6 +261,13 @@ def check_parameters(namespace: MutableMapping[str, Any]) -> None:
         if set(names) <= set(known) and all(namespace[name] is not None for name in names):
             given = ", ".join(f"{name}={_quoted(namespace[name])}" for name in names)
             wrong.append(f"{given}: one follows from the other{'s' * (len(names) > 2)}; leave one out")
+    if starts_from_model:
+        set_too = [
+            f"{name}={_quoted(namespace[name])}" for name in FROM_MODEL if namespace.get(name) not in (None, "auto")
+        ]
+        wrong += [f"{each} cannot be set with init_from, which starts a new run from a whole model" for each in set_too]
+    if namespace.get("replay_fraction") and not namespace.get("replay_dir"):
+        wrong.append("replay_fraction needs replay_dir, a folder of texts as the model knows them")
     if wrong:
         raise ParameterError("; ".join(wrong))
 

@@ -41,8 +41,8 @@ def write_summary(run_dir: str | os.PathLike[str]) -> Path:
         prompt = ending(str(event.get("sample_prompt", "")))
         parts += [f"After step {event['step']:,}:", _fenced(prompt + str(event["sample"]))]
 
-    if config.get("history"):
-        steps = ", ".join(f"{entry['step']:,}" for entry in config["history"])
+    if resumes := [entry for entry in config.get("history", []) if "init_from" not in entry]:
+        steps = ", ".join(f"{entry['step']:,}" for entry in resumes)
         parts.append(f"Stopped, and resumed at step {steps}.")
     settings = json.dumps({"model": config["model"], "train": config["train"]}, indent=1, ensure_ascii=False)
     parts += ["## Configuration", _fenced(settings, "json")]
@@ -56,6 +56,8 @@ def _overview(config: dict[str, Any], events: list[dict[str, Any]]) -> str:
     row = run_row(config, events)
     at_end = bool(events) and events[-1]["step"] >= config["train"]["max_steps"]
     values = {name: row[name] for name in ("preset", "parameters", "steps", "tokens")}
+    if start := config.get("init_from"):
+        values["started from"] = f"{start['source']} (sha256 {_fingerprint(start.get('sha256'))})"
     values["state"] = "finished" if at_end else "not at its end"
     values |= {name: row[name] for name in ("validation (nats/token)", "best", "bits per byte", "time", "device")}
     values["steps skipped"] = str(events[-1].get("skipped", 0) if events else 0)
