@@ -98,6 +98,28 @@ def test_wrong_values_are_refused_by_name(name: str, value: object) -> None:
     assert len(message) < 1000 and (message.isprintable() or ("\n" not in message and "\x1b" not in message))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("checkpoint_dir", "latest"), ("checkpoint_dir", "notebooks"), ("dim", 64), ("n_layers", "2")]
+)
+def test_what_the_first_model_decides_cannot_be_set_beside_it(name: str, value: object) -> None:
+    with pytest.raises(ParameterError, match=f"{name}=.* cannot be set with init_from"):
+        checked(init_from="data/smollm2", **{name: value})
+    assert checked(init_from="none", **{name: value})["init_from"] is None
+
+
+def test_a_start_from_a_model_needs_no_tokenizer_and_may_go_on_by_itself() -> None:
+    values = {"init_from": "data/smollm2", "tokenizer_model_file": "no.model", "checkpoint_dir": "auto"}
+    assert checked(**values)["checkpoint_dir"] == "auto"
+    with pytest.raises(ParameterError, match=r"tokenizer_model_file='no.model'"):
+        checked(**{**values, "init_from": "None"})
+
+
+def test_a_share_of_old_text_needs_a_folder_of_it() -> None:
+    assert checked(replay_fraction=0.25, replay_dir="notebooks")["replay_fraction"] == 0.25
+    with pytest.raises(ParameterError, match="replay_fraction needs replay_dir"):
+        checked(replay_fraction=0.25, replay_dir=None)
+
+
 def test_a_missing_path_says_where_it_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="looked for ") as error:
         checked(tokenizer_model_file="outputs/no-such.model")

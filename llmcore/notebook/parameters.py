@@ -245,7 +245,7 @@ def check_parameters(namespace: MutableMapping[str, Any]) -> None:
         ParameterError: listing every parameter that is wrong or unknown.
     """
     known, injected = _parameter_names(namespace)
-    starts_from_model = namespace.get("init_from") not in (None, "None")
+    starts_from_model = str(namespace.get("init_from") or "none").strip().lower() != "none"
     wrong = []
     for name in known:
         if name in PARAMETERS:  # a reader may add parameters of their own

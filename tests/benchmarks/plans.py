@@ -1,4 +1,4 @@
-"""What each preset needs on GPUs of several sizes: `python -m tests.benchmarks.plans [megabytes [bytes per token]]`.
+"""What presets and pretrained models need on GPUs of several sizes: `python -m tests.benchmarks.plans [megabytes [bytes per token]]`.
 
 All figures are predictions, by `llmcore.measure.planner` and `llmcore.measure.memory`: nothing is measured, and no GPU
 is needed. The text has 180 MB unless told otherwise, and a token 4.5 bytes, which is a guess; notebook 1 measures it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from llmcore.config import PRESETS
+from llmcore.config import GO_ON, PRESETS, ModelConfig
 from llmcore.measure.memory import predict_memory
 from llmcore.measure.planner import GOOD_EPOCHS, choose_steps, fit_batch, plan, step_tokens
 
@@ -18,19 +18,27 @@ CARDS = {
     "16 GB (T4)": (15_500_000_000, "fp16"),
     "80 GB": (80_000_000_000, "bf16"),
 }
-COLUMNS = "preset | parameters | tokens in a step | batch x accumulation | activation checkpointing | memory, GB"
+# shapes of models that people start from, as their config.json gives them
+TIED = {"tie_embeddings": True, "max_seq_len": 1024}
+PRETRAINED = {
+    "SmolLM2-135M": ModelConfig(49_152, 576, 30, 9, n_kv_heads=3, hidden_dim=1536, **TIED),
+    "Qwen3-0.6B": ModelConfig(151_936, 1024, 28, 16, n_kv_heads=8, head_dim=128, hidden_dim=3072, **TIED),
+    "SmolLM2-1.7B": ModelConfig(49_152, 2048, 24, 32, hidden_dim=8192, **TIED),
+}
+GOING_ON = GO_ON.replace(batch_size=16)  # 16,384 tokens in a step
+COLUMNS = "model | parameters | tokens in a step | batch x accumulation | activation checkpointing | memory, GB"
 COLUMNS += " | checkpoints on disk, GB | steps | reads the text"
 
 
 def rows(text_tokens: float, card: str) -> list[str]:
-    """A row for each preset but the toy task."""
+    """A row for each preset but the toy task, and for each pretrained model."""
     memory, precision = CARDS[card]
     lines = []
-    for name, (model, train) in PRESETS.items():
+    for name, (model, train) in (PRESETS | {name: (model, GOING_ON) for name, model in PRETRAINED.items()}).items():
         if name == "toy-reverse":
             continue
         train = fit_batch(model, train.replace(precision=precision), "cuda", memory)
-        train = choose_steps(name, model, train, round(text_tokens))
+        train = choose_steps(name, model, train, round(text_tokens), epochs=1 if name in PRETRAINED else None)
         need, step = predict_memory(model, train, "cuda")["total"], step_tokens(model, train)
         cells = [
             name,
