@@ -52,6 +52,8 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
             f"llama2.c has no room for head_dim={config.head_dim}, rope_theta={config.rope_theta:g}: "
             f"it computes with dim / n_heads = {config.dim / config.n_heads:g} and 10000"
         )
+    if tokenizer is not None and tokenizer.byte_level:
+        raise FormatError("llama2.c has no room for byte-level BPE (tokenizer.json), only for SentencePiece's scores")
     if tokenizer is not None:
         warn_of_other_ids("llama2.c's program", why_other_ids(tokenizer, config.vocab_size))
 
