@@ -10,7 +10,7 @@ from typing import Any
 
 from llmcore.checkpoint import Checkpoint, load_checkpoint, read_manifest
 from llmcore.files import display_path, resolve, sha256_file
-from llmcore.formats import gguf as G
+from llmcore.formats.gguf import from_gguf
 from llmcore.formats.hub import from_hub
 from llmcore.formats.huggingface import from_hf
 from llmcore.formats.meta import from_meta
@@ -55,7 +55,7 @@ def open_pretrained(init_from: str | os.PathLike[str], device: str = "cpu") -> C
     elif gguf:
         if len(gguf) > 1:
             raise FormatError(f"{display_path(path)} holds {len(gguf)} GGUF files; name one of them in init_from")
-        kind, checkpoint, files = "GGUF", G.from_gguf(gguf[0], device), gguf[0]
+        kind, checkpoint, files = "GGUF", from_gguf(gguf[0], device), gguf[0]
     else:
         checkpoint = load_checkpoint(path, device=device)
         own = {"step": checkpoint.step, "init_from": checkpoint.config.get("init_from")}
