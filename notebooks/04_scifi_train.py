@@ -86,6 +86,7 @@ import torch
 
 from llmcore import config
 from llmcore.checkpoint import check_has_state, find_checkpoint, load_checkpoint, read_config
+from llmcore.config import ModelConfig
 from llmcore.corpus import report
 from llmcore.corpus.prepare import dataset_folder, prepare_dataset
 from llmcore.corpus.sources import fetch_model, open_corpus
@@ -142,18 +143,14 @@ if last_step and reached >= last_step and checkpoint_dir != "auto":
 # its weights and low learning rates, on any text. (`checkpoint_dir` is for a run that goes on exactly as it was.)
 
 # %%
-origin = pretrained = None
-if init_from and not start:
-    pretrained = open_pretrained(fetch_model(init_from))
-    origin = pretrained.config["init_from"]
-elif start and saved_config.get("init_from"):
-    pretrained = load_checkpoint(start, device="cpu")  # for its shape and tokenizer
-    origin = saved_config["init_from"]
+pretrained = open_pretrained(fetch_model(init_from)) if init_from and not start else None
+origin = pretrained.config["init_from"] if pretrained else saved_config.get("init_from")
 
 # %%
-if pretrained:
-    tok, model_config = pretrained.tokenizer, pretrained.model.config
-    train_config = config.go_on(None if start else pretrained.config["train"])
+if origin:
+    tok = pretrained.tokenizer if pretrained else Tokenizer(next(start.glob("tokenizer.*")))
+    model_config = pretrained.model.config if pretrained else ModelConfig.from_dict(saved_config["model"])
+    train_config = config.go_on(pretrained.config["train"] if pretrained else None)
     window = context_size or saved.get("context_size") or min(config.GO_ON_CONTEXT, model_config.max_seq_len)
     train_config = train_config.replace(context_size=window)
     tokens_per_step = tokens_per_step or (None if start else step_tokens(model_config, train_config))
@@ -178,7 +175,7 @@ manifest = prepare_dataset(folder, tok, dataset_dir, val_fraction, **options)
 print(report.summary(manifest))
 train_data = TokenDataset(dataset_dir, "train", window)
 val_data = TokenDataset(dataset_dir, "val", window)
-if pretrained:
+if origin:
     share = report.spelled_share(tok, "".join(train_data.texts(tok, max_tokens=500_000).values()))
     print(f"its tokenizer has no piece for {share:.2%} of the characters, and spells them in bytes")
 
@@ -365,10 +362,10 @@ track = tracker_callback(tracker, project, run_dir, model_config.to_dict() | tra
 
 def new_trainer(weights_seed, **options):
     torch.manual_seed(weights_seed)
-    if pretrained and not options.get("resume"):
+    model = None
+    if origin and not options.get("resume"):
         model, options["init_from"] = pretrained.model, origin
-    else:
-        model = Transformer(model_config)
+    model = model or Transformer(model_config)
     parts = [model, mixed_data, val_data, train_config, run_dir]
     return Trainer(*parts, tokenizer=tok, callbacks=[track], device=device, backup_dir=backup_dir, **options)
 
@@ -507,7 +504,7 @@ plots.document_scores({run_name: ours, "4-grams": counting}, title)
 
 # %%
 before_training, held_out = None, {"the new text": texts}
-if pretrained:
+if origin:
     try:
         before_training = open_pretrained(origin["source"], device).model
     except (OSError, ValueError, RuntimeError) as error:
