@@ -88,6 +88,15 @@ def test_without_a_stride_windows_do_not_overlap(english: Path, english_tokenize
     assert [score.name for score in default.documents] == list(map(str, files))
 
 
+def test_shorter_windows_score_as_a_model_of_that_context(english: Path, english_tokenizer: Tokenizer) -> None:
+    long, short = (tiny_model(std=0.2, vocab_size=VOCABULARY, max_seq_len=length) for length in (40, 10))
+    files = find_texts(english)[:2]
+    options = {"precision": "fp32", "progress": False}
+    expected = evaluate(short, english_tokenizer, files, **options).total.nats
+    assert evaluate(long, english_tokenizer, files, context_size=10, **options).total.nats == pytest.approx(expected)
+    assert evaluate(long, english_tokenizer, files, **options).total.nats != pytest.approx(expected)
+
+
 def test_a_model_that_knows_nothing_needs_all_its_bits(english_tokenizer: Tokenizer) -> None:
     model = tiny_model(vocab_size=VOCABULARY)
     with torch.no_grad():

@@ -166,6 +166,20 @@ def test_settings_to_go_on_are_lower_rates_of_the_same_optimizer() -> None:
 # Other data
 
 
+@settings(max_examples=examples(30), deadline=None)
+@given(each=st.integers(1, 700), most=st.none() | st.integers(1, 3000))
+def test_texts_begin_as_the_documents_do(trained: Path, words: Tokenizer, each: int, most: int | None) -> None:
+    data = TokenDataset(trained.parent / "data", "train", 24)
+    whole, parts = data.texts(words), data.texts(words, most, each)
+    assert list(parts) == list(whole)[: len(parts)]
+    assert all(whole[name].startswith(part) for name, part in parts.items())
+    for name, part in parts.items():
+        ids = words.encode(whole[name], eos=True)[:each]
+        assert len(words.decode(ids).rstrip("\ufffd")) == len(part)
+    if most is None:
+        assert len(parts) == len(whole)
+
+
 def test_a_refused_resume_names_the_files_and_the_way_out(tmp_path: Path, english: Path, words: Tokenizer) -> None:
     texts = Path(shutil.copytree(english, tmp_path / "texts"))
 

@@ -1,4 +1,4 @@
-"""What presets and pretrained models need on GPUs of several sizes: `python -m tests.benchmarks.plans [megabytes [bytes per token]]`.
+"""What presets and pretrained models need on GPUs: `python -m tests.benchmarks.plans [megabytes [bytes per token]]`.
 
 All figures are predictions, by `llmcore.measure.planner` and `llmcore.measure.memory`: nothing is measured, and no GPU
 is needed. The text has 180 MB unless told otherwise, and a token 4.5 bytes, which is a guess; notebook 1 measures it.
