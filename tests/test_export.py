@@ -902,9 +902,9 @@ def test_a_tokenizer_with_llamas_own_ids_keeps_them_when_adapted(english: Path, 
 
 
 def test_what_llama2c_cannot_hold_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for wrong in ({"head_dim": 14}, {"rope_theta": 500.0}):
-        with pytest.raises(FormatError, match="no room for head_dim="):
-            to_llama2c(made(None, **wrong), tmp_path / "model.bin")
+    for name, value in {"head_dim": 14, "rope_theta": 500.0, "qk_norm": True, "rope_scaling_factor": 8.0}.items():
+        with pytest.raises(FormatError, match=f"no room for {name}={value}"):
+            to_llama2c(made(None, **{name: value}), tmp_path / "model.bin")
     assert not list(tmp_path.iterdir())
 
 
