@@ -32,7 +32,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from llmcore.corpus.train_tokenizer import train_tokenizer
@@ -55,6 +62,16 @@ MATRIX = [
 ]
 matrix = pytest.mark.parametrize(("shape", "dtype"), MATRIX)
 CONTEXT = 96
+
+# our close relatives: pairs of the rotary embedding are slowed by the whole factor, by part of it, and not at all
+SCALED: dict[str, Any] = {"rope_scaling_factor": 8.0, "rope_low_freq_factor": 0.5, "rope_original_max_seq_len": 32}
+RELATIVES: dict[str, dict[str, Any]] = {
+    "llama3": {"head_dim": 16, "n_kv_heads": 2, "rope_theta": 500.0, **SCALED},
+    "llama3-tied": {"tie_embeddings": True, "n_kv_heads": 1, **SCALED},
+    "qwen3": {"qk_norm": True, "head_dim": 14, "n_kv_heads": 2, "rope_theta": 500.0, "norm_eps": 1e-5},
+    "qwen3-tied": {"qk_norm": True, "tie_embeddings": True},
+    "qwen3-llama3": {"qk_norm": True, "head_dim": 12, "n_kv_heads": 1, **SCALED},
+}
 
 
 def made(tokenizer: Tokenizer | None, dtype: torch.dtype = torch.float32, **shape: Any) -> Checkpoint:
@@ -185,6 +202,24 @@ def test_other_head_sizes_and_rotary_bases_go_along(tmp_path: Path) -> None:
         assert_same_weights(ours, from_hf(folder, device="cpu"))
 
 
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_relatives_open_in_transformers_and_come_back(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer, **RELATIVES[kind])
+    assert ours.model.config.max_seq_len > 2 * SCALED["rope_original_max_seq_len"]
+    folder = to_hf(ours, tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    assert type(theirs) is (Qwen3ForCausalLM if "qwen3" in kind else LlamaForCausalLM)
+    ids = random_ids(2, 90, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.model(ids), rtol=0, atol=1e-5)
+    assert_same_weights(ours, from_hf(folder, device="cpu"))
+    if "llama3" in kind:  # as versions before 5 write it, and find it in the export
+        scaling = json.loads((folder / "config.json").read_text())["rope_scaling"]
+        del scaling["rope_theta"]
+        changed(folder, rope_parameters=None, rope_scaling=scaling)
+        assert from_hf(folder, device="cpu").model.config == ours.model.config
+
+
 def test_an_export_can_be_in_another_dtype(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ours = made(tokenizer)
     half = AutoModelForCausalLM.from_pretrained(to_hf(ours, tmp_path / "hf", torch.bfloat16))
@@ -286,16 +321,20 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def theirs_saved(folder: Path, shard: str = "5GB", **changes: Any) -> LlamaForCausalLM:
-    """A Llama that transformers itself has made and written."""
+def theirs_saved(folder: Path, shard: str = "5GB", qwen3: bool = False, **changes: Any) -> Any:
+    """A Llama or Qwen3 that transformers itself has made and written, no two weights of its norms the same."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.12, **changes}
-    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)) if qwen3 else LlamaForCausalLM(LlamaConfig(**shape))
+    for parameter in model.eval().parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1, std=0.2)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 
 
+THEIR_SCALING = {"factor": 8.0, "low_freq_factor": 0.3, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
 THEIRS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -304,6 +343,9 @@ THEIRS: dict[str, dict[str, Any]] = {
     "head-dim": {"head_dim": 14, "num_key_value_heads": 2},
     "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-5},
     "sharded": {"shard": "20KB"},
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **THEIR_SCALING}, "head_dim": 16},
+    "qwen3": {"qwen3": True, "head_dim": 14, "num_key_value_heads": 2, "rope_theta": 1e6},
+    "qwen3-tied": {"qwen3": True, "head_dim": 8, "num_key_value_heads": 4, "tie_word_embeddings": True},
 }
 
 
@@ -334,11 +376,18 @@ def test_an_older_config_is_understood(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "qwen3"}, "model_type='qwen3'"),
+        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe', and only 'llama' or 'qwen3' is supported"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types=\['sliding_attention'\]"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8}}, "rope_type='llama3'"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8}},
+            "type llama3 has no low_freq_factor, high_freq_fac",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", **THEIR_SCALING, "factor": 0.5}}, "rope_scaling_factor=0.5 must be"),
+        ({"rope_scaling": {"rope_type": "longrope", **THEIR_SCALING}}, "rope_type='longrope'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -460,6 +509,11 @@ def test_untied_without_an_output_matrix_is_refused(tmp_path: Path) -> None:
         ("rope_parameters", "default"),
         ("rope_parameters", ["default"]),
         ("rope_scaling", 8),
+        ("rope_scaling", {"rope_type": "llama3", **THEIR_SCALING, "factor": "8"}),
+        ("rope_scaling", {"rope_type": "llama3", **THEIR_SCALING, "low_freq_factor": math.nan}),
+        ("rope_scaling", {"rope_type": "llama3", **THEIR_SCALING, "original_max_position_embeddings": 10**12}),
+        ("layer_types", "full_attention"),
+        ("model_type", "qwen3"),
         ("tie_word_embeddings", "false"),
     ],
 )
