@@ -671,6 +671,23 @@ def test_a_folder_as_meta_publishes_it_opens(
         torch.testing.assert_close(theirs(ids).logits, ours.model.float()(ids), rtol=0, atol=1e-5)
 
 
+def test_the_scaled_rope_of_metas_code_is_understood(tmp_path: Path) -> None:
+    ours = made(None, rope_theta=5e5, rope_scaling_factor=8.0, max_seq_len=9000)
+    meta_folder(ours, tmp_path, use_scaled_rope=True)
+    with pytest.warns(UserWarning, match=r"params\.json says use_scaled_rope.* taken to be 8.*Llama 3\.2"):
+        back = from_meta(tmp_path, device="cpu", max_seq_len=9000)
+    assert_same_weights(ours, back)
+    # apply_scaling of Meta's code: wavelengths above 8192 tokens, below 2048, and between the two
+    plain = 5e5 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    waves = 2 * math.pi / plain
+    between = (8192 / waves - 1) / (4 - 1)
+    slowed = torch.where(waves > 8192, plain / 8, (1 - between) * plain / 8 + between * plain)
+    expected = torch.where(waves < 2048, plain, slowed)
+    assert (expected < plain).sum() == 2
+    angles = torch.atan2(back.model.rope_sin[1], back.model.rope_cos[1])
+    torch.testing.assert_close(angles.double(), expected, rtol=1e-5, atol=0)
+
+
 class Explosive:
     """An object whose unpickling would make a file."""
 
@@ -686,7 +703,7 @@ def test_a_meta_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) ->
     with pytest.raises(FormatError, match=r"params\.json cannot be read"):
         from_meta(tmp_path)
     meta_folder(ours, tmp_path, use_scaled_rope=True, moe={"num_experts": 8})
-    with pytest.raises(FormatError, match=r"moe=\{'num_experts': 8\}; use_scaled_rope=True"):
+    with pytest.raises(FormatError, match=r"not supported: moe=\{'num_experts': 8\}"):
         from_meta(tmp_path)
     meta_folder(ours, tmp_path, n_layers=3)
     with pytest.raises(CheckpointError, match=r"missing layers\.2\.attention\.wq\.weight"):
@@ -1031,9 +1048,25 @@ def test_other_head_sizes_run_in_llama_cpp_too(tokenizer: Tokenizer, tmp_path: P
     assert answer["tokens"] == greedy(ours, [300, 301], 64)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in RELATIVES if kind != "qwen3-llama3"])
+def test_relatives_run_in_llama_cpp_too(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer, **RELATIVES[kind])
+    theirs = LlamaCpp(to_gguf(ours, tmp_path / "model.gguf"))
+    prompt = random_ids(1, 40, vocab_size=tokenizer.vocab_size, seed=1)[0].tolist()
+    answer = theirs.ask("completion", prompt=prompt, n_predict=50, temperature=0, return_tokens=True, n_probs=10)
+    with torch.no_grad():
+        odds = ours.model(torch.tensor([prompt]))[0, -1].log_softmax(0)
+    for top in answer["completion_probabilities"][0]["top_logprobs"]:
+        assert abs(top["logprob"] - odds[top["id"]]) < 1e-4
+    assert answer["tokens"] == greedy(ours, prompt, 50)
+
+
 def test_what_a_gguf_file_cannot_hold_is_refused(english: Path, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"dtype=torch\.int8 must be torch\.float32 or torch\.float16"):
-        to_gguf(made(None), tmp_path / "model.gguf", torch.int8)
+    for wrong in (torch.int8, "q4_0"):
+        with pytest.raises(FormatError, match=rf'dtype={wrong} must be torch\.float32, torch\.float16 or "q8_0"'):
+            to_gguf(made(None), tmp_path / "model.gguf", wrong)
+    with pytest.raises(FormatError, match=r"no room for qk_norm with rope_scaling_factor=8\.0"):
+        to_gguf(made(None, **RELATIVES["qwen3-llama3"]), tmp_path / "model.gguf")
     files = sorted(english.glob("*.txt"))
     unigram = train_tokenizer(files, tmp_path / "one", 350, character_coverage=1.0, model_type="unigram")
     with pytest.raises(FormatError, match="llama.cpp cuts text as BPE does"):
