@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import sentencepiece
@@ -1059,6 +1060,35 @@ def test_relatives_run_in_llama_cpp_too(kind: str, tokenizer: Tokenizer, tmp_pat
     for top in answer["completion_probabilities"][0]["top_logprobs"]:
         assert abs(top["logprob"] - odds[top["id"]]) < 1e-4
     assert answer["tokens"] == greedy(ours, prompt, 50)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"hidden_dim": 64}, {"tie_embeddings": True, "n_kv_heads": 2}, {"qk_norm": True, "head_dim": 16}]
+)
+def test_llama_cpp_computes_nearly_the_same_in_8_bits(
+    shape: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """It rounds activations to 8 bits too, which our model with the file's weights does not."""
+    ours = made(tokenizer, **shape)
+    file = to_gguf(ours, tmp_path / "model.gguf", "q8_0")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert {types[name] for name in ("token_embd.weight", "blk.1.attn_q.weight")} == {"Q8_0"}
+    assert types["blk.0.ffn_down.weight"] == ("Q8_0" if "hidden_dim" in shape else "F16")  # its rows have 64 or 48
+    for parameter in ours.model.parameters():
+        if parameter.dim() == 2:
+            kind = gguf.GGMLQuantizationType["F16" if parameter.shape[1] % 32 else "Q8_0"]
+            stored = gguf.quants.quantize(parameter.detach().numpy(), kind)
+            parameter.data = torch.from_numpy(gguf.quants.dequantize(stored, kind))
+
+    prompt = random_ids(1, 6, vocab_size=tokenizer.vocab_size, seed=1)[0].tolist()
+    question = {"prompt": prompt, "n_predict": 64, "temperature": 0, "return_tokens": True, "n_probs": 10}
+    answer = LlamaCpp(file).ask("completion", **question)
+    with torch.no_grad():
+        odds = ours.model(torch.tensor([prompt + answer["tokens"]]))[0, 5:-1].log_softmax(-1)
+    for top in answer["completion_probabilities"][0]["top_logprobs"]:
+        assert abs(top["logprob"] - odds[0, top["id"]]) < 5e-2
+    chosen = odds.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
+    assert (odds.amax(1) - chosen).max() < 5e-2  # greedy, but for ties within the rounding
 
 
 def test_what_a_gguf_file_cannot_hold_is_refused(english: Path, tmp_path: Path) -> None:
