@@ -1,8 +1,8 @@
 """Checkpoints: folders written whole or not at all, and checked by hash before they are used. No pickle anywhere.
 
-A checkpoint `<run>/step=000400_loss=3.214/` holds `model.safetensors`, `config.json`, `tokenizer.model`,
-`trainer_state.safetensors` and `trainer_state.json`, and, written last, `manifest.json` with the hash of each. The best
-checkpoint of a run loses its trainer's state once it is older than those that the run may go on from.
+A checkpoint `<run>/step=000400_loss=3.214/` holds `model.safetensors`, `config.json`, `tokenizer.model` or
+`tokenizer.json`, `trainer_state.safetensors` and `trainer_state.json`, and, written last, `manifest.json` with the hash
+of each. The best checkpoint of a run loses its trainer's state once it is older than those that the run may go on from.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ FORMAT_VERSION = 1
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATE = ("trainer_state.json", "trainer_state.safetensors")
 # all files of a checkpoint that are ever read, besides its manifest
-FILES = ("model.safetensors", "config.json", "tokenizer.model", *STATE)
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # of which a checkpoint has one at most
+FILES = ("model.safetensors", "config.json", *TOKENIZERS, *STATE)
 ATTEMPTS = 100  # at reading while another process saves and deletes
 
 # What the JSON files of a checkpoint must look like. They may hold more.
@@ -161,7 +162,7 @@ def save_checkpoint(
         content = {**head, "model": model.config.to_dict(), **(config or {})}
         (temporary / "config.json").write_text(to_json(content, indent=1), encoding="utf-8")
         if tokenizer is not None:
-            (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+            (temporary / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
         if tensors is not None:
             _save_tensors(tensors, temporary / "trainer_state.safetensors")
         if state is not None:
@@ -557,8 +558,9 @@ def _load(path: Path, manifest: dict[str, Any], device: str) -> Checkpoint:
     try:
         file = path / "config.json"
         model_config = ModelConfig.from_dict(config["model"])
-        file = path / "tokenizer.model"
-        if file.name in manifest["sha256"]:
+        for file in (path / name for name in TOKENIZERS if name in manifest["sha256"]):
+            if tokenizer is not None:
+                raise _fault(path, f"is damaged: it has two tokenizers, {' and '.join(TOKENIZERS)}")
             tokenizer = Tokenizer(file)
     except (ConfigError, TokenizerError) as error:
         raise _fault(file, f"cannot be used: {error}") from None
@@ -570,7 +572,7 @@ def _load(path: Path, manifest: dict[str, Any], device: str) -> Checkpoint:
         ids, room = tokenizer.vocab_size, model_config.vocab_size
         raise _fault(file, f"has {ids} ids, the model in config.json only vocab_size={room}")
     if config.get("tokenizer") is not None and (tokenizer is None or tokenizer.fingerprint != config["tokenizer"]):
-        raise _fault(path / "config.json", "names another tokenizer than the checkpoint's tokenizer.model")
+        raise _fault(path / "config.json", "names another tokenizer than the checkpoint's own")
     return Checkpoint(model.to(pick_device(device)).eval(), tokenizer, config, config["step"], path)
 
 

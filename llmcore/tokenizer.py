@@ -3,6 +3,8 @@
 Kudo and Richardson, "SentencePiece", arXiv:1808.06226. Its defaults are made for translation: they turn full-width
 punctuation into ASCII, drop newlines, squeeze spaces and add one in front. Here they are all off, characters
 outside the vocabulary fall back to bytes, and the newline is a symbol of its own.
+
+Models from elsewhere may bring a tokenizer of another kind, byte-level BPE in a `tokenizer.json`: see `byte_level`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
+
+from llmcore.byte_level import ByteLevelBPE
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 _SPACE = "▁"  # U+2581: SentencePiece's own sign for a space
@@ -39,34 +43,48 @@ def _surrogates_refused() -> Iterator[None]:
 
 
 class Tokenizer:
-    """A SentencePiece model read from a file.
+    """A SentencePiece model, or byte-level BPE, read from a file.
 
     Args:
-        tokenizer_model_file: a `.model` file.
+        tokenizer_model_file: a SentencePiece `.model`, or a `tokenizer.json` with byte-level BPE. What begins and ends
+            a text there, the tokenizer_config.json or config.json beside it says.
+        model_bytes: the file's content, where it is part of another file; the file then only has its name in errors.
 
     Attributes:
-        vocab_size: number of ids.
-        pad_id, unk_id, bos_id, eos_id: the special ids.
-        fingerprint: SHA-256 of the model, in hexadecimal.
+        vocab_size: number of ids, with those of added tokens.
+        pad_id, unk_id, bos_id, eos_id: the special ids; -1 for one that there is not.
+        model_bytes: the content, with the special ids: `Tokenizer(file)` needs nothing else.
+        fingerprint: SHA-256 of `model_bytes`, in hexadecimal.
+        byte_level: the processor of byte-level BPE; None for SentencePiece.
+        file_name: what such a file is called in a checkpoint: tokenizer.model or tokenizer.json.
         has_space_piece: whether a piece holds a space; if none does, a space is the byte 0x20.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        TokenizerError: if it is no SentencePiece model, or has no end-of-text piece.
+        TokenizerError: if it is neither of the two, changes the text, or has no end-of-text piece.
     """
 
-    def __init__(self, tokenizer_model_file: str | os.PathLike[str]) -> None:
+    def __init__(self, tokenizer_model_file: str | os.PathLike[str], model_bytes: bytes | None = None) -> None:
         path = Path(tokenizer_model_file)
         if not path.is_file():
             raise FileNotFoundError(
                 f"tokenizer_model_file={str(path)!r} does not exist; train one with notebook 01_tokenize"
             )
-        self.model_bytes = path.read_bytes()
+        self.model_bytes = path.read_bytes() if model_bytes is None else model_bytes
+        self._processor: Any  # SentencePiece's, or one with the same methods
+        self.byte_level: ByteLevelBPE | None = None
+        is_json = self.model_bytes.lstrip()[:1] == b"{"
+        self.file_name = "tokenizer.json" if is_json else "tokenizer.model"
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+            if is_json:
+                self._processor = self.byte_level = ByteLevelBPE(self.model_bytes, path.parent)
+                self.model_bytes = self.byte_level.content
+            else:
+                self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
             self.vocab_size = int(self._processor.vocab_size())
         except Exception as error:  # SentencePiece's parser raises errors of several types
-            raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: {error}") from None
+            fault = "cannot be used" if is_json else "is not a SentencePiece model"
+            raise TokenizerError(f"tokenizer_model_file={str(path)!r} {fault}: {error}") from None
         if not self.vocab_size:
             raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: no pieces")
         self.pad_id, self.unk_id = self._processor.pad_id(), self._processor.unk_id()
@@ -74,7 +92,7 @@ class Tokenizer:
         if self.eos_id < 0:
             raise TokenizerError(
                 f"tokenizer_model_file={str(path)!r} has no piece that ends a text (eos), and data sets and prompts "
-                "need it; train one with notebook 01_tokenize"
+                f"need it; {'name one in tokenizer_config.json' if is_json else 'train one with notebook 01_tokenize'}"
             )
         self.fingerprint = hashlib.sha256(self.model_bytes).hexdigest()
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
@@ -83,8 +101,12 @@ class Tokenizer:
         space = b"".join(self._bytes[id] for id in self._processor.encode(" "))
         self.has_space_piece = space != _SPACE.encode()
         self._spelled = re.compile(f"({_SPACE})" if self.has_space_piece else f"([{_SPACE} ])")
+        if self.byte_level:  # there a space is a byte like all others
+            self._spelled = re.compile("()(?!)")  # never
 
     def _piece_bytes(self, id: int) -> bytes:
+        if self.byte_level:
+            return self.byte_level.piece_bytes(id)
         if self._processor.is_control(id) or self._processor.is_unknown(id):
             return b""
         piece = self._processor.id_to_piece(id)
@@ -103,7 +125,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
         """`encode` for many texts, on all cores (`num_threads=-1`) at once."""
-        if any(self._spelled.search(text) for text in texts):
+        if self.byte_level or any(self._spelled.search(text) for text in texts):
             return [self.encode(text) for text in texts]
         with _surrogates_refused():
             return self._processor.encode(list(texts), num_threads=num_threads)
@@ -118,13 +140,15 @@ class Tokenizer:
                 parts += [np.array(ids, dtype=np.int32), self._processor.encode(part, out_type=_IDS_AS)]
         return np.concatenate(parts, dtype=np.int32, casting="unsafe")  # an empty list is of float64
 
-    def inner_pairs(self) -> set[str]:
-        """Every two characters that stand side by side in some piece.
+    def inner_pairs(self) -> Container[str]:
+        """Every two characters that stand side by side in some piece; of byte-level BPE, in some word.
 
         A text may be cut between any other two: no piece reaches across, so its parts encode as the whole does. (BPE
         merges only what a piece holds. Unigram adds up scores along the text, so if two segmentations have the same
         score to the last bit of a float, the cut may change which of them is taken.)
         """
+        if self.byte_level:
+            return self.byte_level.inner_pairs
         pieces = (self.id_to_piece(id) for id in range(self.vocab_size) if not self.is_byte(id))
         return {a + b for piece in pieces for a, b in pairwise(piece.replace(_SPACE, " "))}
 
@@ -143,15 +167,21 @@ class Tokenizer:
         return self._bytes[id]
 
     def id_to_piece(self, id: int) -> str:
-        """The piece as SentencePiece writes it: "▁" for a space, "<0x0A>" for a byte."""
+        """The piece as the file writes it: "▁" for a space, "<0x0A>" for a byte; in byte-level BPE "Ġ" and "Ċ"."""
         return self._processor.id_to_piece(id)
 
     def is_byte(self, id: int) -> bool:
-        """Whether the id stands for one raw byte."""
+        """Whether the id stands for one raw byte; in byte-level BPE, for bytes that are no whole characters."""
         return self._processor.is_byte(id)
 
     def model_proto(self) -> Any:
-        """SentencePiece's own message: `pieces` with piece, score and type, and how the model was trained."""
+        """SentencePiece's own message: `pieces` with piece, score and type, and how the model was trained.
+
+        Raises:
+            TokenizerError: for byte-level BPE, which is none.
+        """
+        if self.byte_level:
+            raise TokenizerError("the tokenizer is byte-level BPE, not a SentencePiece model")
         from sentencepiece import sentencepiece_model_pb2  # needs protobuf, and only exports need it
 
         proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]

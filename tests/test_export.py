@@ -44,7 +44,7 @@ from transformers import (
 
 from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from llmcore.corpus.train_tokenizer import train_tokenizer
-from llmcore.formats.gguf import to_gguf
+from llmcore.formats.gguf import from_gguf, to_gguf
 from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.formats.meta import from_meta
@@ -199,7 +199,7 @@ def test_other_head_sizes_and_rotary_bases_go_along(tmp_path: Path) -> None:
     ids = random_ids(2, 90)
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours.model(ids), rtol=0, atol=1e-5)
-    with pytest.warns(UserWarning, match=r"no SentencePiece tokenizer\.model, so \.tokenizer is None"):
+    with pytest.warns(UserWarning, match=r"no tokenizer that can be used \(there is none\), so \.tokenizer is None"):
         assert_same_weights(ours, from_hf(folder, device="cpu"))
 
 
@@ -350,7 +350,7 @@ THEIRS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+@pytest.mark.filterwarnings("ignore:.*no tokenizer that can be used")
 @pytest.mark.parametrize("kind", THEIRS)
 def test_a_llama_that_transformers_wrote_computes_the_same_here(kind: str, tmp_path: Path) -> None:
     theirs = theirs_saved(tmp_path, **THEIRS[kind])
@@ -361,7 +361,7 @@ def test_a_llama_that_transformers_wrote_computes_the_same_here(kind: str, tmp_p
         torch.testing.assert_close(ours.model(ids), theirs(ids).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+@pytest.mark.filterwarnings("ignore:.*no tokenizer that can be used")
 def test_an_older_config_is_understood(tmp_path: Path) -> None:
     """Versions before 5 write rope_theta at the top, and null where nothing is scaled."""
     theirs_saved(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
@@ -445,7 +445,7 @@ def rewritten(folder: Path, **tensors: torch.Tensor | None) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+@pytest.mark.filterwarnings("ignore:.*no tokenizer that can be used")
 def test_a_separate_output_matrix_opens_untied_whatever_config_says(tmp_path: Path) -> None:
     theirs = theirs_saved(tmp_path)
     changed(tmp_path, tie_word_embeddings=True)
@@ -460,7 +460,7 @@ def test_a_separate_output_matrix_opens_untied_whatever_config_says(tmp_path: Pa
     assert_same_weights(ours, from_hf(to_hf(ours, tmp_path / "hf"), device="cpu"))
 
 
-@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+@pytest.mark.filterwarnings("ignore:.*no tokenizer that can be used")
 @pytest.mark.parametrize("stored", [["lm_head.weight"], ["model.embed_tokens.weight"], ["both"]])
 def test_a_tied_matrix_may_be_stored_under_either_name(stored: list[str], tmp_path: Path) -> None:
     theirs = theirs_saved(tmp_path, tie_word_embeddings=True)
@@ -529,7 +529,7 @@ def test_a_field_that_cannot_be_right_is_refused_at_once(field: str, value: Any,
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 
 
-@pytest.mark.filterwarnings("ignore:.*no SentencePiece")
+@pytest.mark.filterwarnings("ignore:.*no tokenizer that can be used")
 def test_stored_rotary_frequencies_must_be_those_of_the_config(tmp_path: Path) -> None:
     theirs_saved(tmp_path)
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
@@ -544,7 +544,7 @@ def test_stored_rotary_frequencies_must_be_those_of_the_config(tmp_path: Path) -
 def test_a_tokenizer_with_more_ids_than_the_model_is_not_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
     theirs_saved(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-    with pytest.warns(UserWarning, match=r"a tokenizer of 4,000 ids for a model of 37, so \.tokenizer is None"):
+    with pytest.warns(UserWarning, match=r"its tokenizer has 4,000 ids, the model only 37\), so \.tokenizer is None"):
         assert from_hf(tmp_path, device="cpu").tokenizer is None
 
 
@@ -711,7 +711,7 @@ def test_a_meta_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) ->
         from_meta(tmp_path)
     meta_folder(ours, tmp_path)
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Llama 3's is of another kind
-    with pytest.warns(UserWarning, match="no SentencePiece"):
+    with pytest.warns(UserWarning, match="no tokenizer that can be used .*not a SentencePiece model"):
         assert from_meta(tmp_path, device="cpu").tokenizer is None
     (tmp_path / "consolidated.01.pth").touch()
     with pytest.raises(FormatError, match="weights in several pieces"):
@@ -1089,6 +1089,21 @@ def test_llama_cpp_computes_nearly_the_same_in_8_bits(
         assert abs(top["logprob"] - odds[0, top["id"]]) < 5e-2
     chosen = odds.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
     assert (odds.amax(1) - chosen).max() < 5e-2  # greedy, but for ties within the rounding
+
+
+def test_relatives_come_back_from_gguf(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    llama3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 32.0}  # and its other three numbers
+    for name, shape in {"llama3": llama3, "qwen3": RELATIVES["qwen3"], "qwen3-tied": RELATIVES["qwen3-tied"]}.items():
+        ours = made(tokenizer, **shape)
+        assert_same_weights(ours, from_gguf(to_gguf(ours, tmp_path / f"{name}.gguf"), device="cpu"))
+
+
+@pytest.mark.parametrize("wrong", [{"rope_low_freq_factor": 0.5}, {"rope_original_max_seq_len": 4096}])
+def test_other_rope_factors_than_llama_3s_are_refused_by_name(wrong: dict[str, Any], tmp_path: Path) -> None:
+    llama3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 8.0}
+    file = to_gguf(made(None, **llama3, **wrong), tmp_path / "model.gguf")
+    with pytest.raises(FormatError, match=r"rope_freqs\.weight is not Llama 3\.1's scaling of a context of 8192"):
+        from_gguf(file)
 
 
 def test_what_a_gguf_file_cannot_hold_is_refused(english: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 CORE = [
     "config",
     "tokenizer",
+    "byte_level",
     "dataset",
     "model",
     "optim",

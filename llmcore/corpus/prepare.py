@@ -17,7 +17,7 @@ import re
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -468,7 +468,7 @@ def _copy_jobs(part: _Part, written: _Written, stored: _StoredDocument, dtype: n
 
 
 def _encode_jobs(
-    part: _Part, written: _Written, reader: Reader, tokenizer: Tokenizer, inner_pairs: set[str]
+    part: _Part, written: _Written, reader: Reader, tokenizer: Tokenizer, inner_pairs: Container[str]
 ) -> Iterator[_Job]:
     """Jobs that encode the rest of a part."""
     digest = hashlib.sha256()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from llmcore.corpus.containers import READ_ENDINGS, OpenFile, ending, is_litter, is_read
@@ -105,7 +105,7 @@ def split_long(line: str, max_bytes: int) -> Iterator[str]:
     yield line[start:]
 
 
-def cut_text(blocks: Iterable[str], inner_pairs: set[str], size: int) -> Iterator[str]:
+def cut_text(blocks: Iterable[str], inner_pairs: Container[str], size: int) -> Iterator[str]:
     """The same text in pieces of `size` to 2 * `size` characters (the last may be shorter).
 
     A piece ends at the first place where the two characters around are not an inner pair (see

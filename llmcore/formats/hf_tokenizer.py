@@ -1,13 +1,17 @@
-"""Our SentencePiece tokenizer as the `tokenizer.json` of Hugging Face's `tokenizers` library, with the same ids.
+"""Our SentencePiece tokenizer as the `tokenizer.json` of Hugging Face's `tokenizers` library, and theirs as ours.
 
 The library's own converter replaces spaces by "▁" first, as SentencePiece does, so a "▁" in the text becomes a space.
-Here the pieces are stored with spaces, and the text is not changed before it is cut.
+Here the pieces are stored with spaces, and the text is not changed before it is cut. The ids are the same.
+
+A tokenizer.json with byte-level BPE is opened as it is. One that was made from a SentencePiece model, as those of Llama
+2 and TinyLlama, is turned into such a model again.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +23,26 @@ BPE = 2
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, vocab_size: int, max_seq_len: int) -> None:
-    """Write tokenizer.model, tokenizer.json and tokenizer_config.json into a folder.
+    """Write tokenizer.model, tokenizer.json and tokenizer_config.json into a folder; of byte-level BPE no .model.
 
     A SentencePiece model that is not BPE, or that changes the text, cannot be written as tokenizer.json. Then only
     tokenizer.model is written, with a warning. Models of `train_tokenizer` that are BPE have no such problem.
     """
-    (folder / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-    proto = tokenizer.model_proto()
-    if reason := why_other_ids(tokenizer, vocab_size, space_byte=True):
-        warnings.warn(f"the tokenizer {reason}: tokenizer.model is written, but no tokenizer.json", stacklevel=3)
-        return
+    (folder / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
+    if not tokenizer.byte_level:
+        if reason := why_other_ids(tokenizer, vocab_size, space_byte=True):
+            warnings.warn(f"the tokenizer {reason}: tokenizer.model is written, but no tokenizer.json", stacklevel=3)
+            return
+        (folder / "tokenizer.json").write_text(tokenizer_json(tokenizer.model_proto()), encoding="utf-8")
 
     special = {"unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{name}_token": proto.pieces[id].piece for name, id in special.items() if id >= 0},
+        **{f"{name}_token": tokenizer.id_to_piece(id) for name, id in special.items() if id >= 0},
         "split_special_tokens": True,  # a "</s>" in a text is four characters, as for our tokenizer
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
-    (folder / "tokenizer.json").write_text(tokenizer_json(proto), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
@@ -100,3 +104,31 @@ def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
         cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         merges += [(left, right) for left, right in cuts if left in scores and right in scores]
     return merges
+
+
+def sentencepiece_model(
+    pieces: Sequence[tuple[str, float, int]], special: Mapping[str, int], add_space: bool = False, squeeze: bool = False
+) -> bytes:
+    """A SentencePiece model of kind BPE, as the bytes of its file.
+
+    Args:
+        pieces: text, score and type (see above) of each id; "▁" stands for a space.
+        special: id by role: unk, bos, eos, pad. Others have none.
+        add_space: whether a space is put before each text.
+        squeeze: whether spaces at the ends of a text, and double ones, are left out.
+    """
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    for id, (piece, score, kind) in enumerate(pieces):
+        proto.pieces.add(piece=piece, score=score, type=UNKNOWN if id == special.get("unk") else kind)
+    rules, trainer = proto.normalizer_spec, proto.trainer_spec
+    rules.name, rules.add_dummy_prefix, rules.remove_extra_whitespaces = "identity", add_space, squeeze
+    trainer.model_type, trainer.vocab_size = BPE, len(pieces)
+    trainer.byte_fallback = any(kind == BYTE for _, _, kind in pieces)
+    for role in ("unk", "bos", "eos", "pad"):
+        id = special.get(role, -1)
+        setattr(trainer, f"{role}_id", id)
+        if 0 <= id < len(pieces):
+            setattr(trainer, f"{role}_piece", pieces[id][0])
+    return proto.SerializeToString()

@@ -30,6 +30,7 @@ from llmcore.formats.shared import (
     check_dtype,
     check_file,
     check_shapes,
+    folder_tokenizers,
     open_checkpoint,
     read_config_file,
     shortened,
@@ -160,7 +161,7 @@ def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: i
                 "embedding: opened with both, untied",
                 stacklevel=2,
             )
-    return as_checkpoint(config, weights, folder, source, device)
+    return as_checkpoint(config, weights, folder, source, device, folder_tokenizers(folder))
 
 
 def _model_config(content: dict[str, Any], folder: Path, max_seq_len: int | None) -> ModelConfig:

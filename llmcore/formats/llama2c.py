@@ -51,6 +51,8 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
     for name, value in only.items():
         if getattr(config, name) != value:
             raise FormatError(f"llama2.c has no room for {name}={getattr(config, name)}: it computes with {value}")
+    if tokenizer is not None and tokenizer.byte_level:
+        raise FormatError("llama2.c has no room for byte-level BPE (tokenizer.json), only for SentencePiece's scores")
     if tokenizer is not None:
         warn_of_other_ids("llama2.c's program", why_other_ids(tokenizer, config.vocab_size))
 

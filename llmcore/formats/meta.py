@@ -23,6 +23,7 @@ from llmcore.formats.shared import (
     check_dtype,
     check_file,
     check_shapes,
+    folder_tokenizers,
     read_config_file,
     shortened,
 )
@@ -111,7 +112,7 @@ def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len:
             f"{display_path(weights_file)} holds rope.freqs for heads of {2 * len(frequencies)}, and params.json says "
             f"dim / n_heads = {config.head_dim}"
         )
-    return as_checkpoint(config, weights, folder, weights_file, device)
+    return as_checkpoint(config, weights, folder, weights_file, device, folder_tokenizers(folder))
 
 
 def _read_pth(file: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,40 +138,57 @@ def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
 
 
 def as_checkpoint(
-    config: ModelConfig, weights: dict[str, Tensor], folder: Path, source: Path, device: str
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    path: Path,
+    source: Path,
+    device: str,
+    tokenizers: Sequence[Callable[[], Tokenizer]],
 ) -> Checkpoint:
-    """Make a checkpoint of step 0 from the weights of another program's folder.
+    """Make a checkpoint of step 0 from the weights of another program.
 
     Args:
         config: of the model.
         weights: by our names. All get the widest of their dtypes.
-        folder: may hold a SentencePiece `tokenizer.model`. Without one that fits, a warning says so.
+        path: the folder or file that the model comes from.
         source: the file of the weights, for errors.
         device: "auto", "cpu", "cuda" or "mps".
+        tokenizers: ways to open one, the best first. If none gives a tokenizer that fits, a warning says why.
     """
     dtypes = {tensor.dtype for tensor in weights.values()}
     widest = functools.reduce(torch.promote_types, dtypes, next(iter(dtypes), torch.float32))
     model = model_with(config, {name: tensor.to(widest) for name, tensor in weights.items()}, source)
 
-    tokenizer, tokenizer_file, problem = None, folder / "tokenizer.model", "has no SentencePiece tokenizer.model"
-    if tokenizer_file.exists():
-        check_file(tokenizer_file)
-    try:
-        tokenizer = Tokenizer(tokenizer_file)
-    except (FileNotFoundError, TokenizerError):
-        pass
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        problem = f"has a tokenizer of {tokenizer.vocab_size:,} ids for a model of {config.vocab_size:,}"
+    tokenizer, problems = None, []
+    for open_tokenizer in tokenizers:
+        try:
+            tokenizer = open_tokenizer()
+            if tokenizer.vocab_size <= config.vocab_size:
+                break
+            problems.append(f"its tokenizer has {tokenizer.vocab_size:,} ids, the model only {config.vocab_size:,}")
+        except FileNotFoundError:
+            continue
+        except TokenizerError as error:
+            problems.append(str(error))
         tokenizer = None
     if tokenizer is None:
         warnings.warn(
-            f"{display_path(folder)} {problem}, so .tokenizer is None: turn text into ids with "
-            f"transformers.AutoTokenizer.from_pretrained({str(folder)!r}), and call the model with ids",
+            f"{display_path(path)} has no tokenizer that can be used ({'; '.join(problems) or 'there is none'}), so "
+            ".tokenizer is None: turn text into ids with another library, and call the model with ids",
             stacklevel=3,
         )
 
     model = model.to(pick_device(device)).eval()
-    return Checkpoint(model, tokenizer, {"model": config.to_dict(), "step": 0}, 0, folder)
+    return Checkpoint(model, tokenizer, {"model": config.to_dict(), "step": 0}, 0, path)
+
+
+def folder_tokenizers(folder: Path) -> list[Callable[[], Tokenizer]]:
+    """Ways to open the tokenizer of a folder; see `as_checkpoint`."""
+    files = [folder / "tokenizer.model", folder / "tokenizer.json"]
+    for file in files:
+        if file.exists():
+            check_file(file)
+    return [functools.partial(Tokenizer, file) for file in files]
 
 
 def shortened(value: Any) -> str:

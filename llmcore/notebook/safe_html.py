@@ -35,10 +35,11 @@ def html_text(text: object) -> str:
 
 
 def piece_text(tokenizer: Tokenizer, id: int) -> str:
-    """A token as a person reads it: "⏎" for a newline, "␣" for spaces, ⟨E4⟩ for a byte that is no character."""
-    if tokenizer.is_byte(id) and not 0x20 <= (byte := tokenizer.id_to_bytes(id)[0]) < 0x7F:
-        return f"⟨{byte:02X}⟩"
-    text = visible(tokenizer.id_to_bytes(id).decode())
+    """A token as a person reads it: "⏎" for a newline, "␣" for spaces, ⟨E4⟩ for bytes that are no character."""
+    raw = tokenizer.id_to_bytes(id)
+    if tokenizer.is_byte(id) and not (raw.isascii() and raw.decode().isprintable()):
+        return f"⟨{raw.hex(' ').upper()}⟩"
+    text = visible(raw.decode())
     return text.replace("\n", "⏎").replace("\t", "␉").replace(" ", "␣") or tokenizer.id_to_piece(id)
 
 
