@@ -44,12 +44,14 @@ from transformers import (
 
 from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from llmcore.corpus.train_tokenizer import train_tokenizer
+from llmcore.files import PROJECT_ROOT
 from llmcore.formats.gguf import from_gguf, to_gguf
 from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.formats.meta import from_meta
 from llmcore.formats.shared import FormatError
 from llmcore.generate import generate_ids
+from llmcore.measure.evaluate import evaluate
 from llmcore.tokenizer import Tokenizer
 
 from .helpers import examples, random_ids, tiny_model
@@ -295,6 +297,34 @@ def test_a_path_does_as_well_as_a_loaded_checkpoint(tokenizer: Tokenizer, tmp_pa
     ours = made(tokenizer)
     save_checkpoint(tmp_path / "run", ours.model, tokenizer, step=7, loss=1.0)
     assert_same_weights(ours, from_hf(to_hf(tmp_path / "run", tmp_path / "hf"), device="cpu"))
+
+
+MORE = PROJECT_ROOT / "tests" / "tools" / "more_processes.py"
+
+
+def test_the_script_for_more_processes_is_short_and_named_in_readme() -> None:
+    script, readme = MORE.read_text(encoding="utf-8"), (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(script.splitlines()) <= 40 and "llmcore" not in script
+    assert "torchrun --nproc_per_node 2 tests/tools/more_processes.py" in readme
+
+
+@pytest.mark.slow
+def test_an_export_learns_on_in_two_processes_and_comes_back(
+    sanguo: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours, held_out = made(tokenizer, max_seq_len=32), [sanguo / "100.txt"]
+    to_hf(ours, tmp_path / "hf")
+    shutil.copytree(sanguo, tmp_path / "texts", ignore=lambda _, names: [n for n in names if not n < "009"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(MORE)]
+    steps = [tmp_path / "hf", tmp_path / "texts", tmp_path / "more", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, *steps], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "60 steps of 2 processes" in done.stdout
+    back = from_hf(tmp_path / "more", device="cpu")
+    assert back.tokenizer is not None and back.tokenizer.fingerprint == tokenizer.fingerprint
+    before, after = (evaluate(one.model, tokenizer, held_out, progress=False).total for one in (ours, back))
+    assert after.bits_per_byte < before.bits_per_byte - 0.2
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None:

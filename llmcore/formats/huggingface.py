@@ -176,8 +176,10 @@ def _model_config(content: dict[str, Any], folder: Path, max_seq_len: int | None
     ropes = [content.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # before version 5, and since
     rope = ropes[0] or ropes[1]
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
+
+    # field -> its value, and the values that are supported
     other_layers = sorted({*(content.get("layer_types") or [])} - {"full_attention"})
-    supported: dict[str, tuple[Any, tuple[Any, ...]]] = {  # field -> its value, and the values that are supported
+    supported: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "model_type": (content.get("model_type"), tuple(DEFAULTS)),
         "hidden_act": (content.get("hidden_act", "silu"), ("silu",)),
         "attention_bias": (content.get("attention_bias", False), (False,)),
@@ -212,6 +214,7 @@ def _model_config(content: dict[str, Any], folder: Path, max_seq_len: int | None
         raise FormatError(f"{file} cannot be used: its rotary embedding of type llama3 has no {', '.join(unset)}")
     if len(thetas) > 1:
         raise FormatError(f"{file} cannot be used: it gives rope_theta twice, {' and '.join(map(str, thetas))}")
+
     try:
         return ModelConfig(
             vocab_size=content["vocab_size"],
