@@ -85,7 +85,7 @@ class ByteLevelBPE:
             self.description = json.loads(content)
             steps = self._check_steps()
             if not any("roles" in token for token in self.description.setdefault("added_tokens", [])):
-                mark_roles(self.description, _roles_beside(folder))
+                mark_roles(self.description, roles_beside(folder))
                 content = json.dumps(self.description, ensure_ascii=False).encode()
             self._encoder = tokenizers.Tokenizer.from_str(json.dumps(self.description))
             self._encoder.encode_special_tokens = True  # a "</s>" in a text is four characters
@@ -245,7 +245,7 @@ def _characters(byte: int) -> str:
     return f"{chr(first)}-{chr(last)}"
 
 
-def _roles_beside(folder: Path) -> dict[str, str | int]:
+def roles_beside(folder: Path) -> dict[str, str | int]:
     """The special tokens that the files of a Hugging Face folder name, by content or id."""
     found: dict[str, str | int] = {}
     for file in (folder / "tokenizer_config.json", folder / "config.json"):

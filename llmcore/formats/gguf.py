@@ -154,7 +154,7 @@ def _read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError("it ends too early")
-            self.data = self.data.view(np.ndarray)  # faster by half than numpy's memmap
+            self.data: Any = self.data.view(np.ndarray)  # faster by half than numpy's memmap
             return super()._get(offset, dtype, count, override_order)
 
     check_file(file)
@@ -274,7 +274,8 @@ def _open_tokenizer(fields: dict[str, Any], file: Path) -> Tokenizer:
         if kind == "llama":
             rows = list(zip(pieces, fields["tokenizer.ggml.scores"], types, strict=False))
             rules = [fields.get(f"tokenizer.ggml.{name}") for name in ("add_space_prefix", "remove_extra_whitespaces")]
-            content = sentencepiece_model(rows, special, rules[0] in (None, True), bool(rules[1]))
+            proto = sentencepiece_model(rows, special, rules[0] in (None, True), bool(rules[1]))
+            content = proto.SerializeToString()
         elif kind == "gpt2":
             pre = fields.get("tokenizer.ggml.pre", "default")
             merges = [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]]

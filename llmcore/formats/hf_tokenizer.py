@@ -10,12 +10,15 @@ A tokenizer.json with byte-level BPE is opened as it is. One that was made from 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmcore.tokenizer import Tokenizer
+from llmcore.byte_level import merges_of, roles_beside
+from llmcore.files import display_path, read_json
+from llmcore.tokenizer import Tokenizer, TokenizerError
 
 # SentencePiece's numbers for types of pieces and of models
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -106,10 +109,66 @@ def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
+def open_tokenizer_json(file: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json: byte-level BPE, or what a SentencePiece model of kind BPE became.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TokenizerError: naming the file, and what it does with a text that neither of the two does.
+    """
+    try:
+        description = read_json(file, {"type": "object", "required": ["model"]})
+        if not description["model"].get("byte_fallback"):
+            return Tokenizer(file)
+        content = _back_to_sentencepiece(description, roles_beside(file.parent))
+    except (FileNotFoundError, TokenizerError):
+        raise
+    except Exception as error:  # fields of any type
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise TokenizerError(f"{display_path(file)} cannot be used: {reason}") from None
+    return Tokenizer(file, content)
+
+
+def _back_to_sentencepiece(description: Mapping[str, Any], special: Mapping[str, str | int]) -> bytes:
+    """The SentencePiece model that a tokenizer.json with byte fallback was made from."""
+    normalizer, metaspace = description.get("normalizer") or {}, description.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    for step in (*steps, *([metaspace] if metaspace else [])):
+        signs = {"Prepend": step.get("prepend"), "Replace": step.get("content"), "Metaspace": step.get("replacement")}
+        if signs.get(step["type"]) != "▁" or step.get("split"):
+            raise ValueError(f"its {step['type']} changes or cuts the text as no SentencePiece model does")
+    add_space = any(step["type"] == "Prepend" for step in steps)
+    add_space |= bool(metaspace) and metaspace.get("prepend_scheme", "always") != "never"
+
+    # pieces, and the rank of each as its score
+    added = {token["id"]: token for token in description.get("added_tokens") or []}
+    ids = dict(description["model"]["vocab"])
+    ids |= {token["content"]: id for id, token in added.items()}
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError("its ids leave some out, or are there twice")
+    merges = [(a.replace(" ", "▁"), b.replace(" ", "▁")) for a, b in merges_of(description)]
+    ranks = {a + b: -float(rank) for rank, (a, b) in reversed(list(enumerate(merges)))}
+    rows = []
+    for piece, id in sorted(ids.items(), key=lambda item: item[1]):
+        kind = BYTE if re.fullmatch("<0x[0-9A-F]{2}>", piece) else NORMAL
+        if id in added:
+            kind = CONTROL if added[id].get("special") else USER_DEFINED
+        elif kind == NORMAL:
+            piece = piece.replace(" ", "▁")
+        rows.append((piece, ranks.get(piece, -float(len(merges) + id)), kind))
+
+    by_role = {"unk": description["model"].get("unk_token"), **special}
+    found = {role: ids.get(wanted, -1) if isinstance(wanted, str) else wanted for role, wanted in by_role.items()}
+    proto = sentencepiece_model(rows, {role: id for role, id in found.items() if id is not None}, add_space)
+    if set(_merges(proto, [piece for piece, _, _ in rows])) != set(merges):
+        raise ValueError("its merges are not those of a SentencePiece model")
+    return proto.SerializeToString()
+
+
 def sentencepiece_model(
     pieces: Sequence[tuple[str, float, int]], special: Mapping[str, int], add_space: bool = False, squeeze: bool = False
-) -> bytes:
-    """A SentencePiece model of kind BPE, as the bytes of its file.
+) -> Any:
+    """SentencePiece's message of a model of kind BPE; `SerializeToString()` of it is the file's content.
 
     Args:
         pieces: text, score and type (see above) of each id; "▁" stands for a space.
@@ -131,4 +190,4 @@ def sentencepiece_model(
         setattr(trainer, f"{role}_id", id)
         if 0 <= id < len(pieces):
             setattr(trainer, f"{role}_piece", pieces[id][0])
-    return proto.SerializeToString()
+    return proto

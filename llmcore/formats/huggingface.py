@@ -126,13 +126,14 @@ def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: i
     a separate output matrix is opened untied, with a warning.
 
     Args:
-        folder: holds config.json and safetensors, in one file or in shards; tokenizer.model for a tokenizer.
+        folder: holds config.json and safetensors, in one file or in shards; for a tokenizer, tokenizer.model, or
+            tokenizer.json where that is not there or has more ids than the model.
         device: "auto", "cpu", "cuda" or "mps".
         max_seq_len: the longest window. None: the folder's `max_position_embeddings`.
 
     Returns:
-        The model with weights in the dtype of the file, and its tokenizer; that is None (with a warning) if it is not
-        a SentencePiece model. The step is 0.
+        The model with weights in the dtype of the file, and its tokenizer; that is None (with a warning) if it is
+        neither a SentencePiece model nor byte-level BPE. The step is 0.
 
     Raises:
         FormatError: for files that cannot be read, and for features that our model does not have, by name: other
@@ -354,7 +355,7 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
 
     Returns:
         The folder: config.json, generation_config.json, model.safetensors; tokenizer.json, tokenizer_config.json
-        and tokenizer.model where the checkpoint has a tokenizer.
+        and, for SentencePiece, tokenizer.model where the checkpoint has a tokenizer.
 
     Raises:
         CheckpointError: if there is no such checkpoint.

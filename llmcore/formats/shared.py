@@ -23,6 +23,7 @@ from llmcore.checkpoint import WEIGHT_TYPES, Checkpoint, CheckpointError, load_c
 from llmcore.config import ModelConfig
 from llmcore.device import pick_device
 from llmcore.files import display_path, pointer_hint, read_json
+from llmcore.formats.hf_tokenizer import open_tokenizer_json
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
@@ -184,11 +185,11 @@ def as_checkpoint(
 
 def folder_tokenizers(folder: Path) -> list[Callable[[], Tokenizer]]:
     """Ways to open the tokenizer of a folder; see `as_checkpoint`."""
-    files = [folder / "tokenizer.model", folder / "tokenizer.json"]
-    for file in files:
+    model, json = folder / "tokenizer.model", folder / "tokenizer.json"
+    for file in (model, json):
         if file.exists():
             check_file(file)
-    return [functools.partial(Tokenizer, file) for file in files]
+    return [functools.partial(Tokenizer, model), functools.partial(open_tokenizer_json, json)]
 
 
 def shortened(value: Any) -> str:
