@@ -64,8 +64,15 @@ _LARGEST = {
     "max_seq_len": 1 << 24,
     "norm_eps": 1.0,
     "rope_theta": 1e12,
+    "rope_scaling_factor": 1e6,
+    "rope_low_freq_factor": 1e6,
+    "rope_high_freq_factor": 1e6,
+    "rope_original_max_seq_len": 1 << 24,
 }
 LARGEST_ROPE = 1 << 28  # max_seq_len times head_dim
+# Fields of ModelConfig that came later. At their defaults they are not written, so that files stay what they were.
+_LATER = ["qk_norm", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor"]
+_LATER += ["rope_original_max_seq_len"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,12 @@ class ModelConfig(_JSONConfig):
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     max_seq_len: int = 1024  # longest window that the model sees, in tokens
     tie_embeddings: bool = False  # use the token embedding as the output matrix too
+    qk_norm: bool = False  # RMSNorm on the queries and keys of each head, as Qwen3 has
+    # Llama 3.1's scaling of the rotary frequencies for a longer context than the original one, see `rope_frequencies`
+    rope_scaling_factor: float = 1.0  # how much slower the slowest pairs turn; 1: no scaling
+    rope_low_freq_factor: float = 1.0  # turns in the original context below which a pair is slowed by the whole factor
+    rope_high_freq_factor: float = 4.0  # and above which it stays as it is
+    rope_original_max_seq_len: int = 8192  # the original context, in tokens
 
     def __post_init__(self) -> None:
         wrong = _check_types(self)
@@ -97,6 +110,13 @@ class ModelConfig(_JSONConfig):
                 wrong[name] = f"{name}={value} must be above 0{limit}"
         if "rope_theta" not in wrong and self.rope_theta < 1:
             wrong["rope_theta"] = f"rope_theta={self.rope_theta} must be 1 or more: frequencies must not grow"
+        if "rope_scaling_factor" not in wrong and self.rope_scaling_factor < 1:
+            wrong["rope_scaling_factor"] = (
+                f"rope_scaling_factor={self.rope_scaling_factor} must be 1 or more: it makes the context longer"
+            )
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        if not {"rope_low_freq_factor", "rope_high_freq_factor"} & set(wrong) and high < low + 0.01:
+            wrong["rope_high_freq_factor"] = f"rope_high_freq_factor={high} must be above rope_low_freq_factor={low}"
 
         # fields that follow from others
         if not {"dim", "n_heads", "n_kv_heads"} & set(wrong):
@@ -124,6 +144,11 @@ class ModelConfig(_JSONConfig):
         if wrong:
             raise ConfigError("ModelConfig: " + "; ".join(wrong.values()))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dictionary, ready for JSON; without those of `_LATER` that have their default value."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in _LATER}
+        return {name: value for name, value in super().to_dict().items() if value != defaults.get(name, ...)}
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, and those that follow from them.
 
@@ -146,7 +171,8 @@ class ModelConfig(_JSONConfig):
         """Exact number of trainable parameters; with embeddings=False without the embedding and output matrices."""
         assert self.head_dim and self.n_kv_heads and self.hidden_dim
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
-        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        norms = 2 * self.dim + (2 * self.head_dim if self.qk_norm else 0)
+        block = attention + 3 * self.dim * self.hidden_dim + norms
         tables = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return self.n_layers * block + self.dim + (tables if embeddings else 0)
 

@@ -22,12 +22,25 @@ from llmcore.device import chunk_rows, settle_cache_folder
 settle_cache_folder()  # before the first use of torch.compiler below imports the compiler
 
 
-def rope_table(head_dim: int, max_seq_len: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every (position, pair): two float32 tensors (max_seq_len, head_dim / 2).
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """By how much each pair turns from one position to the next: (head_dim / 2,) radians, float32.
 
-    Pair i turns by position * theta^(-2i / head_dim): Su et al., "RoFormer", arXiv:2104.09864, equation 15.
+    Pair i turns by theta^(-2i / head_dim): Su et al., "RoFormer", arXiv:2104.09864, equation 15. Llama 3.1 slows pairs
+    that turn less than `rope_low_freq_factor` times in the original context by a factor, keeps those that turn more
+    than `rope_high_freq_factor` times, and goes linearly from one to the other (`apply_scaling` in Meta's code).
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    assert config.head_dim
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    if config.rope_scaling_factor == 1:
+        return frequencies
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_max_seq_len * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
+
+
+def rope_table(frequencies: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every (position, pair): two float32 tensors (max_seq_len, head_dim / 2)."""
     angles = torch.outer(torch.arange(max_seq_len).float(), frequencies)
     return angles.cos(), angles.sin()
 
@@ -35,12 +48,8 @@ def rope_table(head_dim: int, max_seq_len: int, theta: float) -> tuple[Tensor, T
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the interleaved pairs (x0, x1), (x2, x3), … of each head, in float32: (x0 + i x1) (cos + i sin).
 
-    The compiler cannot fuse complex numbers, so it gets the same product in real ones. Uncompiled, that takes five
-    times as long.
-
-    Args:
-        x: (batch, time, heads, head_dim).
-        cos: (time, head_dim / 2), as is sin.
+    x is (batch, time, heads, head_dim); cos and sin are (time, head_dim / 2). The compiler cannot fuse complex numbers,
+    so it gets the same product in real ones. Uncompiled, that takes five times as long.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     cos, sin = cos[:, None, :].float(), sin[:, None, :].float()  # the same for every head
@@ -120,12 +129,7 @@ SAVED_OPERATIONS = [_aten.mm.default, *(getattr(_aten, f"_scaled_dot_product_{na
 class KVCache:
     """Keys and values of the tokens seen so far, in buffers allocated once.
 
-    Args:
-        config: of the model.
-        batch_size: rows.
-        device: of the model.
-        dtype: of keys and values.
-        max_seq_len: tokens to have room for. None: all that the model's context holds.
+    They have room for `max_seq_len` tokens in each of `batch_size` rows. None: for all that the model's context holds.
     """
 
     def __init__(
@@ -151,7 +155,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and optional grouped queries."""
+    """Causal self-attention with rotary positions, optional grouped queries and optional norms of queries and keys."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -162,13 +166,19 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:  # one for all heads
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(batch, time, dim) -> queries, keys (both rotated) and values, (batch, heads, time, head_dim)."""
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
         k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if self.qk_norm:  # in the dtype of its weights, as the other norms
+            q, k = self.q_norm(q.type_as(self.q_norm.weight)), self.k_norm(k.type_as(self.k_norm.weight))
+        q, k = apply_rope(q, cos, sin).type_as(v), apply_rope(k, cos, sin).type_as(v)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(
@@ -227,18 +237,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The language model: `model(tokens)` gives logits, `model(tokens, targets)` the mean loss.
 
-    Args:
-        config: the shape.
-
     Attributes:
         activation_checkpointing: "none"; "full", which keeps only each block's input for the backward pass and computes
             the block again (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174); or
             "selective", which also keeps the results that take long to compute (Korthikanti et al., "Reducing
             Activation Recomputation in Large Transformer Models", arXiv:2205.05198).
     """
-
-    rope_cos: Tensor
-    rope_sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -255,10 +259,8 @@ class Transformer(nn.Module):
 
     def reset_rope(self) -> None:
         """Compute the rotary table, which a model that was built on the meta device does not have yet."""
-        assert self.config.head_dim
-        cos, sin = rope_table(self.config.head_dim, self.config.max_seq_len, self.config.rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        cos, sin = rope_table(rope_frequencies(self.config), self.config.max_seq_len)
+        self.rope_cos, self.rope_sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
 
     def init_weights(self) -> None:
         """Normal(0, 0.02), and for the matrices that write to the residual stream (wo, w2) 1 / sqrt(2 n_layers) of it.

@@ -258,7 +258,8 @@ def check_tokenizer(tokenizer: Tokenizer | None, model: Transformer, train_data:
 
 def check_same_run(path: Path, saved: dict[str, Any], description: dict[str, Any]) -> None:
     """Raise CheckpointError, naming all that differs, if a checkpoint is not of the run that would resume from it."""
-    pairs = {f"model.{key}": (saved["model"].get(key), value) for key, value in description["model"].items()}
+    names = {**description["model"], **saved["model"]}
+    pairs = {f"model.{key}": (saved["model"].get(key), description["model"].get(key)) for key in names}
     pairs |= {key: (saved.get(key), description[key]) for key in ("tokenizer", "data")}
     pairs["optimizer"] = saved.get("train", {}).get("optimizer"), description["train"]["optimizer"]
     differing = [f"{name}: {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]

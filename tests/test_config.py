@@ -96,6 +96,15 @@ def test_json_round_trip(name: str) -> None:
         assert type(config).from_dict(json.loads(config.to_json())) == config
 
 
+def test_what_came_later_is_written_only_where_it_is_used() -> None:
+    """So the files of other models stay as they were, and older ones open."""
+    assert list(tiny_config().to_dict())[-2:] == ["max_seq_len", "tie_embeddings"]
+    relative = tiny_config(qk_norm=True, rope_scaling_factor=32)
+    written = json.loads(relative.to_json())
+    assert written == tiny_config().to_dict() | {"qk_norm": True, "rope_scaling_factor": 32.0}
+    assert ModelConfig.from_dict(written) == relative and relative.replace(qk_norm=False).to_dict() != written
+
+
 def test_derived_fields_follow_llama() -> None:
     config = ModelConfig(vocab_size=10, dim=96, n_layers=1, n_heads=4)
     assert (config.n_kv_heads, config.head_dim, config.hidden_dim) == (4, 24, 256)
@@ -114,6 +123,13 @@ def test_derived_fields_follow_llama() -> None:
         ({"rope_theta": 10**400}, "rope_theta=.* must be a finite number"),
         ({"rope_theta": 1e-300}, "rope_theta=1e-300 must be 1 or more"),
         ({"rope_theta": 0.99}, "rope_theta=0.99 must be 1 or more"),
+        ({"qk_norm": 1}, "qk_norm=1 must be of type bool"),
+        ({"rope_scaling_factor": 0.5}, "rope_scaling_factor=0.5 must be 1 or more"),
+        ({"rope_scaling_factor": None}, "rope_scaling_factor=None must be of type float"),
+        ({"rope_scaling_factor": 1e7}, "rope_scaling_factor=10000000.0 must be above 0 and at most 1,000,000"),
+        ({"rope_low_freq_factor": 4}, "rope_high_freq_factor=4.0 must be above rope_low_freq_factor=4.0"),
+        ({"rope_low_freq_factor": 5e-324, "rope_high_freq_factor": 1e-323}, "rope_high_freq_factor=1e-323 must be"),
+        ({"rope_original_max_seq_len": 0}, "rope_original_max_seq_len=0 must be above 0"),
     ],
 )
 def test_impossible_shape_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -188,6 +204,11 @@ def test_any_values_construct_or_raise_config_error(kind: type[ModelConfig | Tra
     n_kv_heads=st.none() | st.integers(1, 6),
     head_dim=st.none() | st.integers(1, 10),
     tie_embeddings=st.booleans(),
+    qk_norm=st.booleans(),
+    rope_scaling_factor=st.floats(0.5, 1e6),
+    rope_low_freq_factor=st.floats(0, 1e6),
+    rope_high_freq_factor=st.floats(0, 1e6),
+    rope_original_max_seq_len=st.integers(0, 1 << 24),
 )
 def test_every_accepted_shape_computes_and_counts_right(dim: int, n_heads: int, **shape: Any) -> None:
     try:

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import sentencepiece
@@ -32,16 +33,25 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from llmcore.corpus.train_tokenizer import train_tokenizer
-from llmcore.formats.gguf import to_gguf
+from llmcore.files import PROJECT_ROOT
+from llmcore.formats.gguf import from_gguf, to_gguf
 from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.formats.meta import from_meta
 from llmcore.formats.shared import FormatError
 from llmcore.generate import generate_ids
+from llmcore.measure.evaluate import evaluate
 from llmcore.tokenizer import Tokenizer
 
 from .helpers import examples, random_ids, tiny_model
@@ -55,6 +65,16 @@ MATRIX = [
 ]
 matrix = pytest.mark.parametrize(("shape", "dtype"), MATRIX)
 CONTEXT = 96
+
+# our close relatives: pairs of the rotary embedding are slowed by the whole factor, by part of it, and not at all
+SCALED: dict[str, Any] = {"rope_scaling_factor": 8.0, "rope_low_freq_factor": 0.5, "rope_original_max_seq_len": 32}
+RELATIVES: dict[str, dict[str, Any]] = {
+    "llama3": {"head_dim": 16, "n_kv_heads": 2, "rope_theta": 500.0, **SCALED},
+    "llama3-tied": {"tie_embeddings": True, "n_kv_heads": 1, **SCALED},
+    "qwen3": {"qk_norm": True, "head_dim": 14, "n_kv_heads": 2, "rope_theta": 500.0, "norm_eps": 1e-5},
+    "qwen3-tied": {"qk_norm": True, "tie_embeddings": True},
+    "qwen3-llama3": {"qk_norm": True, "head_dim": 12, "n_kv_heads": 1, **SCALED},
+}
 
 
 def made(tokenizer: Tokenizer | None, dtype: torch.dtype = torch.float32, **shape: Any) -> Checkpoint:
@@ -185,6 +205,24 @@ def test_other_head_sizes_and_rotary_bases_go_along(tmp_path: Path) -> None:
         assert_same_weights(ours, from_hf(folder, device="cpu"))
 
 
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_relatives_open_in_transformers_and_come_back(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer, **RELATIVES[kind])
+    assert ours.model.config.max_seq_len > 2 * SCALED["rope_original_max_seq_len"]
+    folder = to_hf(ours, tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    assert type(theirs) is (Qwen3ForCausalLM if "qwen3" in kind else LlamaForCausalLM)
+    ids = random_ids(2, 90, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.model(ids), rtol=0, atol=1e-5)
+    assert_same_weights(ours, from_hf(folder, device="cpu"))
+    if "llama3" in kind:  # as versions before 5 write it, and find it in the export
+        scaling = json.loads((folder / "config.json").read_text())["rope_scaling"]
+        del scaling["rope_theta"]
+        changed(folder, rope_parameters=None, rope_scaling=scaling)
+        assert from_hf(folder, device="cpu").model.config == ours.model.config
+
+
 def test_an_export_can_be_in_another_dtype(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ours = made(tokenizer)
     half = AutoModelForCausalLM.from_pretrained(to_hf(ours, tmp_path / "hf", torch.bfloat16))
@@ -261,6 +299,34 @@ def test_a_path_does_as_well_as_a_loaded_checkpoint(tokenizer: Tokenizer, tmp_pa
     assert_same_weights(ours, from_hf(to_hf(tmp_path / "run", tmp_path / "hf"), device="cpu"))
 
 
+MORE = PROJECT_ROOT / "tests" / "tools" / "more_processes.py"
+
+
+def test_the_script_for_more_processes_is_short_and_named_in_readme() -> None:
+    script, readme = MORE.read_text(encoding="utf-8"), (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(script.splitlines()) <= 40 and "llmcore" not in script
+    assert "torchrun --nproc_per_node 2 tests/tools/more_processes.py" in readme
+
+
+@pytest.mark.slow
+def test_an_export_learns_on_in_two_processes_and_comes_back(
+    sanguo: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    ours, held_out = made(tokenizer, max_seq_len=32), [sanguo / "100.txt"]
+    to_hf(ours, tmp_path / "hf")
+    shutil.copytree(sanguo, tmp_path / "texts", ignore=lambda _, names: [n for n in names if not n < "009"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(MORE)]
+    steps = [tmp_path / "hf", tmp_path / "texts", tmp_path / "more", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, *steps], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "60 steps of 2 processes" in done.stdout
+    back = from_hf(tmp_path / "more", device="cpu")
+    assert back.tokenizer is not None and back.tokenizer.fingerprint == tokenizer.fingerprint
+    before, after = (evaluate(one.model, tokenizer, held_out, progress=False).total for one in (ours, back))
+    assert after.bits_per_byte < before.bits_per_byte - 0.2
+
+
 def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None:
     to_hf(made(None), tmp_path / "hf")
     to_hf(made(None, n_layers=1), tmp_path / "hf")
@@ -286,16 +352,20 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def theirs_saved(folder: Path, shard: str = "5GB", **changes: Any) -> LlamaForCausalLM:
-    """A Llama that transformers itself has made and written."""
+def theirs_saved(folder: Path, shard: str = "5GB", qwen3: bool = False, **changes: Any) -> Any:
+    """A Llama or Qwen3 that transformers itself has made and written, no two weights of its norms the same."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.12, **changes}
-    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)) if qwen3 else LlamaForCausalLM(LlamaConfig(**shape))
+    for parameter in model.eval().parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=1, std=0.2)
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 
 
+THEIR_SCALING = {"factor": 8.0, "low_freq_factor": 0.3, "high_freq_factor": 2.0, "original_max_position_embeddings": 16}
 THEIRS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -304,6 +374,9 @@ THEIRS: dict[str, dict[str, Any]] = {
     "head-dim": {"head_dim": 14, "num_key_value_heads": 2},
     "rope-theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-5},
     "sharded": {"shard": "20KB"},
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **THEIR_SCALING}, "head_dim": 16},
+    "qwen3": {"qwen3": True, "head_dim": 14, "num_key_value_heads": 2, "rope_theta": 1e6},
+    "qwen3-tied": {"qwen3": True, "head_dim": 8, "num_key_value_heads": 4, "tie_word_embeddings": True},
 }
 
 
@@ -334,11 +407,18 @@ def test_an_older_config_is_understood(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "qwen3"}, "model_type='qwen3'"),
+        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe', and only 'llama' or 'qwen3' is supported"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types=\['sliding_attention'\]"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8}}, "rope_type='llama3'"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8}},
+            "type llama3 has no low_freq_factor, high_freq_fac",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", **THEIR_SCALING, "factor": 0.5}}, "rope_scaling_factor=0.5 must be"),
+        ({"rope_scaling": {"rope_type": "longrope", **THEIR_SCALING}}, "rope_type='longrope'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -460,6 +540,11 @@ def test_untied_without_an_output_matrix_is_refused(tmp_path: Path) -> None:
         ("rope_parameters", "default"),
         ("rope_parameters", ["default"]),
         ("rope_scaling", 8),
+        ("rope_scaling", {"rope_type": "llama3", **THEIR_SCALING, "factor": "8"}),
+        ("rope_scaling", {"rope_type": "llama3", **THEIR_SCALING, "low_freq_factor": math.nan}),
+        ("rope_scaling", {"rope_type": "llama3", **THEIR_SCALING, "original_max_position_embeddings": 10**12}),
+        ("layer_types", "full_attention"),
+        ("model_type", "qwen3"),
         ("tie_word_embeddings", "false"),
     ],
 )
@@ -617,6 +702,23 @@ def test_a_folder_as_meta_publishes_it_opens(
         torch.testing.assert_close(theirs(ids).logits, ours.model.float()(ids), rtol=0, atol=1e-5)
 
 
+def test_the_scaled_rope_of_metas_code_is_understood(tmp_path: Path) -> None:
+    ours = made(None, rope_theta=5e5, rope_scaling_factor=8.0, max_seq_len=9000)
+    meta_folder(ours, tmp_path, use_scaled_rope=True)
+    with pytest.warns(UserWarning, match=r"params\.json says use_scaled_rope.* taken to be 8.*Llama 3\.2"):
+        back = from_meta(tmp_path, device="cpu", max_seq_len=9000)
+    assert_same_weights(ours, back)
+    # apply_scaling of Meta's code: wavelengths above 8192 tokens, below 2048, and between the two
+    plain = 5e5 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    waves = 2 * math.pi / plain
+    between = (8192 / waves - 1) / (4 - 1)
+    slowed = torch.where(waves > 8192, plain / 8, (1 - between) * plain / 8 + between * plain)
+    expected = torch.where(waves < 2048, plain, slowed)
+    assert (expected < plain).sum() == 2
+    angles = torch.atan2(back.model.rope_sin[1], back.model.rope_cos[1])
+    torch.testing.assert_close(angles.double(), expected, rtol=1e-5, atol=0)
+
+
 class Explosive:
     """An object whose unpickling would make a file."""
 
@@ -632,7 +734,7 @@ def test_a_meta_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) ->
     with pytest.raises(FormatError, match=r"params\.json cannot be read"):
         from_meta(tmp_path)
     meta_folder(ours, tmp_path, use_scaled_rope=True, moe={"num_experts": 8})
-    with pytest.raises(FormatError, match=r"moe=\{'num_experts': 8\}; use_scaled_rope=True"):
+    with pytest.raises(FormatError, match=r"not supported: moe=\{'num_experts': 8\}"):
         from_meta(tmp_path)
     meta_folder(ours, tmp_path, n_layers=3)
     with pytest.raises(CheckpointError, match=r"missing layers\.2\.attention\.wq\.weight"):
@@ -902,9 +1004,9 @@ def test_a_tokenizer_with_llamas_own_ids_keeps_them_when_adapted(english: Path, 
 
 
 def test_what_llama2c_cannot_hold_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    for wrong in ({"head_dim": 14}, {"rope_theta": 500.0}):
-        with pytest.raises(FormatError, match="no room for head_dim="):
-            to_llama2c(made(None, **wrong), tmp_path / "model.bin")
+    for name, value in {"head_dim": 14, "rope_theta": 500.0, "qk_norm": True, "rope_scaling_factor": 8.0}.items():
+        with pytest.raises(FormatError, match=f"no room for {name}={value}"):
+            to_llama2c(made(None, **{name: value}), tmp_path / "model.bin")
     assert not list(tmp_path.iterdir())
 
 
@@ -977,9 +1079,69 @@ def test_other_head_sizes_run_in_llama_cpp_too(tokenizer: Tokenizer, tmp_path: P
     assert answer["tokens"] == greedy(ours, [300, 301], 64)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in RELATIVES if kind != "qwen3-llama3"])
+def test_relatives_run_in_llama_cpp_too(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer, **RELATIVES[kind])
+    theirs = LlamaCpp(to_gguf(ours, tmp_path / "model.gguf"))
+    prompt = random_ids(1, 40, vocab_size=tokenizer.vocab_size, seed=1)[0].tolist()
+    answer = theirs.ask("completion", prompt=prompt, n_predict=50, temperature=0, return_tokens=True, n_probs=10)
+    with torch.no_grad():
+        odds = ours.model(torch.tensor([prompt]))[0, -1].log_softmax(0)
+    for top in answer["completion_probabilities"][0]["top_logprobs"]:
+        assert abs(top["logprob"] - odds[top["id"]]) < 1e-4
+    assert answer["tokens"] == greedy(ours, prompt, 50)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"hidden_dim": 64}, {"tie_embeddings": True, "n_kv_heads": 2}, {"qk_norm": True, "head_dim": 16}]
+)
+def test_llama_cpp_computes_nearly_the_same_in_8_bits(
+    shape: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """It rounds activations to 8 bits too, which our model with the file's weights does not."""
+    ours = made(tokenizer, **shape)
+    file = to_gguf(ours, tmp_path / "model.gguf", "q8_0")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert {types[name] for name in ("token_embd.weight", "blk.1.attn_q.weight")} == {"Q8_0"}
+    assert types["blk.0.ffn_down.weight"] == ("Q8_0" if "hidden_dim" in shape else "F16")  # its rows have 64 or 48
+    for parameter in ours.model.parameters():
+        if parameter.dim() == 2:
+            kind = gguf.GGMLQuantizationType["F16" if parameter.shape[1] % 32 else "Q8_0"]
+            stored = gguf.quants.quantize(parameter.detach().numpy(), kind)
+            parameter.data = torch.from_numpy(gguf.quants.dequantize(stored, kind))
+
+    prompt = random_ids(1, 6, vocab_size=tokenizer.vocab_size, seed=1)[0].tolist()
+    question = {"prompt": prompt, "n_predict": 64, "temperature": 0, "return_tokens": True, "n_probs": 10}
+    answer = LlamaCpp(file).ask("completion", **question)
+    with torch.no_grad():
+        odds = ours.model(torch.tensor([prompt + answer["tokens"]]))[0, 5:-1].log_softmax(-1)
+    for top in answer["completion_probabilities"][0]["top_logprobs"]:
+        assert abs(top["logprob"] - odds[0, top["id"]]) < 5e-2
+    chosen = odds.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
+    assert (odds.amax(1) - chosen).max() < 5e-2  # greedy, but for ties within the rounding
+
+
+def test_relatives_come_back_from_gguf(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    llama3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 32.0}  # and its other three numbers
+    for name, shape in {"llama3": llama3, "qwen3": RELATIVES["qwen3"], "qwen3-tied": RELATIVES["qwen3-tied"]}.items():
+        ours = made(tokenizer, **shape)
+        assert_same_weights(ours, from_gguf(to_gguf(ours, tmp_path / f"{name}.gguf"), device="cpu"))
+
+
+@pytest.mark.parametrize("wrong", [{"rope_low_freq_factor": 0.5}, {"rope_original_max_seq_len": 4096}])
+def test_other_rope_factors_than_llama_3s_are_refused_by_name(wrong: dict[str, Any], tmp_path: Path) -> None:
+    llama3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 8.0}
+    file = to_gguf(made(None, **llama3, **wrong), tmp_path / "model.gguf")
+    with pytest.raises(FormatError, match=r"rope_freqs\.weight is not Llama 3\.1's scaling of a context of 8192"):
+        from_gguf(file)
+
+
 def test_what_a_gguf_file_cannot_hold_is_refused(english: Path, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"dtype=torch\.int8 must be torch\.float32 or torch\.float16"):
-        to_gguf(made(None), tmp_path / "model.gguf", torch.int8)
+    for wrong in (torch.int8, "q4_0"):
+        with pytest.raises(FormatError, match=rf'dtype={wrong} must be torch\.float32, torch\.float16 or "q8_0"'):
+            to_gguf(made(None), tmp_path / "model.gguf", wrong)
+    with pytest.raises(FormatError, match=r"no room for qk_norm with rope_scaling_factor=8\.0"):
+        to_gguf(made(None, **RELATIVES["qwen3-llama3"]), tmp_path / "model.gguf")
     files = sorted(english.glob("*.txt"))
     unigram = train_tokenizer(files, tmp_path / "one", 350, character_coverage=1.0, model_type="unigram")
     with pytest.raises(FormatError, match="llama.cpp cuts text as BPE does"):

@@ -21,7 +21,7 @@ from llmcore.files import PROJECT_ROOT
 from llmcore.measure import memory
 from llmcore.measure.memory import available_memory, block_activations, predict_memory
 from llmcore.measure.planner import RandomTokens
-from llmcore.model import Block, rope_table
+from llmcore.model import Block, rope_frequencies, rope_table
 from llmcore.runs import TrainingError
 from llmcore.train import Trainer
 
@@ -63,6 +63,8 @@ def tiny_model_of(model: ModelConfig) -> Any:
         ({"max_seq_len": 512}, {"batch_size": 1, "precision": "bf16", "activation_checkpointing": "selective"}),
         ({"max_seq_len": 512}, {"batch_size": 1, "precision": "bf16"}),
         ({"n_kv_heads": 2}, {"precision": "fp32"}),
+        *[({"qk_norm": True, "head_dim": 64}, {"precision": precision}) for precision in ("fp32", "bf16")],
+        ({"qk_norm": True, "n_kv_heads": 2}, {"precision": "bf16", "activation_checkpointing": "selective"}),
         ({"vocab_size": 70_000}, {"precision": "fp32"}),
         ({"vocab_size": 70_000}, {"precision": "bf16"}),
         ({"max_seq_len": 16, "tie_embeddings": True}, {"batch_size": 1, "optimizer": "muon", "precision": "fp32"}),
@@ -112,14 +114,16 @@ def test_the_larger_chunks_of_a_gpu_are_predicted_too(
     assert predicted["total"] - predicted["libraries"] == pytest.approx(allocated(model, train, tmp_path), rel=0.03)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("time", [96, 512])
-def test_a_block_keeps_what_is_counted(bf16: bool, time: int) -> None:
+def test_a_block_keeps_what_is_counted(bf16: bool, time: int, qk_norm: bool) -> None:
     """autograd says what it saves: each storage counts once; parameters, their casts and RoPE's table do not."""
-    block, kept = Block(SHAPE, 0), {}
+    shape = SHAPE.replace(qk_norm=qk_norm)
+    block, kept = Block(shape, 0), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     matrices = {shape for p in block.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
-    cos, sin = rope_table(SHAPE.head_dim or 0, time, 1e4)
+    cos, sin = rope_table(rope_frequencies(SHAPE), time)
     shared = {each.untyped_storage().data_ptr() for each in (cos, sin)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,7 +140,7 @@ def test_a_block_keeps_what_is_counted(bf16: bool, time: int) -> None:
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         y = block(x, cos, sin)
-    counted = 2 * time * block_activations(SHAPE, "none", time, 2 if bf16 else 4, fused=False)
+    counted = 2 * time * block_activations(shape, "none", time, 2 if bf16 else 4, fused=False)
     assert sum(place.nbytes() for place in kept.values()) == counted
     assert y.shape == x.shape
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import llmcore.model
-from llmcore.model import KVCache, Transformer, apply_rope, rope_table
+from llmcore.model import KVCache, Transformer, apply_rope, rope_frequencies, rope_table
 
-from .helpers import examples, random_ids, tiny_model
+from .helpers import examples, random_ids, tiny_config, tiny_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "heads": {},
@@ -25,12 +25,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {"n_kv_heads": 2},
     "grouped-tied": {"n_kv_heads": 1, "tie_embeddings": True},
     "wide-heads": {"head_dim": 14, "n_kv_heads": 2, "rope_theta": 500.0, "norm_eps": 1e-5},
+    "scaled-rope": {
+        "head_dim": 12,
+        "n_kv_heads": 2,
+        "rope_scaling_factor": 8.0,
+        "rope_low_freq_factor": 0.3,
+        "rope_high_freq_factor": 2.0,
+        "rope_original_max_seq_len": 16,
+    },
+    "qk-norm": {"head_dim": 14, "n_kv_heads": 2, "qk_norm": True, "norm_eps": 1e-3},
 }
 NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
@@ -39,10 +50,15 @@ NAMES = {
 }
 
 
-def hugging_face(model: Transformer) -> LlamaForCausalLM:
-    """The same weights in transformers' Llama, whose heads turn halves instead of interleaved pairs."""
+def hugging_face(model: Transformer) -> LlamaForCausalLM | Qwen3ForCausalLM:
+    """The same weights in transformers' Llama or Qwen3, whose heads turn halves instead of interleaved pairs."""
     c = model.config
-    config = LlamaConfig(
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.rope_scaling_factor != 1:
+        rope |= {"rope_type": "llama3", "factor": c.rope_scaling_factor, "low_freq_factor": c.rope_low_freq_factor}
+        rope["high_freq_factor"] = c.rope_high_freq_factor
+        rope["original_max_position_embeddings"] = c.rope_original_max_seq_len
+    config = (Qwen3Config if c.qk_norm else LlamaConfig)(
         vocab_size=c.vocab_size,
         hidden_size=c.dim,
         intermediate_size=c.hidden_dim,
@@ -52,7 +68,7 @@ def hugging_face(model: Transformer) -> LlamaForCausalLM:
         head_dim=c.head_dim,
         rms_norm_eps=c.norm_eps,
         max_position_embeddings=c.max_seq_len,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        rope_parameters=rope,
         tie_word_embeddings=c.tie_embeddings,
         attn_implementation="eager",
     )
@@ -62,12 +78,13 @@ def hugging_face(model: Transformer) -> LlamaForCausalLM:
         if name.startswith("layers."):
             _, layer, rest = name.split(".", 2)
             part = rest.removesuffix(".weight")
-            if part in ("attention.wq", "attention.wk"):
-                tensor = tensor.view(-1, c.head_dim // 2, 2, c.dim).transpose(1, 2).reshape(tensor.shape)
+            if part in ("attention.wq", "attention.wk", "attention.q_norm", "attention.k_norm"):
+                columns = tensor.numel() // len(tensor)
+                tensor = tensor.view(-1, c.head_dim // 2, 2, columns).transpose(1, 2).reshape(tensor.shape)
             weights[f"model.layers.{layer}.{NAMES[part]}.weight"] = tensor
         else:
             weights[outside.get(name, "lm_head.weight")] = tensor
-    theirs = LlamaForCausalLM(config)
+    theirs = Qwen3ForCausalLM(config) if c.qk_norm else LlamaForCausalLM(config)
     theirs.load_state_dict(weights)
     return theirs.eval()
 
@@ -234,8 +251,10 @@ def test_large_batches_never_hold_their_logits(operator: bool, monkeypatch: pyte
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("policy", ["selective", "full"])
-def test_activation_checkpointing_changes_no_bit(policy: str, bf16: bool) -> None:
-    model, tokens, targets = tiny_model(std=0.1, n_kv_heads=2), random_ids(2, 24), random_ids(2, 24, seed=1)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_activation_checkpointing_changes_no_bit(qk_norm: bool, policy: str, bf16: bool) -> None:
+    model = tiny_model(std=0.1, n_kv_heads=2, qk_norm=qk_norm)
+    tokens, targets = random_ids(2, 24), random_ids(2, 24, seed=1)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss, expected = loss_and_gradients(model, tokens, targets)
         model.activation_checkpointing = policy
@@ -248,7 +267,8 @@ def test_activation_checkpointing_changes_no_bit(policy: str, bf16: bool) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compiled_activation_checkpointing_changes_only_rounding(bf16: bool) -> None:
-    model, tokens, targets = tiny_model(std=0.1, n_layers=1), random_ids(2, 24), random_ids(2, 24, seed=1)
+    model = tiny_model(std=0.1, n_layers=1, qk_norm=bf16)
+    tokens, targets = random_ids(2, 24), random_ids(2, 24, seed=1)
     loss, expected = loss_and_gradients(model, tokens, targets)
     tolerance = 3e-2 if bf16 else 1e-5
     for model.activation_checkpointing in ("none", "selective", "full"):
@@ -293,14 +313,14 @@ def test_rope_turns_pairs_as_complex_numbers_do(head_dim: int) -> None:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     angles = torch.outer(torch.arange(300, dtype=torch.float64), 10_000.0**-exponents)
     expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
-    turned = apply_rope(x, *rope_table(head_dim, 300, 10_000.0))
+    turned = apply_rope(x, *rope_table(rope_frequencies(tiny_config(head_dim=head_dim)), 300))
     torch.testing.assert_close(turned.double(), expected, rtol=0, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=examples(30))
 @given(i=st.integers(0, 255), j=st.integers(0, 255), shift=st.integers(0, 256), seed=st.integers(0, 99))
 def test_rope_depends_on_the_distance_alone(i: int, j: int, shift: int, seed: int) -> None:
-    cos, sin = rope_table(16, 512, 10_000.0)
+    cos, sin = rope_table(rope_frequencies(tiny_config(head_dim=16)), 512)
     q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(seed))
 
     def product(a: int, b: int) -> Tensor:

@@ -130,7 +130,7 @@ def test_plateau_counts_validations_in_a_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("tie", [False, True])
 def test_every_parameter_is_optimized_once_and_matrices_alone_decay(optimizer: str, tie: bool) -> None:
-    model = tiny_model(tie_embeddings=tie)
+    model = tiny_model(tie_embeddings=tie, qk_norm=tie)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [group for o in build_optimizers(model, quick(optimizer=optimizer)) for group in o.param_groups]
     seen = [names[id(p)] for group in groups for p in group["params"]]

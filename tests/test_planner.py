@@ -51,7 +51,7 @@ def test_tokens_follow_a_context_of_the_runs_own() -> None:
     assert plan(tiny_config(), train, "cpu").tokens == 7 * 5 * 3 * 11
 
 
-@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 1, "tie_embeddings": True}, {"head_dim": 16}])
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 1, "tie_embeddings": True}, {"head_dim": 16}, {"qk_norm": True}])
 def test_flops_are_those_of_the_matrix_products(shape: dict[str, Any]) -> None:
     """torch counts what a forward and backward pass multiply; attention there is not halved by the causal mask."""
     model = tiny_model(**shape)

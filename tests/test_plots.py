@@ -22,7 +22,7 @@ from PIL import Image
 
 from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.evaluate import Evaluation, Score
-from llmcore.model import rope_table
+from llmcore.model import rope_frequencies, rope_table
 from llmcore.notebook import plots
 from llmcore.notebook.plots import style
 from llmcore.runs import read_metrics
@@ -303,7 +303,7 @@ def test_the_spread_of_scores_is_drawn_with_and_without_the_root() -> None:
 
 
 def test_pairs_are_arrows_that_turn_as_the_table_says() -> None:
-    cos, sin = rope_table(8, 20, 10.0)
+    cos, sin = rope_table(rope_frequencies(tiny_config(head_dim=8, rope_theta=10.0)), 20)
     figure = plots.rope(cos, sin, (0, 3), {"here": ([0, 1], [5.0, 4.0]), "there": ([0, 1], [5.0, 4.0])}, "turns")
     for axes, pair in zip(figure.axes[:2], (0, 3), strict=True):
         ends = [text.xy for text in axes.texts if hasattr(text, "xy")]

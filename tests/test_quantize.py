@@ -48,7 +48,8 @@ def test_the_copy_predicts_nearly_the_same_and_leaves_the_model_alone(tied: bool
 
 def test_generation_with_a_cache_agrees_with_the_whole_pass() -> None:
     torch.manual_seed(0)
-    small = int8_weights(Transformer(ModelConfig(vocab_size=100, dim=32, n_layers=2, n_heads=2, max_seq_len=40)))
+    shape = ModelConfig(vocab_size=100, dim=32, n_layers=2, n_heads=2, max_seq_len=40, qk_norm=True)
+    small = int8_weights(Transformer(shape))
     written = [ids[0] for ids in generate_ids(small, [[5, 6, 7]], 20, temperature=0)]
     with torch.inference_mode():
         logits = small(torch.tensor([[5, 6, 7, *written]]))[0]

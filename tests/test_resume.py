@@ -77,6 +77,16 @@ def test_resume_is_bit_exact(variant: str, at: int, tmp_path: Path) -> None:
     assert saved[0] == saved[1]
 
 
+@pytest.mark.parametrize("relative", [{"qk_norm": True}, {"rope_scaling_factor": 8.0}])
+def test_a_run_is_resumed_only_with_the_same_norms_and_rope(relative: dict[str, Any], tmp_path: Path) -> None:
+    for one, other in (({}, relative), (relative, {})):
+        folder = tmp_path / str(len(one))
+        trainer(folder, quick(max_steps=2), tiny_model(**one)).fit()
+        with pytest.raises(CheckpointError, match=f"belongs to another run: model.{next(iter(relative))}: "):
+            trainer(folder, quick(max_steps=4), tiny_model(**other), resume="latest")
+        assert trainer(folder, quick(max_steps=4), tiny_model(**one), resume="latest").fit().step == 4
+
+
 @settings(deadline=None, max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stops=st.lists(st.integers(1, 11), max_size=3, unique=True),

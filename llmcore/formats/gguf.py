@@ -1,10 +1,11 @@
 """GGUF files, those of llama.cpp and programs built on it: read and written.
 
-llama.cpp keeps the rows of wq and wk of a Llama as interleaved pairs, as we do.
+llama.cpp keeps the rows of wq and wk of a Llama as interleaved pairs, as we do, and those of a Qwen3 as halves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -29,6 +30,7 @@ from llmcore.formats.hf_tokenizer import (
     why_other_ids,
 )
 from llmcore.formats.shared import (
+    ROTATED,
     SIZE,
     AnyCheckpoint,
     FormatError,
@@ -37,10 +39,13 @@ from llmcore.formats.shared import (
     check_shapes,
     open_checkpoint,
     shortened,
+    to_halves,
+    to_pairs,
     translate,
     warn_of_other_ids,
     weights_of,
 )
+from llmcore.model import rope_frequencies
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
 # our names of weights -> those of GGUF
@@ -52,13 +57,16 @@ GGUF_NAMES = {
     "attention.wk": "attn_k",
     "attention.wv": "attn_v",
     "attention.wo": "attn_output",
+    "attention.q_norm": "attn_q_norm",
+    "attention.k_norm": "attn_k_norm",
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
-ARCHITECTURES = {"llama": GGUF_NAMES}  # those that are read
+ARCHITECTURES = ("llama", "qwen3")  # without and with norms of queries and keys
+FACTORS = "rope_freqs.weight"  # the tensor with `rope_factors`
 FIELDS = {  # GGUF's field, after the name of the architecture -> that of ModelConfig
     "embedding_length": "dim",
     "feed_forward_length": "hidden_dim",
@@ -91,10 +99,11 @@ PRE_NAMES = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "s
 
 
 def from_gguf(file: str | os.PathLike[str], device: str = "auto", max_seq_len: int | None = None) -> Checkpoint:
-    """Open a GGUF file with a Llama as our model, with the tokenizer in it. Quantised weights are dequantised.
+    """Open a GGUF file with a Llama or Qwen3 as our model, with its tokenizer. Quantised weights are dequantised.
 
     Args:
-        file: of architecture "llama", and with a vocabulary of kind "gpt2" (byte-level BPE) or "llama" (SentencePiece).
+        file: of architecture "llama" or "qwen3", and with a vocabulary of kind "gpt2" (byte-level BPE) or "llama"
+            (SentencePiece).
         device: "auto", "cpu", "cuda" or "mps".
         max_seq_len: the longest window. None: the file's `context_length`.
 
@@ -104,24 +113,30 @@ def from_gguf(file: str | os.PathLike[str], device: str = "auto", max_seq_len: i
 
     Raises:
         FormatError: for a file that cannot be read, and for features that our model does not have, by name: other
-            architectures, biases, experts, scaled rotary embeddings.
+            architectures, biases, experts, scaled rotary embeddings other than Llama 3.1's.
         CheckpointError: for weights that are missing, unexpected, of another shape, or not finite.
     """
     file = resolve(file)
     fields, tensors = _read_gguf(file)
     config = _model_config(fields, set(tensors), file, max_seq_len)
+    if FACTORS in tensors:
+        config = _with_factors(config, _dequantized(tensors.pop(FACTORS), file), file)
 
     # names and shapes must fit before any weight is read
-    names, own = ARCHITECTURES[fields["general.architecture"]], {}
-    for name in names:
+    own = {}
+    for name in GGUF_NAMES:
         layers = range(config.n_layers) if "." in name or name.endswith("_norm") else [None]
         for layer in layers[: len(tensors)]:
             ours = f"{name}.weight" if layer is None else f"layers.{layer}.{name}.weight"
-            own[translate(ours, names, "blk.{}.")] = ours
+            own[translate(ours, GGUF_NAMES, "blk.{}.")] = ours
     tensors = {own.get(name, name): tensor for name, tensor in tensors.items()}
     check_shapes(config, {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}, file)
 
     weights = {name: _dequantized(tensor, file) for name, tensor in tensors.items()}
+    if config.qk_norm:
+        assert config.head_dim
+        halves = [name for name in weights if name.endswith(ROTATED)]
+        weights |= {name: to_pairs(weights[name], config.head_dim) for name in halves}
     return as_checkpoint(config, weights, file, file, device, [lambda: _open_tokenizer(fields, file)])
 
 
@@ -174,8 +189,9 @@ def _model_config(fields: dict[str, Any], tensors: set[str], file: Path, max_seq
         for name, value in own.items()
         if name not in (*FIELDS, *MORE_FIELDS) and value not in (0, "none")
     ]
+    known = {FACTORS} if architecture == "llama" else set()  # llama.cpp's Qwen3 does not read them
     unsupported += sorted(
-        name for name in tensors if name.endswith(".bias") or "_exp" in name or name.startswith("rope_")
+        name for name in tensors - known if name.endswith(".bias") or "_exp" in name or name.startswith("rope_")
     )
     if fields.get("split.count", 1) not in (0, 1):
         unsupported.append("weights in several files")
@@ -194,6 +210,7 @@ def _model_config(fields: dict[str, Any], tensors: set[str], file: Path, max_seq
         config = ModelConfig(
             vocab_size=own.get("vocab_size") or len(fields.get("tokenizer.ggml.tokens", [])) or 1,
             tie_embeddings="output.weight" not in tensors,
+            qk_norm=architecture == "qwen3",
             **{"norm_eps": 1e-5, "rope_theta": 10_000.0, **values},
         )
     except (ConfigError, TypeError, ValueError) as error:
@@ -204,6 +221,30 @@ def _model_config(fields: dict[str, Any], tensors: set[str], file: Path, max_seq
                 f"{display_path(file)}: {name}={own[name]}, and only head_dim={config.head_dim} is supported"
             )
     return config
+
+
+def _with_factors(config: ModelConfig, factors: Tensor, file: Path) -> ModelConfig:
+    """A configuration with Llama 3.1's scaling, from how many times slower each pair turns: (head_dim / 2,).
+
+    Raises:
+        FormatError: if they are others than Llama 3.1's with any factor and its other three numbers.
+    """
+    try:
+        config = dataclasses.replace(config, rope_scaling_factor=float(f"{factors.max():.6g}"))
+        if factors.shape == rope_factors(config).shape and torch.allclose(factors, rope_factors(config), rtol=1e-4):
+            return config
+    except (ConfigError, RuntimeError):  # no number, or no tensor of any length
+        pass
+    raise FormatError(
+        f"{display_path(file)} has what is not supported: {FACTORS} is not Llama 3.1's scaling of a context of "
+        f"{config.rope_original_max_seq_len} tokens (low_freq_factor={config.rope_low_freq_factor}, "
+        f"high_freq_factor={config.rope_high_freq_factor}) by any factor"
+    )
+
+
+def rope_factors(config: ModelConfig) -> Tensor:
+    """How many times slower each pair turns than without scaling: (head_dim / 2,) float32."""
+    return rope_frequencies(dataclasses.replace(config, rope_scaling_factor=1)) / rope_frequencies(config)
 
 
 def _dequantized(tensor: Any, file: Path) -> Tensor:
@@ -279,7 +320,7 @@ def _tokenizer_json(pieces: list[tuple[str, int]], merges: list[list[str]], pre:
 # Writing
 
 
-def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:
+def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torch.dtype | str = torch.float32) -> Path:
     """Write a GGUF file with the weights and the tokenizer, for llama.cpp and programs built on it.
 
     llama.cpp replaces spaces by U+2581 before it cuts a text, so a U+2581 in the text becomes a space there.
@@ -287,20 +328,33 @@ def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torc
     Args:
         checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
         file: such as model.gguf; replaced if it is there.
-        dtype: of the matrices, torch.float32 or torch.float16. The norms are always float32.
+        dtype: of the matrices: torch.float32, torch.float16, or "q8_0", 8-bit integers with a scale for each 32 of a
+            row (a matrix whose rows do not divide by 32 is float16 then). The norms are always float32.
 
     Raises:
         CheckpointError: if there is no such checkpoint.
-        FormatError: for another dtype, or a tokenizer that is not BPE, or with a pre-tokenizer that llama.cpp does not
-            know. A tokenizer that llama.cpp follows only in part is written with a warning.
+        FormatError: for another dtype, for a tokenizer that is not BPE or has a pre-tokenizer that llama.cpp does not
+            know, and for `qk_norm` together with a scaled rotary embedding. A tokenizer that llama.cpp follows only in
+            part is written with a warning.
     """
     import gguf
 
-    file_types = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.float16: gguf.LlamaFileType.MOSTLY_F16}
-    if dtype not in file_types:
-        raise FormatError(f"dtype={dtype} must be torch.float32 or torch.float16 in a GGUF file")
+    types, files = gguf.GGMLQuantizationType, gguf.LlamaFileType
+    kinds: dict[torch.dtype | str, tuple[Any, Any]] = {  # of the matrices, and of the file
+        torch.float32: (types.F32, files.ALL_F32),
+        torch.float16: (types.F16, files.MOSTLY_F16),
+        "q8_0": (types.Q8_0, files.MOSTLY_Q8_0),
+    }
+    if dtype not in kinds:
+        raise FormatError(f'dtype={dtype} must be torch.float32, torch.float16 or "q8_0" in a GGUF file')
     checkpoint, file = open_checkpoint(checkpoint), resolve(file)
     config, tokenizer = checkpoint.model.config, checkpoint.tokenizer
+    assert config.head_dim
+    if config.qk_norm and config.rope_scaling_factor != 1:
+        raise FormatError(
+            f"llama.cpp has no room for qk_norm with rope_scaling_factor={config.rope_scaling_factor}: "
+            "its Qwen3 has no scaled rotary embedding"
+        )
     if tokenizer is not None and tokenizer.byte_level:
         if tokenizer.byte_level.pre_name is None:
             raise FormatError("llama.cpp has no name for the tokenizer's pre-tokenizer, so it would cut text otherwise")
@@ -311,14 +365,21 @@ def to_gguf(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], dtype: torc
 
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary:
-        writer = gguf.GGUFWriter(temporary, "llama")
+        writer = gguf.GGUFWriter(temporary, "qwen3" if config.qk_norm else "llama")
         writer.add_name(os.fsencode(checkpoint.path.parent.name).decode("utf-8", "replace"))
-        writer.add_file_type(file_types[dtype])
+        writer.add_file_type(kinds[dtype][1])
         _add_config(writer, config)
         _add_tokenizer(writer, tokenizer, config.vocab_size)
         for name, tensor in weights_of(checkpoint).items():
-            tensor = tensor.to(dtype if tensor.dim() == 2 else torch.float32)  # vectors are the norms' weights
-            writer.add_tensor(translate(name, GGUF_NAMES, "blk.{}."), tensor.numpy())
+            if config.qk_norm and name.endswith(ROTATED):
+                tensor = to_halves(tensor, config.head_dim)
+            kind = kinds[dtype][0] if tensor.dim() == 2 else types.F32  # vectors are the norms' weights
+            if kind == types.Q8_0 and tensor.shape[1] % 32:
+                kind = types.F16
+            stored = gguf.quants.quantize(tensor.float().numpy(), kind)
+            writer.add_tensor(translate(name, GGUF_NAMES, "blk.{}."), stored, raw_dtype=kind)
+        if config.rope_scaling_factor != 1:
+            writer.add_tensor(FACTORS, rope_factors(config).numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -1,4 +1,4 @@
-"""Hugging Face's Llama folder: written for transformers, vLLM and torchtitan, and read back."""
+"""Hugging Face's folder with a Llama or a Qwen3: written for transformers, vLLM and torchtitan, and read back."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from llmcore.formats.hf_tokenizer import write_hf_tokenizer
 from llmcore.formats.shared import (
     MAYBE_SIZE,
     NUMBER,
+    ROTATED,
     AnyCheckpoint,
     FormatError,
     as_checkpoint,
@@ -38,6 +39,7 @@ from llmcore.formats.shared import (
     translate,
     weights_of,
 )
+from llmcore.model import rope_frequencies
 
 HF_FILES = {
     "config.json",
@@ -59,6 +61,8 @@ HF_NAMES = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
@@ -68,10 +72,28 @@ HF_NAMES = {
 OUR_NAMES = {theirs: ours for ours, theirs in HF_NAMES.items()}
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
+# our names of Llama 3.1's rotary scaling -> theirs in `rope_parameters`
+ROPE_NAMES = {
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_max_seq_len": "original_max_position_embeddings",
+}
+# what the classes of transformers assume where config.json says nothing
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen3": {"max_position_embeddings": 32_768, "head_dim": 128, "num_key_value_heads": 32},
+}
+
 # what their config.json must look like
 ROPE_SCHEMA = {
     "type": ["object", "null"],
-    "properties": {"rope_type": {"type": "string"}, "type": {"type": "string"}, "rope_theta": NUMBER},
+    "properties": {
+        "rope_type": {"type": "string"},
+        "type": {"type": "string"},
+        "rope_theta": NUMBER,
+        **dict.fromkeys(ROPE_NAMES.values(), NUMBER),
+    },
 }
 HF_SCHEMA = {
     "type": "object",
@@ -89,6 +111,7 @@ HF_SCHEMA = {
         "tie_word_embeddings": {"type": "boolean"},
         "rope_parameters": ROPE_SCHEMA,
         "rope_scaling": ROPE_SCHEMA,
+        "layer_types": {"type": ["array", "null"], "maxItems": 1 << 16, "items": {"type": "string"}},
     },
 }
 
@@ -97,7 +120,7 @@ HF_SCHEMA = {
 
 
 def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: int | None = None) -> Checkpoint:
-    """Open a Hugging Face folder with a Llama as our model.
+    """Open a Hugging Face folder with a Llama or a Qwen3 as our model.
 
     If config.json and the weights disagree about tied embeddings, the weights decide, as in transformers: a model with
     a separate output matrix is opened untied, with a warning.
@@ -143,7 +166,7 @@ def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: i
 
 
 def _model_config(content: dict[str, Any], folder: Path, max_seq_len: int | None) -> ModelConfig:
-    """Our configuration from the content of config.json. Defaults are those of transformers' LlamaConfig.
+    """Our configuration from the content of config.json. Defaults are those of transformers' configurations.
 
     Raises:
         FormatError: naming every field that our model does not support.
@@ -151,33 +174,48 @@ def _model_config(content: dict[str, Any], folder: Path, max_seq_len: int | None
     file = display_path(folder / "config.json")
 
     # features that our model does not have
-    rope = content.get("rope_parameters") or {}
-    scaling = content.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    supported = {  # field -> its value, and the only value that is supported
-        "model_type": (content.get("model_type"), "llama"),
-        "hidden_act": (content.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (content.get("attention_bias", False), False),
-        "mlp_bias": (content.get("mlp_bias", False), False),
-        "rope_type": (rope_type, "default"),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", content.get("partial_rotary_factor", 1)) or 1, 1),
-        "quantization_config": (content.get("quantization_config"), None),
+    ropes = [content.get(name) or {} for name in ("rope_scaling", "rope_parameters")]  # before version 5, and since
+    rope = ropes[0] or ropes[1]
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+
+    # field -> its value, and the values that are supported
+    other_layers = sorted({*(content.get("layer_types") or [])} - {"full_attention"})
+    supported: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "model_type": (content.get("model_type"), tuple(DEFAULTS)),
+        "hidden_act": (content.get("hidden_act", "silu"), ("silu",)),
+        "attention_bias": (content.get("attention_bias", False), (False,)),
+        "mlp_bias": (content.get("mlp_bias", False), (False,)),
+        "use_sliding_window": (content.get("use_sliding_window", False), (False,)),
+        "layer_types": (other_layers[:1] or ["full_attention"], (["full_attention"],)),
+        "rope_type": (rope_type, ("default", "llama3")),
+        "partial_rotary_factor": (
+            rope.get("partial_rotary_factor", content.get("partial_rotary_factor", 1)) or 1,
+            (1,),
+        ),
+        "quantization_config": (content.get("quantization_config"), (None,)),
     }
     unsupported = [
-        f"{name}={shortened(value)}, and only {only!r} is supported"
-        for name, (value, only) in supported.items()
-        if value != only
+        f"{name}={shortened(value)}, and only {' or '.join(map(repr, values))} is supported"
+        for name, (value, values) in supported.items()
+        if value not in values
     ]
     if unsupported:
         raise FormatError(f"{file} describes a model with unsupported features: " + "; ".join(unsupported))
 
     # sizes
+    content = DEFAULTS[content["model_type"]] | content
     sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     if missing := [name for name in sizes if name not in content]:
         raise FormatError(f"{file} cannot be used: it has no {', '.join(missing)}")
-    thetas = {theta for theta in (rope.get("rope_theta"), content.get("rope_theta")) if theta is not None}
+    thetas = {each["rope_theta"] for each in (*ropes, content) if each.get("rope_theta") is not None}
+    scaling: dict[str, Any] = {}
+    if rope_type == "llama3":
+        scaling = {ours: rope.get(theirs) for ours, theirs in ROPE_NAMES.items()}
+    if unset := [ROPE_NAMES[name] for name, value in scaling.items() if value is None]:
+        raise FormatError(f"{file} cannot be used: its rotary embedding of type llama3 has no {', '.join(unset)}")
     if len(thetas) > 1:
         raise FormatError(f"{file} cannot be used: it gives rope_theta twice, {' and '.join(map(str, thetas))}")
+
     try:
         return ModelConfig(
             vocab_size=content["vocab_size"],
@@ -189,8 +227,10 @@ def _model_config(content: dict[str, Any], folder: Path, max_seq_len: int | None
             head_dim=content.get("head_dim"),
             norm_eps=content.get("rms_norm_eps", 1e-6),
             rope_theta=thetas.pop() if thetas else 10_000.0,
-            max_seq_len=content.get("max_position_embeddings", 2048) if max_seq_len is None else max_seq_len,
+            max_seq_len=content["max_position_embeddings"] if max_seq_len is None else max_seq_len,
             tie_embeddings=content.get("tie_word_embeddings", False),
+            qk_norm=content["model_type"] == "qwen3",
+            **scaling,
         )
     except ConfigError as error:
         raise FormatError(f"{file} cannot be used: {error}") from None
@@ -286,7 +326,7 @@ def _read_weights(files: Iterable[Path], names: dict[str, str], config: ModelCon
                 _check_frequencies(name, tensor, config, file)
                 continue
             check_dtype(tensor, file)
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if names[name].endswith(ROTATED):
                 tensor = to_pairs(tensor, config.head_dim)
             weights[names[name]] = tensor
     return weights
@@ -294,8 +334,7 @@ def _read_weights(files: Iterable[Path], names: dict[str, str], config: ModelCon
 
 def _check_frequencies(name: str, tensor: Tensor, config: ModelConfig, source: Path) -> None:
     """Compare the rotary frequencies that older files hold, (head_dim / 2,), with those that our model computes."""
-    assert config.head_dim
-    ours = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    ours = rope_frequencies(config)
     if tensor.shape != ours.shape or not torch.allclose(tensor.float(), ours, rtol=0.02, atol=1e-6):
         raise FormatError(
             f"{display_path(source)} holds {name} for another model than config.json describes: "
@@ -327,7 +366,7 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
     assert config.head_dim
     weights = {}
     for name, tensor in weights_of(checkpoint).items():
-        if name.endswith(("attention.wq.weight", "attention.wk.weight")):
+        if name.endswith(ROTATED):
             tensor = to_halves(tensor, config.head_dim)
         weights[translate(name, HF_NAMES, "model.layers.{}.")] = tensor.to(dtype or tensor.dtype).contiguous()
 
@@ -348,9 +387,12 @@ def to_hf(checkpoint: AnyCheckpoint, folder: str | os.PathLike[str], dtype: torc
 
 def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json, but for the special ids."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling_factor != 1:
+        rope |= {"rope_type": "llama3", **{theirs: getattr(config, ours) for ours, theirs in ROPE_NAMES.items()}}
+    description = {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
@@ -362,10 +404,11 @@ def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta,  # transformers before version 5, vLLM, llama.cpp's converter
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # from version 5 on
+        "rope_parameters": rope,  # from version 5 on
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
         "dtype": dtype_name(dtype),
         "torch_dtype": dtype_name(dtype),  # before version 5
     }
+    return description | ({"rope_scaling": rope} if config.rope_scaling_factor != 1 else {})  # before version 5

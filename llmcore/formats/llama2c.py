@@ -15,7 +15,7 @@ from llmcore.config import ModelConfig
 from llmcore.files import replacing, resolve
 from llmcore.formats.hf_tokenizer import why_other_ids
 from llmcore.formats.shared import AnyCheckpoint, FormatError, open_checkpoint, warn_of_other_ids, weights_of
-from llmcore.model import rope_table
+from llmcore.model import rope_frequencies, rope_table
 from llmcore.tokenizer import Tokenizer
 
 EPS = 1e-5  # what RMSNorm adds in the C program
@@ -47,11 +47,10 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
     checkpoint, file = open_checkpoint(checkpoint), resolve(file)
     config, tokenizer, weights = checkpoint.model.config, checkpoint.tokenizer, weights_of(checkpoint)
     assert config.head_dim and config.hidden_dim and config.n_kv_heads
-    if config.dim != config.n_heads * config.head_dim or config.rope_theta != 10_000:
-        raise FormatError(
-            f"llama2.c has no room for head_dim={config.head_dim}, rope_theta={config.rope_theta:g}: "
-            f"it computes with dim / n_heads = {config.dim / config.n_heads:g} and 10000"
-        )
+    only = {"head_dim": config.dim / config.n_heads, "rope_theta": 10_000, "qk_norm": False, "rope_scaling_factor": 1}
+    for name, value in only.items():
+        if getattr(config, name) != value:
+            raise FormatError(f"llama2.c has no room for {name}={getattr(config, name)}: it computes with {value}")
     if tokenizer is not None and tokenizer.byte_level:
         raise FormatError("llama2.c has no room for byte-level BPE (tokenizer.json), only for SentencePiece's scores")
     if tokenizer is not None:
@@ -97,14 +96,13 @@ def _with_other_eps(weights: dict[str, Tensor], config: ModelConfig) -> dict[str
 
 def _tensors_in_order(weights: dict[str, Tensor], config: ModelConfig) -> Iterator[Tensor]:
     """The tensors of the file, one after the other: of each kind, those of all layers."""
-    assert config.head_dim
     yield weights["tok_embeddings.weight"]
     attention = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo")
     for part in (*attention, "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
         for layer in range(config.n_layers):
             yield weights[f"layers.{layer}.{part}.weight"]
     yield weights["norm.weight"]
-    yield from rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
+    yield from rope_table(rope_frequencies(config), config.max_seq_len)
     if not config.tie_embeddings:
         yield weights["output.weight"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -69,8 +70,6 @@ def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len:
     params = read_config_file(params_file, {"type": "object"})
     known = META_SCHEMA["properties"]
     unsupported = [f"{name}={shortened(value)}" for name, value in params.items() if name not in known]
-    if params.get("use_scaled_rope"):
-        unsupported.append("use_scaled_rope=True")
     if (folder / "consolidated.01.pth").exists():
         unsupported.append("weights in several pieces")
     if unsupported:
@@ -96,11 +95,18 @@ def from_meta(folder: str | os.PathLike[str], device: str = "auto", max_seq_len:
             rope_theta=params.get("rope_theta", 10_000.0),
             max_seq_len=max_seq_len,
             tie_embeddings="output.weight" not in weights,
+            rope_scaling_factor=8.0 if params.get("use_scaled_rope") else 1.0,  # the rest of it is our default
         )
     except ConfigError as error:
         raise FormatError(f"{display_path(params_file)} cannot be used: {error}") from None
 
     check_shapes(config, shapes, weights_file)
+    if params.get("use_scaled_rope"):
+        warnings.warn(
+            f"{display_path(params_file)} says use_scaled_rope, but not the factor. It is taken to be 8, as in Meta's "
+            "code and for Llama 3.1. Llama 3.2 of 1B and 3B has 32 in its Hugging Face folder: open that with from_hf",
+            stacklevel=2,
+        )
     if frequencies is not None and config.head_dim and len(frequencies) != config.head_dim // 2:
         raise FormatError(
             f"{display_path(weights_file)} holds rope.freqs for heads of {2 * len(frequencies)}, and params.json says "

@@ -1,8 +1,8 @@
 """What the formats of other programs share: names and layout of the weights, checks, and warnings.
 
 Our names and shapes are Meta's. The main difference is the rotary embedding. Meta, llama2.c and llama.cpp rotate
-neighbours (x0, x1), (x2, x3), … as we do. Hugging Face rotates halves (x0, x_d/2), (x1, x_d/2+1), …, so the rows of wq
-and wk are reordered on the way there and back.
+neighbours (x0, x1), (x2, x3), … as we do. Hugging Face rotates halves (x0, x_d/2), (x1, x_d/2+1), …, and so does
+llama.cpp with Qwen3. So the rows of wq and wk, and the weights of their norms, are reordered on the way there and back.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ def translate(name: str, names: dict[str, str], layer: str) -> str:
     return names[stem] + ".weight"
 
 
+ROTATED = tuple(f"attention.{name}.weight" for name in ("wq", "wk", "q_norm", "k_norm"))  # ends of their names
+
+
 def to_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of wq or wk, (heads * head_dim, dim), from interleaved pairs to halves: first all x, then all y."""
+    """A `ROTATED` weight, (heads * head_dim, …), from interleaved pairs to halves: first all x, then all y."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 

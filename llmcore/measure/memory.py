@@ -44,9 +44,12 @@ def block_activations(model: ModelConfig, policy: str, context: int, size: int, 
         attention = size * queries + (4 + 2) * context * model.n_heads  # the pattern, in float32 and in bf16
 
     norm = 4 * dim + 4 + (0 if fused else 4 * dim)  # the stream in float32, 1 / rms, the normalised stream
+    head_norms = 0  # of queries and keys, as `norm`
+    if model.qk_norm:
+        head_norms = (1 if fused else 2) * 4 * (queries + keys) + 4 * (model.n_heads + model.n_kv_heads)
     inputs = 4 * 2 * dim if size == 4 else 2 * (3 + 2) * dim  # of wq, wk, wv, w1 and w3; autocast makes a copy for each
     feed_forward = size * 4 * hidden  # gate, silu(gate), up and their product
-    return 2 * norm + inputs + size * (queries + 2 * keys) + attention + feed_forward
+    return 2 * norm + head_norms + inputs + size * (queries + 2 * keys) + attention + feed_forward
 
 
 def has_attention_kernel(model: ModelConfig, context: int, size: int, fused: bool) -> bool:
@@ -75,7 +78,8 @@ def predict_memory(model: ModelConfig, train: TrainConfig, device: str = "cpu") 
     precision = pick_precision(train.precision, torch.device(device))
     size = 4 if precision == "fp32" else 2
     n_params, table = model.n_params(), model.vocab_size * model.dim
-    matrices = model.n_params(embeddings=False) - (2 * model.n_layers + 1) * model.dim  # of all blocks together
+    norms = model.n_layers * (2 * model.dim + 2 * model.head_dim * model.qk_norm) + model.dim
+    matrices = model.n_params(embeddings=False) - norms  # of all blocks together
     casts = 0 if size == 4 else 2 * matrices  # autocast's copies of them
 
     # what the forward pass keeps, and what the backward pass computes again
