@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -35,7 +37,7 @@ from llmcore.notebook.explorers import TokenExplorer
 from llmcore.notebook.safe_html import piece_text
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
-from .helpers import examples
+from .helpers import ROOT, examples
 from .test_export import LlamaCpp, made
 from .test_tokenizer import STRANGE, stream_of
 from .test_untrusted import edit_json
@@ -157,8 +159,8 @@ def test_special_ids_come_from_the_files_beside_it_and_go_along(
         Tokenizer(by_id)
     (tmp_path / "b" / "config.json").write_text(json.dumps({"eos_token_id": [1, 0], "bos_token_id": None}))
     assert Tokenizer(by_id).eos_id == 1 and Tokenizer(by_id).bos_id == -1
-    of_the_model = Tokenizer(written(tmp_path / "c", descriptions["gpt-2"], {"eos_token": "!"}))
-    assert of_the_model.eos_id == of_the_model.byte_level.description["model"]["vocab"]["!"]  # type: ignore[union-attr]
+    with pytest.raises(TokenizerError, match="special token '!' can come from plain text"):
+        Tokenizer(written(tmp_path / "c", descriptions["gpt-2"], {"eos_token": "!"}))
 
 
 def test_half_a_character_is_shown_and_streamed_as_such(opened: dict[str, tuple[Tokenizer, Any]]) -> None:
@@ -509,3 +511,16 @@ def test_the_tokenizer_that_fits_the_model_is_taken(
     for other in (tokenizer.model_bytes, b"IQ== 0\nIg== 1\n"):  # 4,000 ids do not; nor does Llama 3's own kind of file
         (tmp_path / "tokenizer.model").write_bytes(other)
         assert from_hf(tmp_path, device="cpu").tokenizer.fingerprint == ours.fingerprint  # type: ignore[union-attr]
+
+
+def test_a_gguf_file_keeps_the_space_that_llama_2_puts_in_front(llama2: Tokenizer, tmp_path: Path) -> None:
+    back = from_gguf(to_gguf(made(llama2), tmp_path / "model.gguf"), device="cpu").tokenizer
+    assert back is not None and back.vocab_size == 420 and (back.unk_id, back.bos_id, back.eos_id) == (0, 1, 2)
+    for text in ["The old captain", " rain  and \n tea", "écolé 曹操", "▁a"]:
+        assert back.encode(text) == llama2.encode(text)
+
+
+def test_its_library_is_loaded_only_where_it_is_needed() -> None:
+    code = "import sys, llmcore.checkpoint, llmcore.generate; print('tokenizers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"

@@ -62,14 +62,11 @@ def rewritten(
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            value = fields.pop(name, field.contents())
-            if value is not None:
-                kind = field.types[0] if isinstance(value, type(field.contents())) else None
-                writer.add_key_value(
-                    name, value, kind or gguf.GGUFValueType.get_type(value), sub_type if kind else None
-                )
+            if name not in fields:
+                writer.add_key_value(name, field.contents(), field.types[0], sub_type)
     for name, value in fields.items():
-        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+        if value is not None:
+            writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     for tensor in reader.tensors:
         change = tensors.pop(tensor.name, tensor.tensor_type)
         if isinstance(change, GGMLQuantizationType):
@@ -93,7 +90,7 @@ def test_quantised_weights_are_dequantised(kind: str, tmp_path: Path) -> None:
     ours = made(None, dim=64, hidden_dim=96, n_kv_heads=2)
     file, own = to_gguf(ours, tmp_path / "model.gguf"), GGMLQuantizationType[kind]
     matrices = {name: tensor for name, tensor in ours.model.state_dict().items() if tensor.dim() == 2}
-    types = {translate(name, GGUF_NAMES, "blk.{}."): own for name in matrices if name != "output.weight"}
+    types = {translate(name, GGUF_NAMES, "blk.{}."): own for name in matrices}
     back = from_gguf(rewritten(file, tmp_path / "q.gguf", tensors=types), device="cpu").model.state_dict()
     for name, tensor in ours.model.state_dict().items():
         expected = tensor.numpy()
@@ -135,7 +132,8 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"llama.block_count": "2"}, {}, "block_count: '2' is not of type 'integer'"),
     ({"llama.block_count": 3}, {}, r"missing layers\.2\.attention\.wq\.weight"),
     ({"llama.block_count": 1}, {}, r"unexpected blk\.1\."),
-    ({"llama.block_count": 4_000_000_000}, {}, r"missing layers\.2\.attention\.wq\.weight"),
+    ({"llama.block_count": 500}, {}, r"missing layers\.2\.attention\.wq\.weight"),
+    ({"llama.block_count": 2_000_000_000}, {}, "n_layers=2000000000"),
     ({"llama.attention.head_count": 3}, {}, "n_heads|head"),
     (
         {"llama.attention.head_count_kv": 2},
@@ -150,7 +148,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"token_embd.weight": None}, r"missing tok_embeddings\.weight"),
     ({}, {"output_norm.weight": np.ones(33, dtype=np.float32)}, r"norm\.weight is \(33,\), the model's \(32,\)"),
     ({}, {"output_norm.weight": ONES * np.nan}, r"norm\.weight holds what is not finite"),
-    ({}, {"output_norm.weight": np.ones(32, dtype=np.int32)}, "output_norm.weight is I32, which cannot be dequantised"),
+    (
+        {},
+        {"output_norm.weight": np.ones(32, dtype=np.int32)},
+        "output_norm.weight' is I32, which cannot be dequantised",
+    ),
     ({}, {"extra.weight": ONES}, r"unexpected extra\.weight"),
 ]
 
@@ -241,8 +243,6 @@ VOCABULARIES: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer.ggml.scores": ["a"]}, "vocabulary cannot be used: TypeError"),
     ({"tokenizer.ggml.tokens": ["a", "a"]}, "not a SentencePiece model"),
     ({"tokenizer.ggml.tokens": 5}, "vocabulary cannot be used: TypeError"),
-    ({"tokenizer.ggml.eos_token_id": None}, "no piece that ends a text"),
-    ({"tokenizer.ggml.eos_token_id": 4_000_000_000}, "vocabulary cannot be used: ValueError|no piece that ends a text"),
 ]
 
 
@@ -316,10 +316,9 @@ def test_a_real_quantised_model_computes_nearly_what_llama_cpp_does(smollm2: Che
     answer = theirs.ask("completion", **question)
     with torch.no_grad():
         odds = smollm2.model(torch.tensor([prompt + answer["tokens"]]))[0, len(prompt) - 1 :].log_softmax(-1)
-    pairs = [(top["logprob"], odds[step, top["id"]].item())
-             for step, chosen in enumerate(answer["completion_probabilities"]) for top in chosen["top_logprobs"]]  # fmt: skip
-    assert len(pairs) == 640
-    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < 0.15
+    steps = enumerate(answer["completion_probabilities"])
+    off = [abs(top["logprob"] - odds[step, top["id"]].item()) for step, one in steps for top in one["top_logprobs"]]
+    assert len(off) == 640 and sum(off) / len(off) < 0.15
     assert max(odds[step].max().item() - odds[step, id].item() for step, id in enumerate(answer["tokens"])) < 0.5
 
 
