@@ -61,7 +61,7 @@ BYTE_SIGNS = _byte_signs()
 
 
 class ByteLevelBPE:
-    """What `Tokenizer` asks of SentencePiece's processor, for a `tokenizer.json`.
+    """What `Tokenizer` needs of a `tokenizer.json`.
 
     Args:
         content: of the file.
@@ -71,6 +71,8 @@ class ByteLevelBPE:
         content: as given, with the roles of the special tokens. A Unicode normalisation (NFC) is left out, with a
             warning, since a text would not come back as it was.
         description: the same, parsed.
+        pieces, bytes: of each id, as the file writes it and in a text; no bytes for a special one.
+        special: the id by role, or -1.
         pre_name: the pre-tokenizer's name in PRE_TOKENIZERS; None if it is not there.
         inner_pairs: see `Tokenizer.inner_pairs`.
 
@@ -110,12 +112,12 @@ class ByteLevelBPE:
         size = max(vocabulary.values(), default=-1) + 1
         if size > MOST_IDS or len(set(vocabulary.values())) < len(vocabulary):
             raise ValueError(f"its {len(vocabulary):,} pieces have ids up to {size:,}, some perhaps twice")
-        self._pieces = [f"<unused{id}>" for id in range(size)]
-        self._bytes = [b""] * size
+        self.pieces = [f"<unused{id}>" for id in range(size)]
+        self.bytes = [b""] * size
         for piece, id in vocabulary.items():
-            self._pieces[id] = piece
-            known = all(sign in BYTE_SIGNS for sign in piece)
-            self._bytes[id] = bytes(BYTE_SIGNS[sign] for sign in piece) if known else piece.encode()
+            self.pieces[id] = piece
+            in_signs = all(sign in BYTE_SIGNS for sign in piece)
+            self.bytes[id] = bytes(BYTE_SIGNS[sign] for sign in piece) if in_signs else piece.encode()
 
         # bytes that no piece stands for; a few control characters may be among them
         absent = {byte for sign, byte in BYTE_SIGNS.items() if sign not in vocabulary}
@@ -125,20 +127,21 @@ class ByteLevelBPE:
         self._unspelled = re.compile(f"[{''.join(map(_characters, sorted(absent)))}]" if absent else "(?!)")
 
         # added tokens
-        self._ids = dict.fromkeys(ROLES, -1)
+        self.special = dict.fromkeys(ROLES, -1)
         products = {"".join(pair) for pair in merges_of(self.description)}
         for token in self.description["added_tokens"]:
             piece, id = token["content"], token["id"]
             if vocabulary.get(piece) != id:
                 raise ValueError(f"its added token {piece!r} has the id {vocabulary.get(piece)}, not {id}")
-            if token.get("special") and piece in products:
+            spelled = self._encoder.encode(self.bytes[id].decode(errors="replace"), add_special_tokens=False).ids
+            if token.get("special") and (piece in products or id in spelled):
                 raise ValueError(f"its special token {piece!r} can come from plain text, which would be lost")
             if not token.get("special") and any(token.get(name) for name in ("lstrip", "rstrip", "single_word")):
                 raise ValueError(
                     f"its added token {piece!r} depends on the text around it (lstrip, rstrip, single_word)"
                 )
-            self._bytes[id] = b"" if token.get("special") else piece.encode()
-            self._ids.update(dict.fromkeys(set(token.get("roles", ())) & set(ROLES), id))
+            self.bytes[id] = b"" if token.get("special") else piece.encode()
+            self.special.update(dict.fromkeys(set(token.get("roles", ())) & set(ROLES), id))
 
     def _check_steps(self) -> list[dict[str, Any]]:
         """Refuse what changes the text, and return the steps of the pre-tokenizer."""
@@ -163,6 +166,7 @@ class ByteLevelBPE:
             self.description["normalizer"] = None
         steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
         steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+        steps[-1].setdefault("use_regex", True)
         for step in steps:
             keeps = {"Digits": True, "Split": step.get("behavior") != "Removed"}
             keeps["ByteLevel"] = step is steps[-1] and not step.get("add_prefix_space", True)
@@ -172,44 +176,8 @@ class ByteLevelBPE:
             raise ValueError("its pre-tokenizer does not end with ByteLevel, so it is not byte-level BPE")
         return steps
 
-    def vocab_size(self) -> int:
-        """Number of ids, with those of added tokens."""
-        return len(self._pieces)
-
-    def pad_id(self) -> int:
-        """The id of padding, or -1."""
-        return self._ids["pad"]
-
-    def unk_id(self) -> int:
-        """The id of what has no piece, or -1. `encode` never gives it."""
-        return self._ids["unk"]
-
-    def bos_id(self) -> int:
-        """The id that begins a text, or -1."""
-        return self._ids["bos"]
-
-    def eos_id(self) -> int:
-        """The id that ends a text, or -1."""
-        return self._ids["eos"]
-
-    def id_to_piece(self, id: int) -> str:
-        """The piece as the file writes it."""
-        return self._pieces[id]
-
-    def piece_bytes(self, id: int) -> bytes:
-        """The bytes of a piece; none of a special one."""
-        return self._bytes[id]
-
-    def is_byte(self, id: int) -> bool:
-        """Whether the bytes of the id hold part of a character."""
-        try:
-            self._bytes[id].decode()
-        except UnicodeDecodeError:
-            return True
-        return False
-
-    def encode(self, text: str, out_type: object = None) -> NDArray[np.int32]:
-        """The ids of a text, as an array whatever `out_type` is. Added tokens that are not special are found in it."""
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """The ids of a text. Added tokens are found in it, but for special ones."""
         if self._unspelled.search(text):
             warn_once(
                 f"unspelled {self._unspelled.pattern}",

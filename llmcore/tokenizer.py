@@ -22,7 +22,8 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from llmcore.byte_level import ByteLevelBPE
+from llmcore.byte_level import ROLES, ByteLevelBPE
+from llmcore.files import one_line
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 _SPACE = "▁"  # U+2581: SentencePiece's own sign for a space
@@ -55,7 +56,7 @@ class Tokenizer:
         pad_id, unk_id, bos_id, eos_id: the special ids; -1 for one that there is not.
         model_bytes: the content, with the special ids: `Tokenizer(file)` needs nothing else.
         fingerprint: SHA-256 of `model_bytes`, in hexadecimal.
-        byte_level: the processor of byte-level BPE; None for SentencePiece.
+        byte_level: what reads byte-level BPE; None for SentencePiece.
         file_name: what such a file is called in a checkpoint: tokenizer.model or tokenizer.json.
         has_space_piece: whether a piece holds a space; if none does, a space is the byte 0x20.
 
@@ -71,42 +72,46 @@ class Tokenizer:
                 f"tokenizer_model_file={str(path)!r} does not exist; train one with notebook 01_tokenize"
             )
         self.model_bytes = path.read_bytes() if model_bytes is None else model_bytes
-        self._processor: Any  # SentencePiece's, or one with the same methods
+        self.file_name = "tokenizer.model"
         self.byte_level: ByteLevelBPE | None = None
-        is_json = self.model_bytes.lstrip()[:1] == b"{"
-        self.file_name = "tokenizer.json" if is_json else "tokenizer.model"
-        try:
-            if is_json:
-                self._processor = self.byte_level = ByteLevelBPE(self.model_bytes, path.parent)
-                self.model_bytes = self.byte_level.content
-            else:
-                self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
-            self.vocab_size = int(self._processor.vocab_size())
-        except Exception as error:  # SentencePiece's parser raises errors of several types
-            fault = "cannot be used" if is_json else "is not a SentencePiece model"
-            raise TokenizerError(f"tokenizer_model_file={str(path)!r} {fault}: {error}") from None
-        if not self.vocab_size:
-            raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: no pieces")
-        self.pad_id, self.unk_id = self._processor.pad_id(), self._processor.unk_id()
-        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        if self.model_bytes.lstrip()[:1] == b"{":
+            self._open_byte_level(path)
+        else:
+            self._open_sentencepiece(path)
+        self.vocab_size, self.fingerprint = len(self._bytes), hashlib.sha256(self.model_bytes).hexdigest()
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id = (self._special[role] for role in ROLES)
         if self.eos_id < 0:
             raise TokenizerError(
                 f"tokenizer_model_file={str(path)!r} has no piece that ends a text (eos), and data sets and prompts "
-                f"need it; {'name one in tokenizer_config.json' if is_json else 'train one with notebook 01_tokenize'}"
+                "need it; train one with notebook 01_tokenize, or name one in the tokenizer_config.json beside it"
             )
-        self.fingerprint = hashlib.sha256(self.model_bytes).hexdigest()
-        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
+
+    def _open_sentencepiece(self, path: Path) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+            count = int(self._processor.vocab_size())
+        except Exception as error:  # SentencePiece's parser raises errors of several types
+            raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: {error}") from None
+        if not count:
+            raise TokenizerError(f"tokenizer_model_file={str(path)!r} is not a SentencePiece model: no pieces")
+        self._special = {role: getattr(self._processor, f"{role}_id")() for role in ROLES}
+        self._bytes = [self._piece_bytes(i) for i in range(count)]
         # SentencePiece writes a space as U+2581. A real U+2581 would come back as a space, so it goes in as its bytes.
         # So does a space that no piece holds: SentencePiece would spell the bytes of U+2581 instead.
         space = b"".join(self._bytes[id] for id in self._processor.encode(" "))
         self.has_space_piece = space != _SPACE.encode()
         self._spelled = re.compile(f"({_SPACE})" if self.has_space_piece else f"([{_SPACE} ])")
-        if self.byte_level:  # there a space is a byte like all others
-            self._spelled = re.compile("()(?!)")  # never
+
+    def _open_byte_level(self, path: Path) -> None:
+        try:
+            self.byte_level = ByteLevelBPE(self.model_bytes, path.parent)
+        except ValueError as error:
+            reason = one_line(error)[:500]
+            raise TokenizerError(f"tokenizer_model_file={str(path)!r} cannot be used: {reason}") from None
+        self.file_name, self.model_bytes = "tokenizer.json", self.byte_level.content
+        self._special, self._bytes, self.has_space_piece = self.byte_level.special, self.byte_level.bytes, True
 
     def _piece_bytes(self, id: int) -> bytes:
-        if self.byte_level:
-            return self.byte_level.piece_bytes(id)
         if self._processor.is_control(id) or self._processor.is_unknown(id):
             return b""
         piece = self._processor.id_to_piece(id)
@@ -120,7 +125,7 @@ class Tokenizer:
         Raises:
             ValueError: for half a surrogate pair, which no UTF-8 text can hold.
         """
-        before, after = [self.bos_id] if bos else [], [self.eos_id] if eos else []
+        before, after = [self.bos_id] if bos and self.bos_id >= 0 else [], [self.eos_id] if eos else []
         return [*before, *self.encode_array(text).tolist(), *after]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
@@ -132,6 +137,9 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> NDArray[np.int32]:
         """`encode` to an array, about a third faster. Other threads can run meanwhile."""
+        if self.byte_level:
+            with _surrogates_refused():
+                return self.byte_level.encode(text)
         first, *rest = self._spelled.split(text)  # text, sign, text, sign, …, text
         with _surrogates_refused():
             parts = [self._processor.encode(first, out_type=_IDS_AS)]
@@ -168,10 +176,12 @@ class Tokenizer:
 
     def id_to_piece(self, id: int) -> str:
         """The piece as the file writes it: "▁" for a space, "<0x0A>" for a byte; in byte-level BPE "Ġ" and "Ċ"."""
-        return self._processor.id_to_piece(id)
+        return self.byte_level.pieces[id] if self.byte_level else self._processor.id_to_piece(id)
 
     def is_byte(self, id: int) -> bool:
         """Whether the id stands for one raw byte; in byte-level BPE, for bytes that are no whole characters."""
+        if self.byte_level:
+            return self._bytes[id].decode(errors="replace").encode() != self._bytes[id]
         return self._processor.is_byte(id)
 
     def model_proto(self) -> Any:

@@ -35,9 +35,10 @@ from llmcore.notebook.explorers import TokenExplorer
 from llmcore.notebook.safe_html import piece_text
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
-from .helpers import edit_json, examples
+from .helpers import examples
 from .test_export import LlamaCpp, made
 from .test_tokenizer import STRANGE, stream_of
+from .test_untrusted import edit_json
 
 NASTY = " '’sStTrRveEmMlLdD.,!?-_\n\r\t\u3000\u00a0\u2028\x1c\x85曹操曰，。123½٣Ⅷéªe\u0301ſK🐉\u200d<|end|>▁\0"
 TEXTS = st.one_of(st.text(max_size=40), st.text(alphabet=NASTY, max_size=40))
@@ -156,8 +157,8 @@ def test_special_ids_come_from_the_files_beside_it_and_go_along(
         Tokenizer(by_id)
     (tmp_path / "b" / "config.json").write_text(json.dumps({"eos_token_id": [1, 0], "bos_token_id": None}))
     assert Tokenizer(by_id).eos_id == 1 and Tokenizer(by_id).bos_id == -1
-    of_the_model = Tokenizer(written(tmp_path / "c", descriptions["gpt-2"], {"eos_token": "!"}))
-    assert of_the_model.eos_id == of_the_model.byte_level.description["model"]["vocab"]["!"]  # type: ignore[union-attr]
+    with pytest.raises(TokenizerError, match="special token '!' can come from plain text"):
+        Tokenizer(written(tmp_path / "c", descriptions["gpt-2"], {"eos_token": "!"}))
 
 
 def test_half_a_character_is_shown_and_streamed_as_such(opened: dict[str, tuple[Tokenizer, Any]]) -> None:
@@ -355,7 +356,7 @@ def test_a_damaged_tokenizer_json_is_an_error_or_still_loses_nothing(
             key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
             inner = place[key]
             if not isinstance(inner, dict | list) or not inner or data.draw(st.booleans()):
-                place[key] = data.draw(odd)
+                place[key] = copy.deepcopy(data.draw(odd))
                 break
             place = inner
     file = tmp_path_factory.mktemp("damaged") / "tokenizer.json"

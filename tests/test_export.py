@@ -45,7 +45,7 @@ from transformers import (
 from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
-from llmcore.formats.gguf import from_gguf, to_gguf
+from llmcore.formats.gguf import to_gguf
 from llmcore.formats.huggingface import _hf_config, _model_config, from_hf, to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.formats.meta import from_meta
@@ -1162,21 +1162,6 @@ def test_llama_cpp_computes_nearly_the_same_in_8_bits(
         assert abs(top["logprob"] - odds[0, top["id"]]) < 5e-2
     chosen = odds.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
     assert (odds.amax(1) - chosen).max() < 5e-2  # greedy, but for ties within the rounding
-
-
-def test_relatives_come_back_from_gguf(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    llama3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 32.0}  # and its other three numbers
-    for name, shape in {"llama3": llama3, "qwen3": RELATIVES["qwen3"], "qwen3-tied": RELATIVES["qwen3-tied"]}.items():
-        ours = made(tokenizer, **shape)
-        assert_same_weights(ours, from_gguf(to_gguf(ours, tmp_path / f"{name}.gguf"), device="cpu"))
-
-
-@pytest.mark.parametrize("wrong", [{"rope_low_freq_factor": 0.5}, {"rope_original_max_seq_len": 4096}])
-def test_other_rope_factors_than_llama_3s_are_refused_by_name(wrong: dict[str, Any], tmp_path: Path) -> None:
-    llama3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 8.0}
-    file = to_gguf(made(None, **llama3, **wrong), tmp_path / "model.gguf")
-    with pytest.raises(FormatError, match=r"rope_freqs\.weight is not Llama 3\.1's scaling of a context of 8192"):
-        from_gguf(file)
 
 
 def test_what_a_gguf_file_cannot_hold_is_refused(english: Path, tmp_path: Path) -> None:
