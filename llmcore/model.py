@@ -1,7 +1,7 @@
 """A Llama-like decoder, small enough to read in one sitting.
 
-Pre-norm blocks (RMSNorm), rotary position embedding on interleaved pairs, SwiGLU, no biases, grouped-query
-attention and tied embeddings on request. Parameter names are Meta's, so its weights load without renaming.
+Pre-norm blocks (RMSNorm), rotary position embedding on interleaved pairs, SwiGLU, no biases; on request grouped-query
+attention, tied embeddings, norms of queries and keys. Parameter names are Meta's: its weights load without renaming.
 
 Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", arXiv:2302.13971.
 """

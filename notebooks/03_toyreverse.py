@@ -243,7 +243,8 @@ print(f"SwiGLU by hand: {int(((gated - librarys).abs() < 1e-6).sum())} of {len(g
 # %% [markdown]
 # ## The source
 # You know all the words now. This is the code that trains in every notebook, printed from `llmcore/model.py`. `cache`
-# and `mask` are for writing: notebook 5 uses them.
+# and `mask` are for writing: notebook 5 uses them. `qk_norm` is for pretrained models such as Qwen3, which have a
+# norm of queries and keys. Ours have none.
 
 # %%
 print(inspect.getsource(Attention.project))

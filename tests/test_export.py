@@ -45,8 +45,8 @@ from transformers import (
 from llmcore.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
-from llmcore.formats.gguf import from_gguf, to_gguf
-from llmcore.formats.huggingface import from_hf, to_hf
+from llmcore.formats.gguf import to_gguf
+from llmcore.formats.huggingface import _hf_config, _model_config, from_hf, to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.formats.meta import from_meta
 from llmcore.formats.shared import FormatError
@@ -434,6 +434,49 @@ def test_what_our_model_has_not_is_refused_by_name(changes: dict[str, Any], said
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(FormatError, match=said):
         from_hf(tmp_path)
+
+
+# config.json as published, of what our model needs, and the published number of parameters
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "TinyLlama-1.1B": (
+        {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+        | {"model_type": "llama", "rope_scaling": None, "tie_word_embeddings": False},
+        1_100_048_384,
+    ),
+    "SmolLM2-135M": (
+        {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        | {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
+        | {"model_type": "llama", "rope_scaling": None, "rope_interleaved": False, "rope_theta": 100000}
+        | {"tie_word_embeddings": True},
+        134_515_008,
+    ),
+    "Llama-3.2-1B": (
+        {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "head_dim": 64}
+        | {"model_type": "llama", "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+        | {"rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}}
+        | {"pretraining_tp": 1, "mlp_bias": False, "attention_bias": False},
+        1_235_814_400,
+    ),
+    "Qwen3-0.6B": (
+        {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 40960, "head_dim": 128}
+        | {"model_type": "qwen3", "rope_theta": 1000000, "rope_scaling": None, "max_window_layers": 28}
+        | {"sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": True, "attention_bias": False},
+        596_049_920,
+    ),
+}
+PUBLISHED["Llama-3.2-1B"][0]["rope_scaling"]["original_max_position_embeddings"] = 8192
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shapes_of_published_relatives_are_understood(name: str, tmp_path: Path) -> None:
+    content, parameters = PUBLISHED[name]
+    config = _model_config(content, tmp_path, None)
+    assert (config.n_params(), config.qk_norm) == (parameters, name.startswith("Qwen3"))
+    assert config.rope_scaling_factor == (32 if name.startswith("Llama") else 1)
+    assert _model_config(_hf_config(config, torch.bfloat16), tmp_path, None) == config
 
 
 def test_damaged_folders_are_refused_by_file(tmp_path: Path) -> None:
@@ -1119,21 +1162,6 @@ def test_llama_cpp_computes_nearly_the_same_in_8_bits(
         assert abs(top["logprob"] - odds[0, top["id"]]) < 5e-2
     chosen = odds.gather(1, torch.tensor(answer["tokens"])[:, None])[:, 0]
     assert (odds.amax(1) - chosen).max() < 5e-2  # greedy, but for ties within the rounding
-
-
-def test_relatives_come_back_from_gguf(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    llama3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 32.0}  # and its other three numbers
-    for name, shape in {"llama3": llama3, "qwen3": RELATIVES["qwen3"], "qwen3-tied": RELATIVES["qwen3-tied"]}.items():
-        ours = made(tokenizer, **shape)
-        assert_same_weights(ours, from_gguf(to_gguf(ours, tmp_path / f"{name}.gguf"), device="cpu"))
-
-
-@pytest.mark.parametrize("wrong", [{"rope_low_freq_factor": 0.5}, {"rope_original_max_seq_len": 4096}])
-def test_other_rope_factors_than_llama_3s_are_refused_by_name(wrong: dict[str, Any], tmp_path: Path) -> None:
-    llama3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 8.0}
-    file = to_gguf(made(None, **llama3, **wrong), tmp_path / "model.gguf")
-    with pytest.raises(FormatError, match=r"rope_freqs\.weight is not Llama 3\.1's scaling of a context of 8192"):
-        from_gguf(file)
 
 
 def test_what_a_gguf_file_cannot_hold_is_refused(english: Path, tmp_path: Path) -> None:

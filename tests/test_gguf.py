@@ -23,12 +23,12 @@ from llmcore.checkpoint import Checkpoint, CheckpointError
 from llmcore.corpus.sources import _download_package
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import replacing, temporary_folder
-from llmcore.formats.gguf import GGUF_NAMES, from_gguf, to_gguf
+from llmcore.formats.gguf import FACTORS, GGUF_NAMES, from_gguf, to_gguf
 from llmcore.formats.shared import FormatError, translate
 from llmcore.tokenizer import Tokenizer
 
 from .helpers import ROOT, examples
-from .test_export import CONTEXT, LlamaCpp, assert_same_weights, made, matrix
+from .test_export import CONTEXT, RELATIVES, LlamaCpp, assert_same_weights, made, matrix
 
 NO_TOKENIZER = pytest.mark.filterwarnings("ignore:.*no tokenizer that can be used")
 
@@ -102,6 +102,28 @@ def test_quantised_weights_are_dequantised(kind: str, tmp_path: Path) -> None:
     )
 
 
+LLAMA_3 = {"head_dim": 16, "rope_theta": 5e5, "rope_scaling_factor": 32.0}  # and its other three numbers
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen3", "qwen3-tied"])
+def test_relatives_come_back_bit_for_bit(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ours = made(tokenizer, **(LLAMA_3 if kind == "llama3" else RELATIVES[kind]))
+    assert_same_weights(ours, from_gguf(to_gguf(ours, tmp_path / "model.gguf"), device="cpu"))
+
+
+@pytest.mark.parametrize("wrong", [{"rope_low_freq_factor": 0.5}, {"rope_original_max_seq_len": 4096}])
+def test_other_rope_factors_than_llama_3s_are_refused_by_name(wrong: dict[str, Any], tmp_path: Path) -> None:
+    file = to_gguf(made(None, **LLAMA_3, **wrong), tmp_path / "model.gguf")
+    with pytest.raises(FormatError, match=r"rope_freqs\.weight is not Llama 3\.1's scaling of a context of 8192"):
+        from_gguf(file)
+
+
+def test_rope_factors_that_llama_cpps_qwen3_would_not_read_are_refused(tmp_path: Path) -> None:
+    file = to_gguf(made(None, qk_norm=True), tmp_path / "model.gguf")
+    with pytest.raises(FormatError, match=r"not supported: rope_freqs\.weight"):
+        from_gguf(rewritten(file, tmp_path / "wrong.gguf", {"general.architecture": "qwen3"}, {FACTORS: ONES[:4]}))
+
+
 # What cannot be read
 
 
@@ -122,6 +144,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"llama.expert_count": 8}, {}, r"not supported: expert_count=8"),
     ({"llama.attention.sliding_window": 512}, {}, r"attention\.sliding_window=512"),
     ({}, {"rope_freqs.weight": ONES}, r"not supported: rope_freqs\.weight"),
+    ({}, {"rope_freqs.weight": ONES[:4] * np.nan}, r"not supported: rope_freqs\.weight"),
+    ({}, {"rope_freqs.weight": ONES[:0]}, r"not supported: rope_freqs\.weight"),
+    ({}, {"blk.0.attn_q_norm.weight": ONES[:8]}, r"unexpected layers\.0\.attention\.q_norm\.weight"),
     ({}, {"blk.0.attn_q.bias": ONES, "blk.1.attn_q.bias": ONES}, r"blk\.0\.attn_q\.bias; blk\.1\.attn_q\.bias"),
     ({}, {"blk.0.ffn_gate_exps.weight": ONES}, r"not supported: blk\.0\.ffn_gate_exps\.weight"),
     ({"split.count": 3}, {}, "weights in several files"),
