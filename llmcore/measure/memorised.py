@@ -1,0 +1,262 @@
+"""What a model has learned by heart: the runs of a text that stand word for word in the training tokens.
+
+A run lies within one document: the end of a document, eos, matches nothing. Every run of `least` tokens or more is
+found, over any number of training tokens in constant memory:
+
+1. A sliding window over the training tokens, of `least` tokens, has a hash. Where the hash is none of the texts'
+   windows', no run begins. A hash is only a reason to look: what is found does not depend on it.
+2. Where one may begin, the training tokens are looked up among all endings of the texts, sorted (a suffix array: Manber
+   and Myers, SIAM J. Comput. 22 (1993)). The two neighbours there have the most tokens in common with them.
+3. Two sorted neighbours share their beginnings, so each hands its run on to the next, as far as they are the same.
+
+So a text of one token, or training text of one line a million times, takes no longer than any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from llmcore.dataset import TokenDataset
+
+LEAST = 8  # tokens of a run
+BLOCK = 1 << 20  # training tokens read at a time
+LOOKED_UP = 1 << 14  # places looked up at a time
+STRIDE = 16  # tokens compared at a time
+MULTIPLIER = 0x9E3779B1  # of the windows' hash: odd, with bits all over
+PLACE_BITS = 40  # of a number that holds a run's length above, and its place below
+LAST_PLACE = (1 << PLACE_BITS) - 1
+LONGEST_TEXT = 1 << 22  # tokens of all texts together
+NO_TOKEN, TEXT_END = -2, -1  # after the last training token; after each text, and in place of eos
+Ints = NDArray[np.int64]
+
+
+class Run(NamedTuple):
+    """Tokens of a text that stand in the training tokens word for word.
+
+    Attributes:
+        start: in the text, the first token.
+        end: in the text, after the last token.
+        place: in the training tokens, where the same tokens begin; one of the places, if there are several.
+    """
+
+    start: int
+    end: int
+    place: int
+
+
+class Source(NamedTuple):
+    """Where a run stands in the data set: its document's name, and the tokens of the document before it."""
+
+    name: str
+    offset: int
+
+
+def recited(
+    texts: Sequence[Sequence[int]],
+    data: TokenDataset | ArrayLike,
+    least: int = LEAST,
+    *,
+    eos_id: int | None = None,
+) -> list[list[Run]]:
+    """The runs of each text that stand in the training tokens, each as long as it can be.
+
+    A text that was cut elsewhere than the training text may be cut into other tokens at its two ends. A run there is
+    found from the first token on that is the same.
+
+    Args:
+        texts: ids of each text.
+        data: a data set's split, whose tokens are checked as they are read; or ids, (tokens,).
+        least: tokens of the shortest run that counts, 1 or more.
+        eos_id: ends a document. No run holds it.
+
+    Returns:
+        For each text its runs in order. They may overlap, but none lies within another.
+
+    Raises:
+        ValueError: for `least` out of range, or texts of more than four million tokens.
+        DatasetError: if the data set is damaged.
+    """
+    if least < 1:
+        raise ValueError(f"least={least} must be 1 or more")
+    query = np.concatenate([np.empty(0, np.int64), *(np.array([*text, TEXT_END], np.int64) for text in texts)])
+    if len(query) > LONGEST_TEXT:
+        raise ValueError(f"the texts have {len(query):,} tokens, more than {LONGEST_TEXT:,}: look at fewer at a time")
+    if not len(query):
+        return [[] for _ in texts]
+    query[query == eos_id] = TEXT_END
+
+    # the longest run at each ending of the texts that a neighbour in the order has: its length, and its place
+    order, shared = sorted_endings(query)
+    found = np.zeros(len(order), np.int64)
+    tokens = data.tokens if isinstance(data, TokenDataset) else np.asarray(data)
+    for places in _candidates(query, data if isinstance(data, TokenDataset) else tokens, least):
+        rank, before, after = _look_up(query, order, tokens, places)
+        for neighbour, same in ((rank - 1, before), (rank, after)):
+            worth = same >= least
+            np.maximum.at(found, neighbour[worth], same[worth] << PLACE_BITS | (LAST_PLACE - places[worth]))
+    best = np.zeros_like(found)
+    best[order] = _handed_on(found.tolist(), shared.tolist())
+
+    # by text: a run that ends no later than the one that began before it lies within that one
+    runs, first = [], 0
+    for text in texts:
+        here = best[first : first + len(text)]
+        starts = np.arange(len(text))
+        ends = starts + np.where(here >> PLACE_BITS >= least, here >> PLACE_BITS, 0)
+        new = (ends > starts) & (ends > np.concatenate([[0], ends[:-1]]))
+        columns = starts[new].tolist(), ends[new].tolist(), (LAST_PLACE - (here[new] & LAST_PLACE)).tolist()
+        runs.append([Run(*run) for run in zip(*columns, strict=True)])
+        first += len(text) + 1
+    return runs
+
+
+def window_hashes(tokens: NDArray[Any], size: int) -> NDArray[np.uint32]:
+    """A hash of each window of so many tokens, (tokens - size + 1,): a polynomial modulo 2^32.
+
+    Windows of twice the size are put together from two, as in taking a power by squaring.
+    """
+    single = tokens.astype(np.uint32) * np.uint32(MULTIPLIER)
+    hashes, length = single, 1
+    for bit in f"{size:b}"[1:]:
+        hashes = hashes[: max(0, len(hashes) - length)] * np.uint32(pow(MULTIPLIER, length, 1 << 32)) + hashes[length:]
+        length *= 2
+        if bit == "1":
+            hashes = hashes[:-1] * np.uint32(MULTIPLIER) + single[length:]
+            length += 1
+    return hashes
+
+
+def _candidates(query: Ints, data: TokenDataset | NDArray[Any], least: int) -> Iterator[Ints]:
+    """The places in the training tokens whose window has the hash of one of the texts', a few at a time."""
+    wanted = np.unique(window_hashes(query, least))
+    if not len(wanted):
+        return
+    shift = np.uint32(32 - min(24, max(12, 6 + len(wanted).bit_length())))
+    likely = np.zeros(1 << (32 - int(shift)), bool)  # by a hash's upper bits: rejects most windows in little time
+    likely[wanted >> shift] = True
+
+    length = len(data.tokens) if isinstance(data, TokenDataset) else len(data)
+    for start in range(0, length - least + 1, BLOCK):
+        end = min(length, start + BLOCK + least - 1)
+        block = data.read(start, end) if isinstance(data, TokenDataset) else data[start:end]
+        hashes = window_hashes(block, least)
+        places = np.flatnonzero(likely[hashes >> shift])
+        known = wanted[np.searchsorted(wanted, hashes[places]).clip(max=len(wanted) - 1)]
+        places = places[known == hashes[places]] + start
+        for first in range(0, len(places), LOOKED_UP):
+            yield places[first : first + LOOKED_UP]
+
+
+def sorted_endings(tokens: Ints) -> tuple[Ints, Ints]:
+    """Where each ending of the tokens begins, in sorted order, and how many tokens each shares with the next one.
+
+    By doubling: the rank of 2n tokens follows from the ranks of the two halves.
+
+    Returns:
+        (tokens,) and (tokens - 1,).
+    """
+    count, length = len(tokens), 1
+    ranks = [np.unique(tokens, return_inverse=True)[1].astype(np.int64)]
+    while int(ranks[-1].max()) < count - 1:
+        following = np.zeros(count, np.int64)  # 0: the tokens end before
+        following[: max(0, count - length)] = ranks[-1][length:] + 1
+        ranks.append(np.unique(ranks[-1] * (count + 1) + following, return_inverse=True)[1].astype(np.int64))
+        length *= 2
+    order = np.argsort(ranks[-1])
+
+    # windows of the same rank are the same: the longest first, then what is left
+    shared = np.zeros(count - 1, np.int64)
+    for rank in reversed(ranks[:-1]):
+        length //= 2
+        one, other = order[:-1] + shared, order[1:] + shared
+        inside = np.maximum(one, other) < count
+        shared += length * (inside & (rank[one.clip(max=count - 1)] == rank[other.clip(max=count - 1)]))
+    return order, shared
+
+
+def _look_up(query: Ints, order: Ints, tokens: NDArray[Any], places: Ints) -> tuple[Ints, Ints, Ints]:
+    """Where the training tokens from each place on would stand among the sorted endings of the texts.
+
+    Returns:
+        The rank of the next ending there, and how many tokens they share with the ending before it, and with it.
+    """
+    low, high = np.zeros(len(places), np.int64), np.full(len(places), len(order))
+    before, after = np.zeros_like(low), np.zeros_like(low)  # shared with the endings before `low`, and at `high`
+    while len(open_ := np.flatnonzero(low < high)):
+        middle = (low[open_] + high[open_]) // 2
+        starts, there = order[middle], places[open_]
+        same = _same(query, starts, tokens, there, np.minimum(before[open_], after[open_]))
+        is_less = query[starts + same] < _at(tokens, there + same)
+        below, above = open_[is_less], open_[~is_less]
+        low[below], before[below] = middle[is_less] + 1, same[is_less]
+        high[above], after[above] = middle[~is_less], same[~is_less]
+    return low, before, after
+
+
+def _same(query: Ints, starts: Ints, tokens: NDArray[Any], places: Ints, known: Ints) -> Ints:
+    """How many tokens are the same from each start in the texts and from each place; so many are known to be."""
+    same, open_, ahead = known.copy(), np.arange(len(starts)), np.arange(STRIDE)
+    while len(open_):
+        at = same[open_, None] + ahead
+        theirs = query[(starts[open_, None] + at).clip(max=len(query) - 1)]
+        equal = theirs == _at(tokens, places[open_, None] + at)
+        more = np.where(equal.all(1), STRIDE, equal.argmin(1))
+        same[open_] += more
+        open_ = open_[more == STRIDE]
+    return same
+
+
+def _at(tokens: NDArray[Any], places: Ints) -> Ints:
+    """The training tokens at some places, `NO_TOKEN` behind the last one."""
+    return np.where(places < len(tokens), tokens[places.clip(max=len(tokens) - 1)].astype(np.int64), NO_TOKEN)
+
+
+def _handed_on(found: list[int], shared: list[int]) -> list[int]:
+    """What was found at each ending or, if that is longer, at others, as far as they begin with the same tokens."""
+
+    def shorter(run: int, most: int) -> int:
+        return min(run >> PLACE_BITS, most) << PLACE_BITS | run & LAST_PLACE
+
+    for rank in range(1, len(found)):
+        found[rank] = max(found[rank], shorter(found[rank - 1], shared[rank - 1]))
+    for rank in range(len(found) - 1, 0, -1):
+        found[rank - 1] = max(found[rank - 1], shorter(found[rank], shared[rank - 1]))
+    return found
+
+
+def share(runs: Iterable[Sequence[Run]], lengths: Iterable[int], least: int = LEAST) -> float:
+    """The share of the texts' tokens that lie in runs of at least so many tokens; 0 without tokens.
+
+    Args:
+        runs: of each text, as from `recited` for as many tokens or fewer.
+        lengths: tokens of each text.
+        least: tokens of a run.
+    """
+    covered = 0
+    for each in runs:
+        reached = 0
+        for run in each:
+            if run.end - run.start >= least:
+                covered += run.end - max(run.start, reached)
+                reached = run.end
+    return covered / max(1, sum(lengths))
+
+
+def longest(runs: Iterable[Sequence[Run]]) -> tuple[int, Run] | None:
+    """The number of the text with the longest run, and the run; None if there is no run."""
+    every = [(number, run) for number, each in enumerate(runs) for run in each]
+    return max(every, key=lambda each: each[1].end - each[1].start, default=None)
+
+
+def source(data: TokenDataset, place: int) -> Source:
+    """The document that holds a place of the training tokens.
+
+    Raises:
+        DatasetError: if the manifest does not say the documents' names.
+    """
+    document = int(np.searchsorted(data.offsets, place, side="right")) - 1
+    return Source(data.names[document], place - int(data.offsets[document]))
