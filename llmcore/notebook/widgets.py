@@ -12,14 +12,14 @@ from llmcore.measure.compare_runs import summarize
 from llmcore.notebook.dashboard import TrainingDashboard, is_watched
 from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
 from llmcore.notebook.safe_html import ending, html_text, piece_text, table, visible
-from llmcore.notebook.writing import WritingPanel
+from llmcore.notebook.writing import WritingDesk
 
 __all__ = [
     "DataExplorer",
     "ReversalExplorer",
     "TokenExplorer",
     "TrainingDashboard",
-    "WritingPanel",
+    "WritingDesk",
     "ending",
     "is_watched",
     "piece_text",
