@@ -477,7 +477,7 @@ def desk(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., WritingDesk]:
 
     def make(prompt: str = "曹操", count: int = 30, **options: Any) -> WritingDesk:
         checkpoint = Checkpoint(
-            wide_model(tokenizer, seed), tokenizer, {}, 3, Path("runs/novel/step=000003_loss=2.000")
+            wide_model(tokenizer), tokenizer, {}, 3, Path("runs/novel/step=000003_loss=2.000")
         )
         return WritingDesk(checkpoint, prompt, count, folder=tmp_path / "stories", **options)
 
