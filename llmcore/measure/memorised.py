@@ -14,18 +14,24 @@ So a text of one token, or training text of one line a million times, takes no l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmcore.checkpoint import has_finite_weights
 from llmcore.dataset import TokenDataset
+from llmcore.generate import generate_ids
+from llmcore.measure.repetition import distinct
+from llmcore.model import Transformer
 
 LEAST = 8  # tokens of a run
 BLOCK = 1 << 20  # training tokens read at a time
 LOOKED_UP = 1 << 14  # places looked up at a time
 STRIDE = 16  # tokens compared at a time
+BATCH = 50  # texts written at once
 MULTIPLIER = 0x9E3779B1  # of the windows' hash: odd, with bits all over
 PLACE_BITS = 40  # of a number that holds a run's length above, and its place below
 LAST_PLACE = (1 << PLACE_BITS) - 1
@@ -260,3 +266,166 @@ def source(data: TokenDataset, place: int) -> Source:
     """
     document = int(np.searchsorted(data.offsets, place, side="right")) - 1
     return Source(data.names[document], place - int(data.offsets[document]))
+
+
+# What a model writes from memory
+
+
+class Recall(NamedTuple):
+    """How far a model continues passages word for word.
+
+    Attributes:
+        whole: the share of passages of which all tokens are continued.
+        tokens: the mean number of tokens before the first wrong one.
+        error: standard error of that mean.
+    """
+
+    whole: float
+    tokens: float
+    error: float
+
+
+def passages(data: TokenDataset, count: int, length: int) -> list[list[int]]:
+    """Passages of so many tokens, spread evenly over the split, none across the end of a document.
+
+    Where all documents are shorter, the passages are as long as the longest one. A short split has them overlap.
+    """
+    sizes = np.diff(data.offsets) - 1  # without eos
+    length = min(length, int(sizes.max(initial=0)))
+    rooms = np.maximum(0, sizes - length + 1) if length > 0 else np.zeros_like(sizes)  # where a passage may begin
+    ends = np.cumsum(rooms)
+    total = int(rooms.sum())
+    numbers = np.unique(np.linspace(0, total - 1, count).round().astype(int)) if total else np.empty(0, int)
+    documents = np.searchsorted(ends, numbers, side="right")
+    starts = data.offsets[documents] + numbers - (ends - rooms)[documents]
+    return [data.read(start, start + length).tolist() for start in starts.tolist()]
+
+
+def written(
+    model: Transformer, prompts: Sequence[Sequence[int]], count: int, vocab_size: int, **sampling: Any
+) -> list[list[int]]:
+    """So many tokens after each prompt, in batches: a text that ends itself goes on with the next one, as in training.
+
+    Raises:
+        ValueError: for a parameter of `Sampling` out of range.
+    """
+    model.eval()
+    texts: list[list[int]] = []
+    for first in range(0, len(prompts), BATCH):
+        steps = generate_ids(model, prompts[first : first + BATCH], count, vocab_size=vocab_size, **sampling)
+        texts += map(list, zip(*steps, strict=True))
+    return texts
+
+
+def forced_recall(
+    model: Transformer, data: TokenDataset, sizes: Sequence[int] = (8, 32, 128), count: int = 200, follow: int = 16
+) -> dict[int, Recall]:
+    """Whether a model goes on as the text does, by the number of tokens it is shown.
+
+    The same tokens of each passage are asked for, with more and more of the tokens before them, and the likeliest token
+    is always taken: Carlini et al., "Quantifying Memorization", arXiv:2202.07646, section 3. Held-out text shows how
+    far one gets by guessing.
+
+    Args:
+        model: the language model.
+        data: the split to take passages from, see `passages`.
+        sizes: tokens of the prompt. Those that do not fit into the context or the documents are left out.
+        count: passages.
+        follow: tokens to continue.
+
+    Returns:
+        A result for each size.
+    """
+    context = model.config.max_seq_len
+    sizes = sorted(size for size in sizes if size + follow <= context)
+    if not sizes:
+        return {}
+    texts = passages(data, count, sizes[-1] + follow)
+    results = {}
+    for size in sizes:
+        if not texts or size + follow > len(texts[0]):
+            break
+        prompts = [text[-follow - size : -follow] for text in texts]
+        answers = np.array(written(model, prompts, follow, data.vocab_size, temperature=0))
+        right = np.logical_and.accumulate(answers == [text[-follow:] for text in texts], axis=1).sum(1)
+        error = float(right.std(ddof=1)) / math.sqrt(len(right)) if len(right) > 1 else math.inf
+        results[size] = Recall(float((right == follow).mean()), float(right.mean()), error)
+    return results
+
+
+class Memory:
+    """A callback of the trainer that measures what a run knows by heart, ten times in the run and at its end.
+
+    It adds to the event:
+
+        recited         share of what the model writes after held-out prompts that stands in the training text in runs
+                        of `LEAST` tokens or more
+        recited_floor   the same of the held-out text that follows these prompts
+        distinct, distinct_floor    the share of different 4-grams of the same two
+        recall, recall_floor        tokens continued word for word of 16, on training text and held-out text
+        recall_error    standard error of the difference of these two
+
+    Args:
+        model: the one that is trained.
+        train, val: its data.
+        max_steps: of the run.
+        texts: how many the model writes, of up to 128 tokens each.
+        passages: how many of each split it continues.
+    """
+
+    def __init__(
+        self, model: Transformer, train: TokenDataset, val: TokenDataset, max_steps: int, texts: int = 16,
+        passages: int = 200,
+    ) -> None:  # fmt: skip
+        self.model, self.train, self.val = model, train, val
+        self.max_steps, self.texts, self.passages = max_steps, texts, passages
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Measure, if the event's step is one of a tenth of the run, or the last."""
+        due = event["step"] % max(1, self.max_steps // 10) == 0 or event["step"] == self.max_steps
+        if due and has_finite_weights(self.model):
+            event |= self.measure()
+
+    def measure(self) -> dict[str, float]:
+        """What is added to an event; nothing of what the data is too short for."""
+        found: dict[str, float] = {}
+        prompts, held_out = held_out_prompts(self.val, self.texts)
+        if prompts:
+            model_texts = written(
+                self.model, prompts, len(held_out[0]), self.val.vocab_size, temperature=0.8, top_p=0.95, seed=0
+            )
+            lengths = [len(text) for text in held_out]
+            eos_id = int(self.train.tokens[-1])
+            for ending, texts in (("", model_texts), ("_floor", held_out)):
+                found["recited" + ending] = share(recited(texts, self.train, eos_id=eos_id), lengths)
+                found["distinct" + ending] = distinct(texts, 4)
+        known, guessed = (forced_recall(self.model, data, [32], self.passages) for data in (self.train, self.val))
+        if known and guessed:
+            found |= {"recall": known[32].tokens, "recall_floor": guessed[32].tokens}
+            found["recall_error"] = math.hypot(known[32].error, guessed[32].error)
+        return found
+
+
+def held_out_prompts(val: TokenDataset, count: int, prompt: int = 32, follow: int = 128) -> tuple[list[list[int]], ...]:
+    """Held-out passages in two parts: prompts for a model, and what the author goes on with.
+
+    In documents too short for that, both parts are shorter.
+    """
+    texts = passages(val, count, prompt + follow)
+    cut = min(prompt, len(texts[0]) // 2) if texts else 0
+    return ([text[:cut] for text in texts], [text[cut:] for text in texts]) if cut else ([], [])
+
+
+def begins_to_recall(events: Iterable[Mapping[str, Any]]) -> int | None:
+    """The first measured step from which on training text is continued further than held-out text, beyond chance.
+
+    That is by more than two standard errors in this and all later measurements. None if it is not so at the end.
+    """
+    first = None
+    for event in events:
+        if "recall" in event:
+            if event["recall"] - event["recall_floor"] <= 2 * event["recall_error"]:
+                first = None
+            elif first is None:
+                first = int(event["step"])
+    return first
