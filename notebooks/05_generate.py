@@ -41,6 +41,8 @@ from llmcore.notebook.parameters import check_parameters
 check_parameters(globals())
 
 # %%
+import json
+import shlex
 import time
 
 import torch
@@ -55,7 +57,9 @@ from llmcore.generate import generate, next_token_probabilities, prompt_ids, str
 from llmcore.measure.compare_runs import find_runs
 from llmcore.model import KVCache
 from llmcore.notebook import plots, widgets
+from llmcore.notebook.drafts import remake
 from llmcore.notebook.gloss import beside_english, gloss
+from llmcore.notebook.story import open_story
 from llmcore.quantize import int8_weights
 
 device = str(pick_device(device))
@@ -281,16 +285,55 @@ if hf_dir:
     print("transformers gives the same ids, and the same scores within 1e-4; read back, each weight is the same")
 
 # %% [markdown]
-# ## Try it
-# Type a prompt, change the settings, and stop the text with a button. When the text is finished, rest the mouse on a
-# token. You see its probability and the other candidates. A token with a probability below 10% is underlined. With
-# *Compare with*, another checkpoint writes beside this one. (Where you cannot press buttons, you see only the text.)
+# ### A server, and a page to write on
+# llama.cpp's server opens the GGUF file. It refuses a prompt that is longer than the context, and by default it cuts the
+# candidates first (`top-k 40`, `min-p 0.05`) and applies the temperature last. The options below set it as this notebook
+# does. Then write on [mikupad](https://github.com/lmg-anon/mikupad), a page in one HTML file: choose the backend
+# *llama.cpp*, the server's address and the mode *Completion*. Or open the file with
+# [KoboldCpp](https://github.com/LostRuins/koboldcpp), llama.cpp with a story writer built in. We have tried the server and
+# its `/completion`; the pages we know only from their documents.
+#
+# **Do not chat with this model.** It has learned to continue a text, and nothing else. The server's own page sends chat
+# messages. The model does not answer them: it continues them as a novel.
+
+# %%
+gguf = shlex.quote(str(display_path(export_dir / "gguf" / "model.gguf")))
+options = {"temp": temperature, "top-k": top_k or 0, "top-p": top_p or 1, "min-p": min_p or 0}
+options["repeat-penalty"] = repetition_penalty
+question = json.dumps({"prompt": widgets.ending(prompt, 40), "n_predict": 80}, ensure_ascii=False)
+print(f"llama-server -m {gguf} --port 8080", *(f"--{name} {value}" for name, value in options.items()))
+print(f"curl -H 'Content-Type: application/json' http://127.0.0.1:8080/completion -d {shlex.quote(question)}")
+print(f"koboldcpp --model {gguf} --contextsize {model.config.max_seq_len}")
+
+# %% [markdown]
+# ## A desk
+# Write a story together with the model. Type your words, and press *continue*. Ask for several *drafts* and choose one,
+# *retry* a passage, change its text, or go back to it and write on from there. *undo* takes back each change. Every passage
+# keeps its own settings. ▸ shows where the model's view of the story begins: it has forgotten what stands before. With
+# *compare with*, another checkpoint writes a draft too.
+#
+# Rest the mouse on a token of a draft: you see its probability and the other candidates. A token with a probability
+# below 10% is underlined. All controls can be reached with Tab; Space presses a button, and arrow keys move a slider.
+#
+# The story is saved after each change, in `outputs/stories`, as Markdown that you can read and edit. The file holds the
+# settings and the seed of each passage, so that the model can write the same passage again. (Where you cannot press
+# buttons, you see only the texts.)
 
 # %%
 others = [path for run in find_runs(output_dir) for path in checkpoints(run) if path != checkpoint.path]
-panel = widgets.WritingPanel(model, tok, prompt, min(max_new_tokens, 80), others)
-await panel.start()
-panel
+few = min(max_new_tokens, 80)
+desk = widgets.WritingDesk(checkpoint, prompt, few, others, temperature=temperature, **sampling)
+for _ in range(3):
+    await desk.start()
+desk
+
+# %% tags=["nbval-check-output"]
+# Checked
+story = open_story(desk.story.file) if desk.story.file else desk.story
+assert story.text() == desk.story.text()
+for number, passage in enumerate(story.passages):
+    assert not story.as_written(number) or remake(story, number, checkpoint) == passage.text
+print("read from its file, the story is the same; the model writes each of its passages again, word for word")
 
 # %% [markdown]
 # ## What to try next

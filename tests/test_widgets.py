@@ -476,9 +476,7 @@ def desk(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., WritingDesk]:
     """Makes a desk whose stories lie in the test's folder."""
 
     def make(prompt: str = "曹操", count: int = 30, **options: Any) -> WritingDesk:
-        checkpoint = Checkpoint(
-            wide_model(tokenizer), tokenizer, {}, 3, Path("runs/novel/step=000003_loss=2.000")
-        )
+        checkpoint = Checkpoint(wide_model(tokenizer), tokenizer, {}, 3, Path("runs/novel/step=000003_loss=2.000"))
         return WritingDesk(checkpoint, prompt, count, folder=tmp_path / "stories", **options)
 
     return make
@@ -575,7 +573,7 @@ def test_the_page_shows_where_the_models_view_begins(desk: Callable[..., Writing
     press(one, one.continue_button)
     assert "from ▸ on" in one.page.value
     before, after = one.page.value.split("<small> ▸ </small>")
-    seen = re.sub(r"⟦|⟧|\d", "", words(after.split("</div>")[0])).replace(" ", "")
+    seen = re.sub(r"[¶\d]", "", words(after.split("</div>")[0])).replace(" ", "")
     assert visible(one.story.text()).replace(" ", "").endswith(seen) and len(seen) > 5 and "opacity" in before
 
 
@@ -585,9 +583,11 @@ def test_a_recited_run_is_marked_with_its_source(desk: Callable[..., WritingDesk
     copied = one.checkpoint.tokenizer.decode(text)
     one.story.add(Passage("却却却" + copied + "却却却"))
     one._show()
-    marked = re.findall("(?s)<u [^>]*>⟦(.*?)⟧</u>", one.page.value)  # in two parts: the model's view begins within
-    assert html.unescape("".join(marked)) == copied
-    assert "passage 1: 20 tokens as in <b>000.txt, from its token 40 on" in words(one.page.value)
+    story, source = one.page.value.split("</div>", 1)
+    marked = re.findall("(?s)<ins [^>]*>(.*?)</ins><sup>.1]</sup>", story)  # cut where the model's view begins
+    assert len(marked) == 2 and html.unescape("".join(marked)) == copied
+    assert re.sub(r"¶1|\[1]| ▸ ", "", html.unescape(re.sub("<[^>]*>", "", story))) == one.story.text()
+    assert "¶1 [1] 20 tokens of <b>000.txt, from its token 40 on" in " ".join(words(source).split())
 
 
 def test_text_that_arrives_just_after_the_click_is_continued(desk: Callable[..., WritingDesk]) -> None:

@@ -1,6 +1,6 @@
 """The panels that a person can use, and the functions that show text and tables, in one place for the notebooks.
 
-`dashboard.py` watches training, `explorers.py` looks at tokens, data and attention, `writing.py` lets a model write.
+`dashboard.py` watches training, `explorers.py` looks at tokens, data and attention, `writing.py` is a desk for a story.
 """
 
 import os

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import itertools
 import secrets
 import time
@@ -16,14 +17,16 @@ from llmcore.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from llmcore.dataset import TokenDataset
 from llmcore.files import display_path, one_line, resolve
 from llmcore.generate import PIECE_CHARACTERS, Sampling
-from llmcore.measure.memorised import LEAST, recited, source
+from llmcore.measure.memorised import LEAST, Run, recited
 from llmcore.notebook.dashboard import SETTLED, output
 from llmcore.notebook.drafts import ODDS_STYLE, Draft
 from llmcore.notebook.explorers import LABELLED, row
+from llmcore.notebook.recitation import marked, passages_of
 from llmcore.notebook.safe_html import ending, html_text
 from llmcore.notebook.story import SAMPLING, Passage, Story, open_story
 
 REFRESH = 0.05  # seconds between two updates of the text
+LOOKED_UP = 100_000_000  # training tokens that are searched after each passage: a few seconds
 SHOWN_STORY = 20_000  # characters of a story that are shown, and of a passage that can be changed here
 MOST_FILES = 200  # of stories that the browser gets to choose from
 SEEN_FROM = "▸"  # where the model's view of the story begins
@@ -44,7 +47,7 @@ class WritingDesk:
         max_new_tokens: how many tokens a passage has at first.
         others: checkpoints to compare with. Each is loaded when it is chosen.
         folder: of the stories' files.
-        data: the training tokens, to mark what stands there word for word.
+        data: the training tokens, to mark what stands there word for word; not used if they are more than `LOOKED_UP`.
         sampling: values of `Sampling` at first, and `seed`.
 
     Attributes:
@@ -63,10 +66,13 @@ class WritingDesk:
         data: TokenDataset | None = None,
         **sampling: Any,
     ) -> None:
-        self.checkpoint, self.folder, self.data = checkpoint, resolve(folder), data
+        self.checkpoint, self.folder = checkpoint, resolve(folder)
+        self.data = data if data and len(data.tokens) <= LOOKED_UP else None
         self.story, self.drafts = Story(one_line(prompt[-20:])), list[Draft]()
         self._second: Checkpoint | None = None
-        self._recited: dict[str, list[tuple[int, int, str]]] = {}
+        self._known: dict[
+            str, tuple[list[int], list[Run]]
+        ] = {}  # tokens of a passage, and its runs in the training text
         self._task: asyncio.Task[None] | None = None
         self._stopped, self._unsaved = False, ""
 
@@ -369,67 +375,59 @@ class WritingDesk:
         unseen, hidden = 0, max(0, len(text) - SHOWN_STORY)
         try:
             unseen = (draft or Draft.begin(self.checkpoint, text, {})).unseen()
-            self._mark()
+            self._look_up()
         except ValueError as error:  # a text that cannot be encoded
             notes.append(f"⚠ {error}")
 
         # passage by passage, each cut where the model's view begins
-        parts, start = [f"<p><small>({hidden:,} characters before are not shown)</small></p>"] * bool(hidden), 0
+        parts, sources, start = [f"({hidden:,} characters before are not shown)\n"] * bool(hidden), "", 0
         for number, passage in enumerate(self.story.passages, 1):
-            end = start + len(passage.text)
-            cut = min(max(unseen, start), end)
-            html = ""
-            if cut > start:
-                html += f'<span style="opacity:0.6">{self._marked(passage, max(0, hidden - start), cut - start)}</span>'
-            if start <= unseen < end and unseen:
-                html += f"<small> {SEEN_FROM} </small>"
-            html += self._marked(passage, max(cut, hidden) - start, end - start)
+            end, cut = start + len(passage.text), min(max(unseen, start), start + len(passage.text))
+            before, after = (
+                self._part(passage.text, max(a, hidden) - start, b - start) for a, b in ((start, cut), (cut, end))
+            )
+            begins = f"<small> {SEEN_FROM} </small>" if start < unseen <= end else ""
+            words = f'<span style="opacity:0.6">{before}</span>{begins}{after}' if cut > start else after
             if end > hidden:
-                parts.append(f"<sup>{number}</sup>{html if passage.settings else f'<b>{html}</b>'}")
+                parts.append(f"<sup>¶{number}</sup>{words if passage.settings else f'<b>{words}</b>'}")
+                _, runs = self._known.get(passage.text, ((), ()))
+                if runs and self.data and self.checkpoint.tokenizer:
+                    sources += f"¶{number}{passages_of(self.checkpoint.tokenizer, runs, self.data)}"
             start = end
-        if self.story.passages and unseen >= len(text):
-            parts.append(f"<small> {SEEN_FROM} </small>")
 
         # what there is to say about it
         context = self.checkpoint.model.config.max_seq_len
         seen = f"from {SEEN_FROM} on" if unseen else "from its beginning"
-        notes.append(f"bold: yours. The model, with a context of {context} tokens, sees the story {seen}.")
-        for number, passage in enumerate(self.story.passages, 1):
-            notes += [f"⟦ ⟧ passage {number}: {words}" for *_, words in self._recited.get(passage.text, ())]
+        notes.append(f"Bold: yours. The model has a context of {context} tokens and sees the story {seen}.")
+        if self.data:
+            notes.append(f"Underlined, with a number: {LEAST} tokens or more, word for word as in the training text.")
         if self.story.aside:
-            notes.append(f"set aside, at the end of the file: {len(self.story.aside)}")
-        lines = "".join(f"<br>{html_text(note)}" for note in notes if note)
-        self.page.value = (
-            f'<div tabindex="0" style="{PAGE}">{"".join(parts)}</div><small>{lines.removeprefix("<br>")}</small>'
-        )
+            notes.append(f"Set aside, at the end of the file: {len(self.story.aside)}.")
+        told = "<br>".join(html_text(note) for note in notes if note)
+        self.page.value = f'<div tabindex="0" style="{PAGE}">{"".join(parts)}</div><small>{told}</small>{sources}'
 
-    def _mark(self) -> None:
-        """Look up the passages that are new in the training tokens."""
-        texts = list(dict.fromkeys(each.text for each in self.story.passages if each.text not in self._recited))
-        tokenizer, data = self.checkpoint.tokenizer, self.data
-        if data is None or tokenizer is None or not texts:
-            return
-        ids = [tokenizer.encode(text) for text in texts]
-        for text, own, runs in zip(texts, ids, recited(ids, data, LEAST, eos_id=tokenizer.eos_id), strict=True):
-            ends = [0, *itertools.accumulate(len(tokenizer.id_to_bytes(id)) for id in own)]
-            whole, found = text.encode(), list[tuple[int, int, str]]()
-            for run in runs:
-                place = source(data, run.place)
-                words = f"{run.end - run.start} tokens as in {one_line(place.name)}, from its token {place.offset:,} on"
-                first, last = (len(whole[: ends[at]].decode(errors="ignore")) for at in (run.start, run.end))
-                found.append((first, last, words))
-            self._recited[text] = found
+    def _look_up(self) -> None:
+        """The tokens of passages that are new, and their runs in the training tokens."""
+        tokenizer = self.checkpoint.tokenizer
+        texts = list(dict.fromkeys(each.text for each in self.story.passages if each.text not in self._known))
+        if texts and tokenizer is not None:
+            ids = [tokenizer.encode(text) for text in texts]
+            runs = recited(ids, self.data, LEAST, eos_id=tokenizer.eos_id) if self.data else [[] for _ in texts]
+            self._known |= dict(zip(texts, zip(ids, runs, strict=True), strict=True))
 
-    def _marked(self, passage: Passage, start: int, end: int) -> str:
-        """A part of a passage as HTML, what is recited in brackets and underlined twice."""
-        html, at = "", start
-        for first, last, words in self._recited.get(passage.text, ()):
-            first, last = max(first, at), min(last, end)
-            if first < last:
-                mark = f'<u style="text-decoration:underline double" title="{html_text(words)}">⟦'
-                html += f"{html_text(passage.text[at:first])}{mark}{html_text(passage.text[first:last])}⟧</u>"
-                at = last
-        return html + html_text(passage.text[at:end])
+    def _part(self, text: str, start: int, end: int) -> str:
+        """A part of a passage as HTML, from one character to another, cut between tokens, with its runs marked."""
+        tokenizer, (ids, runs) = self.checkpoint.tokenizer, self._known.get(text, ([], []))
+        if tokenizer is None or not runs:
+            return html_text(text[start:end])
+        ends = list(itertools.accumulate(len(tokenizer.id_to_bytes(id)) for id in ids))
+        first, last = (bisect.bisect_left(ends, len(text[:at].encode())) + 1 if at else 0 for at in (start, end))
+
+        def inside(token: int) -> int:
+            return min(max(token, first), last) - first
+
+        clipped = [Run(inside(run.start), inside(run.end), run.place) for run in runs]
+        return marked(tokenizer, ids[first:last], clipped)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         # pages that remove styles, as code hosts do, can show a title under the mouse
