@@ -77,7 +77,7 @@ class WritingDesk:
         self._stopped, self._unsaved = False, ""
 
         def text(words: str, value: str = "", kind: Any = ipywidgets.Text, **more: Any) -> Any:
-            layout = {"flex": "1 1 20em", "max_width": "1000px"}
+            layout = {"flex": "1 1 12em", "max_width": "1000px"}
             return kind(value, description=words, style=LABELLED, layout=layout, **more)
 
         def slider(kind: Any, value: float, low: float, high: float, step: float, words: str) -> Any:
@@ -137,9 +137,9 @@ class WritingDesk:
 
         # one passage
         self.passage = ipywidgets.Dropdown(description="passage", layout={"flex": "1 1 20em", "max_width": "36em"})
-        self.edit = text("its text", kind=ipywidgets.Textarea)
+        self.edit = text("its text", kind=ipywidgets.Textarea, rows=4)
         self.edit_button = button("keep the edit", "check", "change this passage; without text it goes", self._edit)
-        self.back_button = button("write on from here", "step-backward", "set later passages aside", self._go_back)
+        self.back_button = button("write on here", "step-backward", "set later passages aside", self._go_back)
         self.about = ipywidgets.HTML()
 
         # where they stand
@@ -288,7 +288,7 @@ class WritingDesk:
         if written and not (written.isdecimal() and len(written) <= 18):
             raise ValueError(f"seed={written[:40]!r} must be a whole number of up to 18 digits, or nothing")
         seed = int(written) if written else secrets.randbelow(10**9)
-        values: dict[str, Any] = {name: getattr(self, name).value for name in SAMPLING}
+        values: dict[str, Any] = {name: round(getattr(self, name).value, 9) for name in SAMPLING}  # 0.95, not 0.95…01
         values["top_k"] = values["top_k"] or None
         Sampling(**values).check(self.count.value)
         values["max_new_tokens"] = self.count.value
@@ -345,7 +345,7 @@ class WritingDesk:
         files = sorted(self.folder.glob("*.md"), key=lambda path: path.stat().st_mtime, reverse=True)
         self.file.options = [one_line(path.name) for path in files[:MOST_FILES]]
         passages = self.story.passages
-        labels = [f"{n} · {one_line(ending(each.text, 12))} · {each.by}" for n, each in enumerate(passages, 1)]
+        labels = [f"{n} · …{one_line(each.text[-12:])} · {each.by}" for n, each in enumerate(passages, 1)]
         self.passage.options = [(label, number) for number, label in enumerate(labels)] or [("none yet", None)]
         self.passage.value = len(passages) - 1 if passages else None
         self._show_passage()
@@ -357,7 +357,8 @@ class WritingDesk:
         self.edit.disabled = number is None or len(passage.text) > SHOWN_STORY
         self.edit.value = "" if self.edit.disabled else passage.text
         self.edit.placeholder = "too long to be changed here: change the file" if passage.text else ""
-        about = ", ".join(f"{name} {value}" for name, value in (passage.settings or {}).items() if name != "sha256")
+        settings = {name: value for name, value in (passage.settings or {}).items() if name != "sha256"}
+        about = ", ".join(f"{name} {value:g}" for name, value in settings.items() if value is not None)
         changed = number is not None and passage.settings and not self.story.as_written(number)
         self.about.value = (
             f"<small>{html_text(about)}{'; it or the text before was changed since' * bool(changed)}</small>"
