@@ -286,12 +286,12 @@ if hf_dir:
 
 # %% [markdown]
 # ### A server, and a page to write on
-# llama.cpp's server opens the GGUF file. It refuses a prompt that is longer than the context, and by default it cuts the
-# candidates first (`top-k 40`, `min-p 0.05`) and applies the temperature last. The options below set it as this notebook
-# does. Then write on [mikupad](https://github.com/lmg-anon/mikupad), a page in one HTML file: choose the backend
-# *llama.cpp*, the server's address and the mode *Completion*. Or open the file with
-# [KoboldCpp](https://github.com/LostRuins/koboldcpp), llama.cpp with a story writer built in. We have tried the server and
-# its `/completion`; the pages we know only from their documents.
+# llama.cpp's server opens the GGUF file. It refuses a prompt that is longer than the context. By default it cuts the
+# candidates first (`top-k 40`, `min-p 0.05`) and applies the temperature last. The options below are this notebook's.
+# Then write on [mikupad](https://github.com/lmg-anon/mikupad), a page in one HTML file: choose the backend *llama.cpp*,
+# the server's address and the mode *Completion*. Or open the file with
+# [KoboldCpp](https://github.com/LostRuins/koboldcpp), llama.cpp with a story writer built in. We have tried the server
+# and its `/completion`. The two pages we know only from their documents.
 #
 # **Do not chat with this model.** It has learned to continue a text, and nothing else. The server's own page sends chat
 # messages. The model does not answer them: it continues them as a novel.
@@ -308,9 +308,9 @@ print(f"koboldcpp --model {gguf} --contextsize {model.config.max_seq_len}")
 # %% [markdown]
 # ## A desk
 # Write a story together with the model. Type your words, and press *continue*. Ask for several *drafts* and choose one,
-# *retry* a passage, change its text, or go back to it and write on from there. *undo* takes back each change. Every passage
-# keeps its own settings. ▸ shows where the model's view of the story begins: it has forgotten what stands before. With
-# *compare with*, another checkpoint writes a draft too.
+# *retry* a passage, change its text, or go back to it and write on from there. *undo* takes back each change. Every
+# passage keeps its own settings. ▸ shows where the model's view of the story begins: it has forgotten what stands
+# before. With *compare with*, another checkpoint writes a draft too.
 #
 # Rest the mouse on a token of a draft: you see its probability and the other candidates. A token with a probability
 # below 10% is underlined. All controls can be reached with Tab; Space presses a button, and arrow keys move a slider.

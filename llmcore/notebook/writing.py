@@ -22,7 +22,7 @@ from llmcore.notebook.dashboard import SETTLED, output
 from llmcore.notebook.drafts import ODDS_STYLE, Draft
 from llmcore.notebook.explorers import LABELLED, row
 from llmcore.notebook.recitation import marked, passages_of
-from llmcore.notebook.safe_html import ending, html_text
+from llmcore.notebook.safe_html import html_text
 from llmcore.notebook.story import SAMPLING, Passage, Story, open_story
 
 REFRESH = 0.05  # seconds between two updates of the text
