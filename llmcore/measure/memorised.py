@@ -354,7 +354,7 @@ def forced_recall(
 
 
 class Memory:
-    """A callback of the trainer that measures what a run knows by heart, ten times in the run and at its end.
+    """A callback of the trainer that measures what a run knows by heart, five times in a run.
 
     It adds to the event:
 
@@ -374,15 +374,21 @@ class Memory:
     """
 
     def __init__(
-        self, model: Transformer, train: TokenDataset, val: TokenDataset, max_steps: int, texts: int = 16,
+        self,
+        model: Transformer,
+        train: TokenDataset,
+        val: TokenDataset,
+        max_steps: int,
+        *,
+        texts: int = 16,
         passages: int = 200,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.train, self.val = model, train, val
         self.max_steps, self.texts, self.passages = max_steps, texts, passages
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Measure, if the event's step is one of a tenth of the run, or the last."""
-        due = event["step"] % max(1, self.max_steps // 10) == 0 or event["step"] == self.max_steps
+        """Measure, if the event's step is a fifth of the run or a multiple of it, or the last."""
+        due = event["step"] % max(1, self.max_steps // 5) == 0 or event["step"] == self.max_steps
         if due and has_finite_weights(self.model):
             event |= self.measure()
 
