@@ -211,12 +211,12 @@ def test_a_model_that_knows_the_text_by_heart_is_found_out(folder: Path) -> None
     model, new = learned(folder, 150), tiny_model(max_seq_len=64)
     known, guessed = (forced_recall(model, data, (8, 32, 128), 60) for data in (train, val))
     assert list(known) == [8, 32]  # 128 do not fit into the context
-    assert known[32].whole > 0.8 and known[32].tokens > 14 and guessed[32].whole == 0 and guessed[32].tokens < 3
+    assert known[32].whole > 0.5 and known[32].tokens > 10 and guessed[32].whole == 0 and guessed[32].tokens < 3
     assert forced_recall(new, train, (8,), 60)[8].tokens < 3
 
     measured, untrained = Memory(model, train, val, 10).measure(), Memory(new, train, val, 10).measure()
-    assert measured["recited"] > 0.5 and measured["recited_floor"] == 0 == untrained["recited"]
-    assert measured["recall"] > 14 > 3 > measured["recall_floor"] and untrained["recall"] < 3
+    assert measured["recited"] > 0.3 and measured["recited_floor"] == 0 == untrained["recited"]
+    assert measured["recall"] > 10 > 3 > measured["recall_floor"] and untrained["recall"] < 3
 
 
 def test_recall_counts_up_to_the_first_wrong_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,7 +362,7 @@ class Memory:
         recited         share of what the model writes after held-out prompts that stands in the training text in runs
                         of `LEAST` tokens or more
         recited_floor   the same of the held-out text that follows these prompts
-        distinct, distinct_floor    the share of different 4-grams of the same two
+        distinct, distinct_floor    the share of different pairs of tokens in the same two
         recall, recall_floor        tokens continued word for word of 16, on training text and held-out text
         recall_error    standard error of the difference of these two
 
@@ -405,7 +405,7 @@ class Memory:
             eos_id = int(self.train.tokens[-1])
             for ending, texts in (("", model_texts), ("_floor", held_out)):
                 found["recited" + ending] = share(recited(texts, self.train, eos_id=eos_id), lengths)
-                found["distinct" + ending] = distinct(texts, 4)
+                found["distinct" + ending] = distinct(texts, 2)
         known, guessed = (forced_recall(self.model, data, [32], self.passages) for data in (self.train, self.val))
         if known and guessed:
             found |= {"recall": known[32].tokens, "recall_floor": guessed[32].tokens}
