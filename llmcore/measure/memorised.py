@@ -16,14 +16,17 @@ even in a text of one token, or in training text that has one line a million tim
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmcore.checkpoint import has_finite_weights
-from llmcore.dataset import TokenDataset
+from llmcore.checkpoint import Checkpoint, has_finite_weights
+from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
+from llmcore.files import display_path, resolve
 from llmcore.generate import generate_ids
 from llmcore.measure.repetition import distinct
 from llmcore.model import Transformer
@@ -259,6 +262,32 @@ def longest(runs: Iterable[Sequence[Run]]) -> tuple[int, Run] | None:
     return max(every, key=lambda each: each[1].end - each[1].start, default=None)
 
 
+def data_of(checkpoint: Checkpoint, dataset_dir: str | os.PathLike[str] = "auto") -> Path | None:
+    """The folder of the data set that a checkpoint was trained on; with "auto" it is looked for in `outputs/datasets`.
+
+    Returns:
+        The folder; None if there is none whose two splits have the hashes in the checkpoint's configuration.
+
+    Raises:
+        DatasetError: if a given folder holds no data set, or one that was made with another tokenizer.
+    """
+    if str(dataset_dir) != "auto":
+        folder = resolve(dataset_dir)
+        if checkpoint.tokenizer and checkpoint.tokenizer.fingerprint != verify_dataset(folder, ()).get("tokenizer"):
+            raise DatasetError(
+                f"dataset_dir={display_path(folder)} was made with another tokenizer than the checkpoint"
+            )
+        return folder
+    for file in sorted(resolve("outputs/datasets").glob("*/meta.json")):
+        try:
+            splits = verify_dataset(file.parent, tokens=False)["splits"]
+        except DatasetError:  # it cannot be that one
+            continue
+        if {name: counts["sha256"] for name, counts in splits.items()} == checkpoint.config.get("data"):
+            return file.parent
+    return None
+
+
 def source(data: TokenDataset, place: int) -> Source:
     """The document that holds a place of the training tokens.
 
@@ -302,7 +331,7 @@ def passages(data: TokenDataset, count: int, length: int) -> list[list[int]]:
     return [data.read(start, start + length).tolist() for start in starts.tolist()]
 
 
-def written(
+def continuations(
     model: Transformer, prompts: Sequence[Sequence[int]], count: int, vocab_size: int, **sampling: Any
 ) -> list[list[int]]:
     """So many tokens after each prompt, in batches: a text that ends itself goes on with the next one, as in training.
@@ -347,7 +376,7 @@ def forced_recall(
         if not texts or size + follow > len(texts[0]):
             break
         prompts = [text[-follow - size : -follow] for text in texts]
-        answers = np.array(written(model, prompts, follow, data.vocab_size, temperature=0))
+        answers = np.array(continuations(model, prompts, follow, data.vocab_size, temperature=0))
         right = np.logical_and.accumulate(answers == [text[-follow:] for text in texts], axis=1).sum(1)
         error = float(right.std(ddof=1)) / math.sqrt(len(right)) if len(right) > 1 else math.inf
         results[size] = Recall(float((right == follow).mean()), float(right.mean()), error)
@@ -398,7 +427,7 @@ class Memory:
         found: dict[str, float] = {}
         prompts, held_out = held_out_prompts(self.val, self.texts)
         if prompts:
-            model_texts = written(
+            model_texts = continuations(
                 self.model, prompts, len(held_out[0]), self.val.vocab_size, temperature=0.8, top_p=0.95, seed=0
             )
             lengths = [len(text) for text in held_out]
