@@ -92,6 +92,7 @@ from llmcore.files import display_path, resolve
 from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.disk import check_disk
 from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
+from llmcore.measure.memorised import Memory
 from llmcore.measure.memory import block_activations, check_memory, has_attention_kernel, predict_memory
 from llmcore.measure.ngram import evaluate_ngram
 from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, text_advice
@@ -324,8 +325,10 @@ track = tracker_callback(tracker, project, run_dir, model_config.to_dict() | tra
 
 def new_trainer(weights_seed, **options):
     torch.manual_seed(weights_seed)
-    parts = [Transformer(model_config), train_data, val_data, train_config, run_dir]
-    return Trainer(*parts, tokenizer=tok, callbacks=[track], device=device, backup_dir=backup_dir, **options)
+    model = Transformer(model_config)
+    by_heart = [Memory(model, train_data, val_data, train_config.max_steps)] if thorough else []
+    parts = [model, train_data, val_data, train_config, run_dir]
+    return Trainer(*parts, tokenizer=tok, callbacks=[*by_heart, track], device=device, backup_dir=backup_dir, **options)
 
 
 trainer = new_trainer(seed, resume=start, init_step=init_step)
@@ -369,6 +372,18 @@ print("every step is in the metrics once; steps skipped for a loss that is not f
 # and begins to memorise them. This does not help with new text, so the gap to the validation loss gets wider. Here the
 # text is the limit, not the compute. `weight_decay` reduces the gap.
 # [tests/benchmarks](../tests/benchmarks/README.md) says what else was tried.
+#
+# Does the model recite? Five times in the run, a callback lets it continue held-out passages and counts how much of its
+# text stands in the training text in runs of 8 tokens or more. It also lets it continue passages of both texts, and
+# counts the tokens before the first wrong one. [Notebook 5](05_generate.ipynb) draws this beside the two losses, and
+# shows what is recited.
+
+# %%
+for event in events:
+    if {"recall", "recited"} <= event.keys():
+        recited = f"{event['recited']:.1%} recited (held-out text: {event['recited_floor']:.1%})"
+        continued = f"{event['recall']:.2f} tokens continued (held-out text: {event['recall_floor']:.2f})"
+        print(f"step {event['step']:,}: {recited}, {continued}")
 
 # %% [markdown]
 # ## Samples get better

@@ -9,20 +9,24 @@ found, over any number of training tokens in constant memory:
    and Myers, SIAM J. Comput. 22 (1993)). The two neighbours there have the most tokens in common with them.
 3. Two sorted neighbours share their beginnings, so each hands its run on to the next, as far as they are the same.
 
-So a text of one token, or training text of one line a million times, takes no longer than any other.
+So the time grows with the places where a run may begin, not with the pairs of such places: some ten microseconds each,
+even in a text of one token, or in training text that has one line a million times.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from llmcore.checkpoint import has_finite_weights
-from llmcore.dataset import TokenDataset
+from llmcore.checkpoint import Checkpoint, has_finite_weights
+from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
+from llmcore.files import display_path, resolve
 from llmcore.generate import generate_ids
 from llmcore.measure.repetition import distinct
 from llmcore.model import Transformer
@@ -258,6 +262,32 @@ def longest(runs: Iterable[Sequence[Run]]) -> tuple[int, Run] | None:
     return max(every, key=lambda each: each[1].end - each[1].start, default=None)
 
 
+def data_of(checkpoint: Checkpoint, dataset_dir: str | os.PathLike[str] = "auto") -> Path | None:
+    """The folder of the data set that a checkpoint was trained on; with "auto" it is looked for in `outputs/datasets`.
+
+    Returns:
+        The folder; None if there is none whose two splits have the hashes in the checkpoint's configuration.
+
+    Raises:
+        DatasetError: if a given folder holds no data set, or one that was made with another tokenizer.
+    """
+    if str(dataset_dir) != "auto":
+        folder = resolve(dataset_dir)
+        if checkpoint.tokenizer and checkpoint.tokenizer.fingerprint != verify_dataset(folder, ()).get("tokenizer"):
+            raise DatasetError(
+                f"dataset_dir={display_path(folder)} was made with another tokenizer than the checkpoint"
+            )
+        return folder
+    for file in sorted(resolve("outputs/datasets").glob("*/meta.json")):
+        try:
+            splits = verify_dataset(file.parent, tokens=False)["splits"]
+        except DatasetError:  # it cannot be that one
+            continue
+        if {name: counts["sha256"] for name, counts in splits.items()} == checkpoint.config.get("data"):
+            return file.parent
+    return None
+
+
 def source(data: TokenDataset, place: int) -> Source:
     """The document that holds a place of the training tokens.
 
@@ -301,7 +331,7 @@ def passages(data: TokenDataset, count: int, length: int) -> list[list[int]]:
     return [data.read(start, start + length).tolist() for start in starts.tolist()]
 
 
-def written(
+def continuations(
     model: Transformer, prompts: Sequence[Sequence[int]], count: int, vocab_size: int, **sampling: Any
 ) -> list[list[int]]:
     """So many tokens after each prompt, in batches: a text that ends itself goes on with the next one, as in training.
@@ -346,7 +376,7 @@ def forced_recall(
         if not texts or size + follow > len(texts[0]):
             break
         prompts = [text[-follow - size : -follow] for text in texts]
-        answers = np.array(written(model, prompts, follow, data.vocab_size, temperature=0))
+        answers = np.array(continuations(model, prompts, follow, data.vocab_size, temperature=0))
         right = np.logical_and.accumulate(answers == [text[-follow:] for text in texts], axis=1).sum(1)
         error = float(right.std(ddof=1)) / math.sqrt(len(right)) if len(right) > 1 else math.inf
         results[size] = Recall(float((right == follow).mean()), float(right.mean()), error)
@@ -354,14 +384,14 @@ def forced_recall(
 
 
 class Memory:
-    """A callback of the trainer that measures what a run knows by heart, ten times in the run and at its end.
+    """A callback of the trainer that measures what a run knows by heart, five times in a run.
 
     It adds to the event:
 
         recited         share of what the model writes after held-out prompts that stands in the training text in runs
                         of `LEAST` tokens or more
         recited_floor   the same of the held-out text that follows these prompts
-        distinct, distinct_floor    the share of different 4-grams of the same two
+        distinct, distinct_floor    the share of different pairs of tokens in the same two
         recall, recall_floor        tokens continued word for word of 16, on training text and held-out text
         recall_error    standard error of the difference of these two
 
@@ -374,15 +404,21 @@ class Memory:
     """
 
     def __init__(
-        self, model: Transformer, train: TokenDataset, val: TokenDataset, max_steps: int, texts: int = 16,
+        self,
+        model: Transformer,
+        train: TokenDataset,
+        val: TokenDataset,
+        max_steps: int,
+        *,
+        texts: int = 16,
         passages: int = 200,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.train, self.val = model, train, val
         self.max_steps, self.texts, self.passages = max_steps, texts, passages
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Measure, if the event's step is one of a tenth of the run, or the last."""
-        due = event["step"] % max(1, self.max_steps // 10) == 0 or event["step"] == self.max_steps
+        """Measure, if the event's step is a fifth of the run or a multiple of it, or the last."""
+        due = event["step"] % max(1, self.max_steps // 5) == 0 or event["step"] == self.max_steps
         if due and has_finite_weights(self.model):
             event |= self.measure()
 
@@ -391,14 +427,14 @@ class Memory:
         found: dict[str, float] = {}
         prompts, held_out = held_out_prompts(self.val, self.texts)
         if prompts:
-            model_texts = written(
+            model_texts = continuations(
                 self.model, prompts, len(held_out[0]), self.val.vocab_size, temperature=0.8, top_p=0.95, seed=0
             )
             lengths = [len(text) for text in held_out]
             eos_id = int(self.train.tokens[-1])
             for ending, texts in (("", model_texts), ("_floor", held_out)):
                 found["recited" + ending] = share(recited(texts, self.train, eos_id=eos_id), lengths)
-                found["distinct" + ending] = distinct(texts, 4)
+                found["distinct" + ending] = distinct(texts, 2)
         known, guessed = (forced_recall(self.model, data, [32], self.passages) for data in (self.train, self.val))
         if known and guessed:
             found |= {"recall": known[32].tokens, "recall_floor": guessed[32].tokens}

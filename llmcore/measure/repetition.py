@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,3 +70,12 @@ def repeated_lines(texts: Sequence[str]) -> float:
         count += len(lines)
         repeated += len(lines) - len(set(lines))
     return repeated / count if count else 0.0
+
+
+def nearest(points: Mapping[str, Sequence[float]], target: Sequence[float]) -> str:
+    """The name of the point that differs least from the target: the sum of squares of the relative differences."""
+
+    def difference(name: str) -> float:
+        return sum((value / wanted - 1) ** 2 for value, wanted in zip(points[name], target, strict=True))
+
+    return min(points, key=difference)

@@ -70,9 +70,7 @@ class WritingDesk:
         self.data = data if data and len(data.tokens) <= LOOKED_UP else None
         self.story, self.drafts = Story(one_line(prompt[-20:])), list[Draft]()
         self._second: Checkpoint | None = None
-        self._known: dict[
-            str, tuple[list[int], list[Run]]
-        ] = {}  # tokens of a passage, and its runs in the training text
+        self._known: dict[str, tuple[list[int], list[Run], str]] = {}  # by passage: tokens, runs, their sources
         self._task: asyncio.Task[None] | None = None
         self._stopped, self._unsaved = False, ""
 
@@ -391,9 +389,8 @@ class WritingDesk:
             words = f'<span style="opacity:0.6">{before}</span>{begins}{after}' if cut > start else after
             if end > hidden:
                 parts.append(f"<sup>¶{number}</sup>{words if passage.settings else f'<b>{words}</b>'}")
-                _, runs = self._known.get(passage.text, ((), ()))
-                if runs and self.data and self.checkpoint.tokenizer:
-                    sources += f"¶{number}{passages_of(self.checkpoint.tokenizer, runs, self.data)}"
+                if passage.text in self._known and (found := self._known[passage.text][2]):
+                    sources += f"¶{number}{found}"
             start = end
 
         # what there is to say about it
@@ -408,17 +405,17 @@ class WritingDesk:
         self.page.value = f'<div tabindex="0" style="{PAGE}">{"".join(parts)}</div><small>{told}</small>{sources}'
 
     def _look_up(self) -> None:
-        """The tokens of passages that are new, and their runs in the training tokens."""
-        tokenizer = self.checkpoint.tokenizer
+        """Find the runs of passages that are new in the training tokens."""
+        tokenizer, data = self.checkpoint.tokenizer, self.data
         texts = list(dict.fromkeys(each.text for each in self.story.passages if each.text not in self._known))
-        if texts and tokenizer is not None:
+        if tokenizer is not None and data is not None and texts:
             ids = [tokenizer.encode(text) for text in texts]
-            runs = recited(ids, self.data, LEAST, eos_id=tokenizer.eos_id) if self.data else [[] for _ in texts]
-            self._known |= dict(zip(texts, zip(ids, runs, strict=True), strict=True))
+            for text, own, runs in zip(texts, ids, recited(ids, data, LEAST, eos_id=tokenizer.eos_id), strict=True):
+                self._known[text] = own, runs, passages_of(tokenizer, runs, data) if runs else ""
 
     def _part(self, text: str, start: int, end: int) -> str:
         """A part of a passage as HTML, from one character to another, cut between tokens, with its runs marked."""
-        tokenizer, (ids, runs) = self.checkpoint.tokenizer, self._known.get(text, ([], []))
+        tokenizer, (ids, runs, _) = self.checkpoint.tokenizer, self._known.get(text, ([], [], ""))
         if tokenizer is None or not runs:
             return html_text(text[start:end])
         ends = list(itertools.accumulate(len(tokenizer.id_to_bytes(id)) for id in ids))
