@@ -31,7 +31,7 @@ from llmcore.notebook.drafts import odds, remake
 from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
 from llmcore.notebook.plots import png
 from llmcore.notebook.safe_html import boxes, html_text, piece_text, table, visible
-from llmcore.notebook.story import Passage, open_story
+from llmcore.notebook.story import Passage, Story, open_story
 from llmcore.notebook.widgets import run_table
 from llmcore.notebook.writing import WritingDesk
 from llmcore.runs import read_metrics
@@ -534,19 +534,33 @@ def test_a_story_is_written_retried_cut_undone_and_opened_again(desk: Callable[.
     assert len(one.story.passages) == 2 and one.story.aside[1].text == "孔明曰"
     press(one, one.undo_button)
     assert one.story.passages[2].text == "孔明曰"
+    one.notes.value, one.title.value = "of the first", "a title"
     whole, file = one.story, one.story.file
 
     two = desk()
-    two.title.value, two.file.value = "another", file.name
+    two.notes.value, two.title.value = "of another", "another"
+    other, two.file.value = two.story.file, file.name
     press(two, two.open_button)
-    assert (two.story.passages, two.story.aside, two.title.value) == (whole.passages, whole.aside, whole.title)
+    assert (two.story.passages, two.story.aside) == (whole.passages, whole.aside)
+    assert (two.title.value, two.notes.value) == ("a title", "of the first")
+    assert open_story(other).notes == "of another" and open_story(file).notes == "of the first"
     assert two.seed.value == one.seed.value == "5"
     assert remake(two.story, 1, two.checkpoint) == whole.passages[1].text
     press(two, two.export_button)
     exported = [path.read_text(encoding="utf-8") for path in sorted((file.parent / "export").iterdir())]
     assert len(exported) == 2 and visible(whole.text()) in exported[1]
     press(two, two.new_button)
-    assert two.story.passages == () and two.file.value == ""
+    press(two, two.undo_button)
+    assert two.story == Story() and two.file.value == "" and "nothing to undo" in two.state.value
+
+
+def test_what_is_switched_off_at_first_is_off_at_the_desk(desk: Callable[..., WritingDesk]) -> None:
+    one = desk(temperature=2.5, top_k=None, top_p=None, min_p=None, seed=None)
+    press(one, one.continue_button)
+    settings = one.story.passages[1].settings
+    assert (settings["temperature"], settings["top_k"], settings["top_p"], settings["min_p"]) == (2.5, None, 1, 0)
+    expected = generate(one.checkpoint.model, one.checkpoint.tokenizer, "曹操", 30, 2.5, seed=settings["seed"])
+    assert expected.startswith(one.story.passages[1].text) and one.seed.value == ""
 
 
 def test_a_passage_of_a_person_cannot_be_retried(desk: Callable[..., WritingDesk]) -> None:

@@ -6,6 +6,8 @@ The file is Markdown that people can read and edit. In front of each passage, a 
 
     Notes, if there are any.
 
+    <!-- story -->
+
     <!-- passage {"by": "you"} -->
 
     却说曹操
@@ -44,7 +46,7 @@ _SCHEMA = {
     "properties": {"by": {"type": "string", "maxLength": 1000}, **_SETTINGS},
     "dependencies": {name: list(_SETTINGS) for name in _SETTINGS},  # all of them, or none
 }
-_COMMENT = re.compile(r"^<!-- (passage|aside)\b(.*)-->.*$", re.MULTILINE)
+_COMMENT = re.compile(r"^<!-- (story|passage|aside)\b(.*)-->.*$", re.MULTILINE)
 # what Markdown, HTML or a terminal would act on: anywhere, at the beginning of a line, and spaces that editors remove
 _MARKUP = re.compile(
     r"[&<>\[\]\\`*_$#~|\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -133,7 +135,8 @@ class Story:
 
     def as_markdown(self) -> str:
         """The content of the file."""
-        parts = [f"# {_escaped(one_line(self.title))}\n"] + [f"\n{_escaped(self.notes)}\n"] * bool(self.notes)
+        notes = f"{_escaped(self.notes)}\n\n" if self.notes else ""
+        parts = [f"# {_escaped(one_line(self.title))}\n\n{notes}<!-- story -->\n"]
         kinds = [("passage", each) for each in self.passages] + [("aside", each) for each in self.aside]
         for kind, passage in kinds:
             values = to_json({"by": passage.by, **(passage.settings or {})}).replace(">", "\\u003e")
@@ -218,7 +221,9 @@ def open_story(file: str | os.PathLike[str]) -> Story:
     # comments and texts in turn
     kept: dict[str, list[Passage]] = {"passage": [], "aside": []}
     doubts: tuple[str, ...] = ()
-    for number, (kind, values, body) in enumerate(zip(parts[::3], parts[1::3], parts[2::3], strict=True), 1):
+    for number, (kind, values, body) in enumerate(zip(parts[::3], parts[1::3], parts[2::3], strict=True)):
+        if kind == "story" and not body.strip():
+            continue
         by, settings = "unknown", None
         try:
             found = json.loads(values)
@@ -233,7 +238,7 @@ def open_story(file: str | os.PathLike[str]) -> Story:
             )
         if "<!--" in body:
             doubts += (f"{display_path(file)}: passage {number} holds a comment, which is taken for text",)
-        kept[kind].append(Passage(_unescaped(body.strip("\n")), by, settings))
+        kept["aside" if kind == "aside" else "passage"].append(Passage(_unescaped(body.strip("\n")), by, settings))
 
     title, _, notes = head.strip("\n").partition("\n")
     if not title.startswith("#"):

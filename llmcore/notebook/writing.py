@@ -68,7 +68,7 @@ class WritingDesk:
     ) -> None:
         self.checkpoint, self.folder = checkpoint, resolve(folder)
         self.data = data if data and len(data.tokens) <= LOOKED_UP else None
-        self.story, self.drafts = Story(one_line(prompt[-20:])), list[Draft]()
+        self.story, self.drafts = Story(one_line(" ".join(prompt[:40].split()))[:20]), list[Draft]()
         self._second: Checkpoint | None = None
         self._known: dict[str, tuple[list[int], list[Run], str]] = {}  # by passage: tokens, runs, their sources
         self._task: asyncio.Task[None] | None = None
@@ -79,10 +79,8 @@ class WritingDesk:
             return kind(value, description=words, style=LABELLED, layout=layout, **more)
 
         def slider(kind: Any, value: float, low: float, high: float, step: float, words: str) -> Any:
-            style, layout = (
-                {"description_width": "13em"},
-                {"flex": "1 1 30em", "min_width": "28em", "max_width": "36em"},
-            )
+            style = {"description_width": "13em"}
+            layout = {"flex": "1 1 30em", "min_width": "28em", "max_width": "36em"}
             limits = {"min": min(low, value), "max": max(high, value), "step": step}
             return kind(value=value, **limits, description=words, style=style, layout=layout)
 
@@ -93,13 +91,13 @@ class WritingDesk:
 
         # the sampling of the next passage
         whole, real = ipywidgets.IntSlider, ipywidgets.FloatSlider
-        first = {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.0, "seed": 0} | {
-            name: value for name, value in sampling.items() if value is not None
-        }
+        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": ""}
+        first: dict[str, Any] = {**off, "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.0, "seed": 0}
+        first |= {name: off[name] if value is None else value for name, value in sampling.items()}
         self.temperature = slider(real, first["temperature"], 0, 2, 0.05, "temperature (0: greedy)")
-        self.top_k = slider(whole, first.get("top_k", 0), 0, 200, 1, "top-k (0: off)")
+        self.top_k = slider(whole, first["top_k"], 0, 200, 1, "top-k (0: off)")
         self.top_p = slider(real, first["top_p"], 0.05, 1, 0.05, "top-p (1: off)")
-        self.min_p = slider(real, first.get("min_p", 0), 0, 0.5, 0.01, "min-p (0: off)")
+        self.min_p = slider(real, first["min_p"], 0, 0.5, 0.01, "min-p (0: off)")
         self.repetition_penalty = slider(real, first["repetition_penalty"], 0.8, 2, 0.05, "repetition (1: off)")
         self.count = slider(whole, max(1, max_new_tokens), 1, 1000, 1, "tokens at most")
         self.seed = text("seed", str(first["seed"]), placeholder="empty: another text each time")
@@ -214,9 +212,10 @@ class WritingDesk:
         await self._stream(drafts)
 
     def _undo(self) -> None:
-        done = self.story.undo()
+        if not self.story.undo():
+            raise ValueError("there is nothing to undo")
         self._changed()
-        self._say("the last change is taken back" if done else "there is nothing to undo")
+        self._say("the last change is taken back")
 
     def _edit(self) -> None:
         if self.passage.value is not None and not self.edit.disabled:
@@ -257,9 +256,10 @@ class WritingDesk:
         files = self.story.export(self.folder / "export")
         self._say(f"exported: {', '.join(map(display_path, files))}")
 
-    def _author(self, _: Any) -> None:
-        if (self.title.value, self.notes.value) != (self.story.title, self.story.notes):
-            self.story.title, self.story.notes = self.title.value, self.notes.value
+    def _author(self, change: Any) -> None:
+        name = change["owner"].description  # title or notes
+        if getattr(self.story, name) != change["new"]:
+            setattr(self.story, name, change["new"])
             self._changed(keep_drafts=True)
 
     def _changed(self, keep_drafts: bool = False) -> None:
