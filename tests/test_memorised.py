@@ -215,7 +215,7 @@ def test_a_model_that_knows_the_text_by_heart_is_found_out(folder: Path) -> None
     assert forced_recall(new, train, (8,), 60)[8].tokens < 3
 
     measured, untrained = Memory(model, train, val, 10).measure(), Memory(new, train, val, 10).measure()
-    assert measured["recited"] > 0.3 and measured["recited_floor"] == 0 == untrained["recited"]
+    assert measured["recited"] > 0.05 and measured["recited_floor"] == 0 == untrained["recited"]
     assert measured["recall"] > 10 > 3 > measured["recall_floor"] and untrained["recall"] < 3
 
 
