@@ -226,8 +226,8 @@ if prompts:
 
 # %% [markdown]
 # From this figure we took the default of this notebook: `top_p = 0.95` at temperature 1. The points near the star
-# differ by chance: with another seed, `top_p = 0.9` may be the nearest, and `temperature = 0.9` is not far. Some readers like
-# colder text better, since it makes fewer mistakes.
+# differ by chance: with another seed, `top_p = 0.9` may be the nearest, and `temperature = 0.9` is not far. Some
+# readers like colder text better, since it makes fewer mistakes.
 #
 # The table has the same texts, and the other measures of repetition. *Repeated lines* are lines or sentences that stood
 # before in the same text.

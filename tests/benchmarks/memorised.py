@@ -1,8 +1,8 @@
 """Runs of texts in a training text: `python -m tests.benchmarks.memorised [million tokens]`: time and memory.
 
 The data set is of random tokens in its real format: ten million of them, again and again. A billion need 2 GB on the
-disk. Half of the texts are cut out of it, so that each is one run; the others are random. For comparison, the tokens are
-only read and checked.
+disk. Half of the texts are cut out of it, so that each is one run; the others are random. For comparison, the tokens
+are only read and checked.
 """
 
 from __future__ import annotations
