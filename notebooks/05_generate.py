@@ -65,6 +65,7 @@ from llmcore.measure.memorised import (
     longest,
     recited,
     share,
+    source,
 )
 from llmcore.measure.ngram import NGram
 from llmcore.measure.repetition import distinct, longest_loop, nearest, repetition
@@ -307,7 +308,8 @@ if prompts:
         if best := longest(found):
             number, run = best
             words = tok.decode(each[number][run.start : run.end])
-            print(f"{name}'s longest run, {run.end - run.start} tokens: {widgets.visible(words)} ({gloss(words)})")
+            where = f"{run.end - run.start} tokens of {widgets.visible(source(train, run.place).name)}"
+            print(f"{name}'s longest run, {where}: {widgets.visible(words)} ({gloss(words)})")
 
 # %% [markdown]
 # This is a page of the model and a page of the author. Runs of 5 tokens or more are underlined and have a number. Click

@@ -184,6 +184,15 @@ def test_damaged_tokens_are_not_looked_at(folder: Path, tmp_path: Path) -> None:
         recited([[1, 2, 3] * 4], TokenDataset(copy, "train", 8))
 
 
+def test_a_plain_text_is_found_but_for_tokens_at_its_ends(tokenizer: Tokenizer, sanguo: Path) -> None:
+    chapter = (sanguo / "037.txt").read_text(encoding="utf-8")
+    tokens = np.array(tokenizer.encode(chapter), np.uint16)
+    for start in range(0, 3000, 101):
+        ids = tokenizer.encode(chapter[start : start + 60])
+        [[run, *others]] = recited([ids], tokens)
+        assert run.start <= 3 and run.end >= len(ids) - 3 and not others, chapter[start : start + 60]
+
+
 def test_a_checkpoints_data_set_is_found_by_its_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmcore.files.PROJECT_ROOT", tmp_path)
     datasets = tmp_path / "outputs" / "datasets"
