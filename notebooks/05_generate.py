@@ -30,7 +30,7 @@ prompt: str = "却说曹操"  # the text to continue
 max_new_tokens: int = 160  # length of the continuation
 temperature: float = 1.0  # 0 always takes the likeliest token; 1 keeps the model's probabilities
 top_k: int = None  # only the k likeliest tokens
-top_p: float = 0.9  # only the likeliest tokens that together have this probability
+top_p: float = 0.95  # only the likeliest tokens that together have this probability
 min_p: float = None  # only tokens at least this share as likely as the likeliest
 repetition_penalty: float = 1.0  # above 1: avoids tokens of the text so far
 device: str = "auto"  # auto, cpu, cuda, mps
@@ -67,6 +67,7 @@ from llmcore.measure.memorised import (
     longest,
     recited,
     share,
+    source,
 )
 from llmcore.measure.ngram import NGram
 from llmcore.measure.repetition import distinct, longest_loop, nearest, repetition
@@ -229,10 +230,12 @@ if prompts:
     display(plots.quality_and_repetition(curves, star, title))
 
 # %% [markdown]
-# With this figure for the default run, we chose the default of this notebook: `top_p = 0.9` at temperature 1. The
-# points near the star differ by chance: with another seed, `top_p = 0.95` or `temperature = 0.9` may come first. Some
-# readers like colder text better, since it makes fewer mistakes. The table has the same texts, and the other measures
-# of repetition. *Repeated lines* are lines or sentences that stood before in the same text.
+# From this figure we took the default of this notebook: `top_p = 0.95` at temperature 1. The points near the star
+# differ by chance: with another seed, `top_p = 0.9` may be the nearest, and `temperature = 0.9` is not far. Some
+# readers like colder text better, since it makes fewer mistakes.
+#
+# The table has the same texts, and the other measures of repetition. *Repeated lines* are lines or sentences that stood
+# before in the same text.
 
 # %%
 rows = []
@@ -309,7 +312,8 @@ if prompts:
         if best := longest(found):
             number, run = best
             words = tok.decode(each[number][run.start : run.end])
-            print(f"{name}'s longest run, {run.end - run.start} tokens: {widgets.visible(words)} ({gloss(words)})")
+            where = f"{run.end - run.start} tokens of {widgets.visible(source(train, run.place).name)}"
+            print(f"{name}'s longest run, {where}: {widgets.visible(words)} ({gloss(words)})")
 
 # %% [markdown]
 # This is a page of the model and a page of the author. Runs of 5 tokens or more are underlined and have a number. Click
@@ -335,8 +339,8 @@ if prompts:
     recalls = {name: forced_recall(model, data, count=200 if many == 16 else 40) for name, data in of.items()}
 if all(recalls.values()) and recalls:
     known, guessed = (each[max(each)] for each in recalls.values())
-    title = f"Shown {max(recalls['training text'])} tokens, it continues {known.tokens:.2f} tokens of the training text"
-    display(plots.recall_by_prompt(recalls, f"{title} and {guessed.tokens:.2f} of new text"))
+    title = f"Shown {max(recalls['training text'])} tokens, it continues {known.whole:.0%} of its training passages"
+    display(plots.recall_by_prompt(recalls, f"{title} to the end, {guessed.whole:.0%} of new ones"))
 
 # %% [markdown]
 # ### When did it begin?

@@ -12,6 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llmcore.checkpoint import Checkpoint
 from llmcore.corpus.token_files import finish_split, write_manifest
 from llmcore.dataset import FORMAT_VERSION, DatasetError, TokenDataset
 from llmcore.measure import memorised
@@ -19,6 +20,7 @@ from llmcore.measure.memorised import (
     Memory,
     Run,
     begins_to_recall,
+    data_of,
     forced_recall,
     held_out_prompts,
     longest,
@@ -27,7 +29,7 @@ from llmcore.measure.memorised import (
     share,
     source,
 )
-from llmcore.measure.repetition import distinct, longest_loop, repeated_lines, repetition
+from llmcore.measure.repetition import distinct, longest_loop, nearest, repeated_lines, repetition
 from llmcore.model import Transformer
 from llmcore.notebook import recitation
 from llmcore.tokenizer import Tokenizer
@@ -182,6 +184,36 @@ def test_damaged_tokens_are_not_looked_at(folder: Path, tmp_path: Path) -> None:
         recited([[1, 2, 3] * 4], TokenDataset(copy, "train", 8))
 
 
+def test_a_plain_text_is_found_but_for_tokens_at_its_ends(tokenizer: Tokenizer, sanguo: Path) -> None:
+    chapter = (sanguo / "037.txt").read_text(encoding="utf-8")
+    tokens = np.array(tokenizer.encode(chapter), np.uint16)
+    for start in range(0, 3000, 101):
+        ids = tokenizer.encode(chapter[start : start + 60])
+        [[run, *others]] = recited([ids], tokens)
+        assert run.start <= 3 and run.end >= len(ids) - 3 and not others, chapter[start : start + 60]
+
+
+def test_a_checkpoints_data_set_is_found_by_its_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmcore.files.PROJECT_ROOT", tmp_path)
+    datasets = tmp_path / "outputs" / "datasets"
+    datasets.mkdir(parents=True)
+    other, own = (write(datasets / name, [[1, 2, last] * 9], [[4] * 30]) for name, last in (("a", 3), ("b", 4)))
+    (datasets / "damaged").mkdir()
+    (datasets / "damaged" / "meta.json").write_text("{")
+    splits = TokenDataset(own, "train", 8).manifest["splits"]
+    config = {"data": {split: counts["sha256"] for split, counts in splits.items()}}
+    checkpoint = Checkpoint(tiny_model(), None, config, 1, tmp_path)
+    assert data_of(checkpoint) == own and data_of(checkpoint, other) == other
+    assert data_of(Checkpoint(tiny_model(), None, {}, 1, tmp_path)) is None
+
+
+def test_a_data_set_of_another_tokenizer_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = write(tmp_path / "d", [[1] * 9], [[1] * 9])
+    checkpoint = Checkpoint(tiny_model(), tokenizer, {}, 1, tmp_path)
+    with pytest.raises(DatasetError, match="made with another tokenizer than the checkpoint"):
+        data_of(checkpoint, folder)
+
+
 def test_passages_lie_within_documents_and_over_the_split(folder: Path) -> None:
     data = TokenDataset(folder, "train", 8)
     found = passages(data, 30, 60)
@@ -215,7 +247,7 @@ def test_a_model_that_knows_the_text_by_heart_is_found_out(folder: Path) -> None
     assert forced_recall(new, train, (8,), 60)[8].tokens < 3
 
     measured, untrained = Memory(model, train, val, 10).measure(), Memory(new, train, val, 10).measure()
-    assert measured["recited"] > 0.3 and measured["recited_floor"] == 0 == untrained["recited"]
+    assert measured["recited"] > 0.05 and measured["recited_floor"] == 0 == untrained["recited"]
     assert measured["recall"] > 10 > 3 > measured["recall_floor"] and untrained["recall"] < 3
 
 
@@ -270,7 +302,7 @@ def test_the_longest_loop_is_a_piece_twice_in_a_row(ids: list[int], size: int) -
 
 
 @settings(max_examples=examples(100), deadline=None)
-@given(st.lists(st.integers(0, 2), max_size=24))
+@given(st.lists(st.integers(0, 2), max_size=20))
 def test_the_longest_loop_is_that_of_every_stretch(ids: list[int]) -> None:
     def is_loop(stretch: list[int]) -> bool:
         return any(stretch[period:] == stretch[:-period] for period in range(1, len(stretch) // 2 + 1))
@@ -308,3 +340,9 @@ def test_of_two_runs_that_overlap_the_longer_has_the_tokens(tokenizer: Tokenizer
     text = tokenizer.decode(ids[:2])
     assert f">{text}</ins><sup>[1]</sup>" in html
     assert f">{tokenizer.decode(ids[2:])}</ins><sup>[2]</sup>" in html
+
+
+def test_the_nearest_setting_is_nearest_in_shares_of_the_target() -> None:
+    points = {"surprise off by 10%": (5.5, 0.5), "repetition off by 8%": (5.0, 0.54)}
+    assert nearest(points, (5.0, 0.5)) == "repetition off by 8%"  # though 0.5 nats are more than 0.04
+    assert nearest({"far": (9.0, 0.1), "itself": (5.0, 0.5)}, (5.0, 0.5)) == "itself"

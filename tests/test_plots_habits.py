@@ -45,7 +45,7 @@ def test_learning_by_heart_is_drawn_beside_the_losses() -> None:
 
 def test_learning_by_heart_is_drawn_before_anything_is_measured() -> None:
     for events in ([], [{"step": 1, "tokens": 8, "loss": 5.0}]):
-        assert len(plots.learned_by_heart(events, "nothing yet", 100).axes) == 3
+        assert len(plots.learned_by_heart(events, "nothing yet", 100).axes) == 1
 
 
 def test_quality_and_repetition_join_one_parameters_points_and_star_the_author() -> None:

@@ -74,8 +74,8 @@ def recited(
 ) -> list[list[Run]]:
     """The runs of each text that stand in the training tokens, each as long as it can be.
 
-    A text that was cut elsewhere than the training text may be cut into other tokens at its two ends. A run there is
-    found from the first token on that is the same.
+    A plain text is given as `tokenizer.encode(text)`. If it begins or ends within one of the training text's tokens,
+    its first or last tokens may be others than there. Then the run begins a few tokens later, or ends earlier.
 
     Args:
         texts: ids of each text.

@@ -19,7 +19,6 @@ from llmcore.notebook.plots.style import (
     ORANGE,
     PURPLE,
     RED,
-    SKY,
     figure_text,
     head,
     name_axes,
@@ -77,7 +76,7 @@ def recall_by_prompt(results: Mapping[str, Mapping[int, Recall]], title: str) ->
     whole.set_ylim(top=max(0.05, whole.get_ylim()[1]))
     whole.yaxis.set_major_formatter(PercentFormatter(1.0))
     name_axes(whole, "Continued to the end", "tokens of the prompt", "share of the passages")
-    name_axes(tokens, "Tokens before the first wrong one (bars: 2 standard errors)", "tokens of the prompt", "tokens")
+    name_axes(tokens, "Tokens before the first wrong one", "tokens of the prompt", "tokens (bars: two standard errors)")
     head(figure, title)
     return figure
 
@@ -86,38 +85,45 @@ def recall_by_prompt(results: Mapping[str, Mapping[int, Recall]], title: str) ->
 def learned_by_heart(events: Sequence[Mapping[str, Any]], title: str, tokens_per_epoch: int | None = None) -> Figure:
     """Losses, recall and recitation of a run, side by side, from its events (see `measure.memorised.Memory`).
 
+    Of a run that was not measured, only the losses are drawn.
+
     Args:
         events: one a step, as in `metrics.jsonl`.
         title: what to see.
         tokens_per_epoch: of the training text; where it begins anew is a dotted line.
     """
-    figure, [losses, recall, recited] = new_figure(12, 3.4, 1, 3)
+    panels = [
+        ("Loss", "nats per token", {"val_loss": ("validation", "s--", RED)}),
+        (
+            "Tokens continued word for word",
+            "tokens before the first wrong one",
+            {"recall": ("training text", "o-", BLUE), "recall_floor": ("held-out text", "s--", RED)},
+        ),
+        (
+            "Recited in runs of 8 tokens or more",
+            "share of the text",
+            {"recited": ("the model's text", "o-", BLUE), "recited_floor": ("held-out text", "s--", RED)},
+        ),
+    ]
+    panels = [panel for panel in panels if "val_loss" in panel[2] or any(panel[2].keys() & event for event in events)]
+    figure, all_axes = new_figure(4 * len(panels) if len(panels) > 1 else 6, 3.4, 1, len(panels))
     steps = [event["step"] for event in events]
-    losses.plot(
-        steps, smoothed([event["loss"] for event in events], len(events) // 50), color=BLUE, label="training, smoothed"
-    )
-    for axes, names in (
-        (losses, {"val_loss": ("validation", "s--", RED)}),
-        (recall, {"recall": ("training text", "o-", BLUE), "recall_floor": ("held-out text", "s--", RED)}),
-        (recited, {"recited": ("the model's text", "o-", BLUE), "recited_floor": ("held-out text", "s--", RED)}),
-    ):
-        for key, (label, style, color) in names.items():
-            points = [(event["step"], event[key]) for event in events if key in event]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, color=color, markersize=5, label=label)
-        epochs = [each for each in _epoch_steps(events, tokens_per_epoch) if each < steps[-1]] if steps else []
-        for number, step in enumerate(epochs):
-            axes.axvline(step, color=GREY, linestyle=":", linewidth=1, label="" if number else "text begins anew")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=9)
+    loss = smoothed([event["loss"] for event in events], len(events) // 50)
+    all_axes[0].plot(steps, loss, color=BLUE, label="training, smoothed")
 
-    for axes in (recall, recited):
-        axes.set_xlim(losses.get_xlim())
-        axes.set_ylim(bottom=0)
-    recited.yaxis.set_major_formatter(PercentFormatter(1.0))
-    name_axes(losses, "Loss", "optimizer step", "nats per token")
-    name_axes(recall, "Tokens continued word for word", "optimizer step", "tokens before the first wrong one")
-    name_axes(recited, "Recited in runs of 8 tokens or more", "optimizer step", "share of the text")
+    for axes, (title_, unit, lines) in zip(all_axes, panels, strict=True):
+        for key, (label, style, color) in lines.items():
+            points = np.array([(event["step"], event[key]) for event in events if key in event]).reshape(-1, 2)
+            axes.plot(*points.T, style, color=color, markersize=5, label=label)
+        for number, step in enumerate(_epoch_steps(events, tokens_per_epoch)):
+            axes.axvline(step, color=GREY, linestyle=":", linewidth=1, label="" if number else "text begins anew")
+        axes.set_xlim(all_axes[0].get_xlim())
+        axes.legend(fontsize=9)
+        if axes is not all_axes[0]:
+            axes.set_ylim(bottom=0)
+        if "recited" in lines:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        name_axes(axes, title_, "optimizer step", unit)
     head(figure, title)
     return figure
 
@@ -138,21 +144,22 @@ def quality_and_repetition(
 
     Args:
         points: by the parameter that changes: its value as text -> surprise under 4-grams (nats per token) and distinct
-            4-grams (share). Points of one parameter are joined by a line.
+            pairs of tokens (share). Points of one parameter are joined by a line.
         held_out: the same two of held-out text.
         title: what to see.
     """
     figure, [axes] = new_figure(9, 4.6)
-    looks = zip((BLUE, GREEN, ORANGE, PURPLE, SKY), "o^Dvs", strict=True)
-    for (parameter, values), (color, marker) in zip(points.items(), looks, strict=False):
+    # the numbers of neighbouring lines stand on different sides
+    looks = zip((BLUE, GREEN, ORANGE, PURPLE), "o^Dv", ((6, -11), (-8, 8), (6, -11), (-22, 2)), strict=True)
+    for (parameter, values), (color, marker, beside) in zip(points.items(), looks, strict=False):
         x, y = zip(*values.values(), strict=True)
         axes.plot(x, y, marker=marker, color=color, label=figure_text(parameter, LABEL), alpha=0.9)
         for name, place in values.items():
-            axes.annotate(figure_text(name, LABEL), place, (5, -11), textcoords="offset points", fontsize=8)
+            axes.annotate(figure_text(name, LABEL), place, beside, textcoords="offset points", fontsize=8)
     axes.plot(*held_out, "*", color=RED, markersize=18, label="held-out text", linestyle="none")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.margins(0.08)
     axes.legend(loc="lower right")
-    name_axes(axes, "", "surprise of counted 4-grams (nats per token)", "4-grams that are different ones")
+    name_axes(axes, "", "surprise of counted 4-grams (nats per token)", "pairs of tokens that are different ones")
     head(figure, title)
     return figure
