@@ -51,7 +51,8 @@ def test_any_story_is_opened_as_it_was_saved(
 
 @given(TRICKY)
 def test_nothing_in_a_story_acts_as_markdown_or_html(text: str) -> None:
-    page = mistune.html(Story(text.replace("\n", " "), text, (Passage(text),)).as_markdown())
+    passages = (Passage(text), Passage(text, "--> <b>of a hostile name</b>"))
+    page = mistune.html(Story(text.replace("\n", " "), text, passages).as_markdown())
     assert set(re.findall(r"<\s*/?(\w+)", re.sub("<!--.*?-->", "", page))) <= {"h1", "p"}
 
 
