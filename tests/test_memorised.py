@@ -76,6 +76,8 @@ streams = st.one_of(few, loops, st.builds(list.__add__, loops, few), st.builds(l
     sizes=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4)),
     multiplier=st.sampled_from([memorised.MULTIPLIER, 1, 0]),
 )
+@example([1, 2, 9], [[1, 2, 3], [1, 2, 4]], 2, None, np.uint16, (8, 4, 4), 1)  # the first is not a neighbour
+@example([1, 2, 0], [[1, 2, 3], [1, 2, 4]], 2, None, np.uint16, (8, 4, 4), 1)  # nor the second here
 @example([1] * 40, [[1] * 30, [1] * 31], 8, None, np.uint16, (8, 4, 4), 0)
 @example([1, 2] * 9 + [0] + [2, 1] * 9, [[2, 1] * 9], 8, EOS, np.uint32, (1, 1, 1), 1)
 def test_the_runs_are_those_that_every_pair_of_places_has(

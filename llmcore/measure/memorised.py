@@ -392,7 +392,8 @@ class Memory:
                         of `LEAST` tokens or more
         recited_floor   the same of the held-out text that follows these prompts
         distinct, distinct_floor    the share of different pairs of tokens in the same two
-        recall, recall_floor        tokens continued word for word of 16, on training text and held-out text
+        recall, recall_floor        of 16 tokens, how many are continued word for word after 32 (or as many as fit into
+                        the context), on training text and on held-out text
         recall_error    standard error of the difference of these two
 
     Args:
@@ -435,10 +436,11 @@ class Memory:
             for ending, texts in (("", model_texts), ("_floor", held_out)):
                 found["recited" + ending] = share(recited(texts, self.train, eos_id=eos_id), lengths)
                 found["distinct" + ending] = distinct(texts, 2)
-        known, guessed = (forced_recall(self.model, data, [32], self.passages) for data in (self.train, self.val))
+        size = max(1, min(32, self.model.config.max_seq_len - 16))
+        known, guessed = (forced_recall(self.model, data, [size], self.passages) for data in (self.train, self.val))
         if known and guessed:
-            found |= {"recall": known[32].tokens, "recall_floor": guessed[32].tokens}
-            found["recall_error"] = math.hypot(known[32].error, guessed[32].error)
+            found |= {"recall": known[size].tokens, "recall_floor": guessed[size].tokens}
+            found["recall_error"] = math.hypot(known[size].error, guessed[size].error)
         return found
 
 
