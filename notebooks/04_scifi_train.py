@@ -98,6 +98,7 @@ from llmcore.generate import generate
 from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.disk import check_disk
 from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_byte
+from llmcore.measure.memorised import Memory
 from llmcore.measure.memory import block_activations, check_memory, has_attention_kernel, predict_memory
 from llmcore.measure.ngram import evaluate_ngram
 from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, step_tokens, text_advice
@@ -366,8 +367,9 @@ def new_trainer(weights_seed, **options):
     if origin and not options.get("resume"):
         model, options["init_from"] = pretrained.model, origin
     model = model or Transformer(model_config)
+    by_heart = [Memory(model, train_data, val_data, train_config.max_steps)] if thorough else []
     parts = [model, mixed_data, val_data, train_config, run_dir]
-    return Trainer(*parts, tokenizer=tok, callbacks=[track], device=device, backup_dir=backup_dir, **options)
+    return Trainer(*parts, tokenizer=tok, callbacks=[*by_heart, track], device=device, backup_dir=backup_dir, **options)
 
 
 trainer = new_trainer(seed, resume=start, init_step=init_step)
@@ -412,6 +414,18 @@ print("every step is in the metrics once; steps skipped for a loss that is not f
 # and begins to memorise them. This does not help with new text, so the gap to the validation loss gets wider. Here the
 # text is the limit, not the compute. `weight_decay` reduces the gap.
 # [tests/benchmarks](../tests/benchmarks/README.md) says what else was tried.
+#
+# Does the model recite? Five times in the run, a callback lets it continue held-out passages and counts how much of its
+# text stands in the training text in runs of 8 tokens or more. It also lets it continue passages of both texts, and
+# counts the tokens before the first wrong one. [Notebook 5](05_generate.ipynb) draws this beside the two losses, and
+# shows what is recited.
+
+# %%
+for event in events:
+    if {"recall", "recited"} <= event.keys():
+        recited = f"{event['recited']:.1%} recited (held-out text: {event['recited_floor']:.1%})"
+        continued = f"{event['recall']:.2f} tokens continued (held-out text: {event['recall_floor']:.2f})"
+        print(f"step {event['step']:,}: {recited}, {continued}")
 
 # %% [markdown]
 # ## Samples get better

@@ -9,13 +9,13 @@
 # %% [markdown]
 # # 5 · Writing
 #
-# *What does the model write, and how sure is it?* This notebook loads a trained model and lets it write. It shows the
-# probabilities behind the words, five ways to choose from them, and why writing is fast. The novel's words have English
-# beside them.
+# *What does the model write, how sure is it, and does it recite?* This notebook loads a trained model and lets it
+# write. It shows the probabilities behind the words, five ways to choose from them, which of them writes most like the
+# author, what the model has learned by heart, and why writing is fast. The novel's words have English beside them.
 #
 # | in | out | time |
 # | --- | --- | --- |
-# | a run of notebook 4 | text and pictures | half a minute on two CPU cores |
+# | a run of notebook 4, and its data set | text and pictures | a minute and a half on two CPU cores |
 #
 # Before: [4 · Training](04_scifi_train.ipynb) · Next: [6 · A scaling law](06_scaling.ipynb)
 #
@@ -25,9 +25,10 @@
 # %% tags=["parameters"]
 checkpoint_dir: str = "latest"  # latest or best of output_dir, or a folder: a run or one checkpoint
 output_dir: str = "outputs/runs"  # folder of all runs
+dataset_dir: str = "auto"  # the text to compare with; auto: the data set of the run, if it is in outputs/datasets
 prompt: str = "却说曹操"  # the text to continue
 max_new_tokens: int = 160  # length of the continuation
-temperature: float = 0.8  # 0 always takes the likeliest token; 1 keeps the model's probabilities
+temperature: float = 1.0  # 0 always takes the likeliest token; 1 keeps the model's probabilities
 top_k: int = None  # only the k likeliest tokens
 top_p: float = 0.95  # only the likeliest tokens that together have this probability
 min_p: float = None  # only tokens at least this share as likely as the likeliest
@@ -41,21 +42,40 @@ from llmcore.notebook.parameters import check_parameters
 check_parameters(globals())
 
 # %%
+import json
+import shlex
 import time
 
 import torch
+from IPython.display import display
 
 from llmcore.checkpoint import checkpoints, load_checkpoint, loss_in_words
+from llmcore.dataset import TokenDataset
 from llmcore.device import pick_device
 from llmcore.files import display_path, resolve
 from llmcore.formats.gguf import to_gguf
 from llmcore.formats.huggingface import from_hf, to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
-from llmcore.measure.compare_runs import find_runs
+from llmcore.measure.compare_runs import find_runs, read_events
+from llmcore.measure.memorised import (
+    begins_to_recall,
+    continuations,
+    data_of,
+    forced_recall,
+    held_out_prompts,
+    longest,
+    recited,
+    share,
+    source,
+)
+from llmcore.measure.ngram import NGram
+from llmcore.measure.repetition import distinct, longest_loop, nearest, repetition
 from llmcore.model import KVCache
 from llmcore.notebook import plots, widgets
+from llmcore.notebook.drafts import remake
 from llmcore.notebook.gloss import beside_english, gloss
+from llmcore.notebook.story import open_story
 from llmcore.quantize import int8_weights
 
 device = str(pick_device(device))
@@ -148,17 +168,89 @@ print("top-p keeps no more tokens than it must")
 
 # %% [markdown]
 # ## Cold and hot
-# With a low temperature, the model repeats safe phrases, and often it ends in a loop. With a high one it invents more
-# and makes more mistakes. A loop can be counted: most of its strings of four characters have been there before. Which
-# text do you like best?
+# With a low temperature, the model repeats safe phrases, and often it ends in a **loop**: a piece that follows itself
+# again and again. With a high one it invents more and makes more mistakes. Both can be counted. Which text do you like
+# best?
 
 # %%
 for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
     text = generate(model, tok, prompt, min(max_new_tokens, 80), degree, **sampling)
-    fours = [text[i : i + 4] for i in range(len(text) - 3)]
-    new = f"{len(set(fours)) / len(fours):.0%} of its strings of four are new" if fours else "too short to count"
-    print(f"--- temperature {degree}: {new}\n{widgets.visible(widgets.ending(prompt) + text)}")
+    pairs = tok.encode(text)
+    counted = f"{distinct([pairs], 2):.0%} of its pairs of tokens are different, longest loop {longest_loop(pairs)}"
+    print(f"--- temperature {degree}: {counted} tokens\n{widgets.visible(widgets.ending(prompt) + text)}")
     print(f"({gloss(text)})\n")
+
+# %% [markdown]
+# ## Which setting writes like the author?
+# The author has written on after every passage that was held out of training. So has the model, if we give it the same
+# passages as prompts. We measure two things of both:
+#
+# - **Repetition**: how many pairs of tokens are different ones (*distinct-2*).
+# - **Quality**: how surprised are counted 4-grams of the training text? They are a judge that knows the language a
+#   little, and is not the model itself. Text that is too safe surprises them less than the author does, and nonsense
+#   surprises them more. So the aim is not the lowest surprise, but the author's.
+#
+# The star is the author. Each line changes one parameter. (The repetition penalty is tried at temperature 0.8.)
+
+# %%
+dataset_dir = data_of(checkpoint, dataset_dir)
+prompts, author = [], []
+if dataset_dir:
+    train, val = (TokenDataset(dataset_dir, split, 1) for split in ("train", "val"))
+    many = 16 if model.config.n_params() < 20e6 or device != "cpu" else 4
+    prompts, author = held_out_prompts(val, many)
+if not prompts:
+    print("left out below, because the run's data set is not in outputs/datasets: what compares with its text")
+
+# %%
+tried = {
+    "temperature": (0.6, 0.8, 0.9, 1.0, 1.2),
+    "top_p": (0.7, 0.8, 0.9, 0.95),
+    "min_p": (0.02, 0.05, 0.1, 0.2),
+    "repetition_penalty": (1.1, 1.2, 1.3),
+}
+model_texts = {}
+for name, values in tried.items():
+    base = {"temperature": 0.8, "seed": seed} if name == "repetition_penalty" else {"seed": seed}
+    for value in values if prompts else ():
+        setting = {**base, name: value}
+        model_texts[name, value] = continuations(model, prompts, len(author[0]), tok.vocab_size, **setting)
+
+# %%
+if prompts:
+    judge = NGram([train.read(0, 2_000_000)], 4, tok.vocab_size, tok.eos_id)
+
+    def place(texts):
+        return float(sum(judge.nats(ids)[:-1].mean() for ids in texts) / len(texts)), distinct(texts, 2)
+
+    star, places = place(author), {way: place(texts) for way, texts in model_texts.items()}
+    best_name, best_value = nearest(places, star)
+    curves = {name: {f"{value:g}": places[name, value] for value in values} for name, values in tried.items()}
+    title = f"{best_name} = {best_value:g} writes most like the author: the same surprise, as few repetitions"
+    display(plots.quality_and_repetition(curves, star, title))
+
+# %% [markdown]
+# From this figure we took the default of this notebook: `top_p = 0.95` at temperature 1. The points near the star
+# differ by chance: with another seed, `top_p = 0.9` may be the nearest, and `temperature = 0.9` is not far. Some
+# readers like colder text better, since it makes fewer mistakes.
+#
+# The table has the same texts, and the other measures of repetition. *Repeated lines* are lines or sentences that stood
+# before in the same text.
+
+# %%
+rows = []
+for way, texts in {"the author": author, **model_texts}.items() if prompts else ():
+    counts = repetition(texts, [tok.decode(ids) for ids in texts])
+    row = {"text": way if isinstance(way, str) else f"{way[0]} = {way[1]:g}"}
+    row |= {f"distinct-{n}": f"{value:.1%}" for n, value in enumerate(counts.distinct, 1)}
+    rows.append({**row, "longest loop": f"{counts.loop} tokens", "repeated lines": f"{counts.lines:.1%}"})
+widgets.tables({"Repetition, by the setting": rows})
+
+# %% tags=["nbval-check-output"]
+# Checked
+assert all(len(ids) == len(author[0]) for texts in model_texts.values() for ids in texts)
+assert not prompts or all(0 < value <= 1 for _, value in (*places.values(), star))
+print("the model's texts are as long as the author's, so their repetition can be compared")
 
 # %% [markdown]
 # ## Surprise
@@ -191,6 +283,94 @@ loss = model(window[None, :-1], window[None, 1:]).item()
 assert len(nats) == len(ids) - 1
 assert abs(sum(nats[: len(window) - 1]) / (len(window) - 1) - loss) < 1e-3
 print("one surprise per token; their mean is the loss of training")
+
+# %% [markdown]
+# ## Does it recite?
+# A model that repeats its training text word for word does not write. So we look for the longest **runs**: tokens that
+# stand in the training text in the same order. But an author repeats phrases too, such as names with titles, or
+# “in the next chapter”. So the same count for held-out text is the **floor**. What is above the floor is recited.
+#
+# These are the same texts as above, in the setting of this notebook. The search is exact.
+
+# %%
+if prompts:
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    settings["repetition_penalty"] = repetition_penalty
+    texts = continuations(model, prompts, len(author[0]), tok.vocab_size, **settings)
+    sizes, lengths = (5, 8, 16, 32), [len(ids) for ids in author]
+    runs, floor = (recited(each, train, min(sizes), eos_id=tok.eos_id) for each in (texts, author))
+    shares, floor_shares = ({size: share(each, lengths, size) for size in sizes} for each in (runs, floor))
+    words = "no more than" if shares[8] <= floor_shares[8] else "more than"
+    title = (
+        f"Recited in runs of 8 tokens: {shares[8]:.1%} of the model's text, {words} the floor, {floor_shares[8]:.1%}"
+    )
+    display(plots.recited_shares({"the model": shares, "held-out text: the floor": floor_shares}, title))
+
+# %%
+if prompts:
+    for name, each, found in (("the model", texts, runs), ("the author", author, floor)):
+        if best := longest(found):
+            number, run = best
+            words = tok.decode(each[number][run.start : run.end])
+            where = f"{run.end - run.start} tokens of {widgets.visible(source(train, run.place).name)}"
+            print(f"{name}'s longest run, {where}: {widgets.visible(words)} ({gloss(words)})")
+
+# %% [markdown]
+# This is a page of the model and a page of the author. Runs of 5 tokens or more are underlined and have a number. Click
+# on a line of the list: it shows the passage of the training text that holds the run.
+
+# %%
+if prompts:
+    most = max(range(len(texts)), key=lambda number: share([runs[number]], [lengths[number]], 5))
+    pages = {"The model": (texts[most], runs[most]), "The author, held-out text": (author[most], floor[most])}
+    display(widgets.recited_pages(tok, pages, train, 5))
+
+# %% [markdown]
+# ### Does it know how a passage goes on?
+# A model that has learned a text by heart continues it, if it is shown the beginning. We show the model the last 8, 32
+# or 128 tokens before a place, and it writes the 16 likeliest tokens. This is done at 200 places of the training text
+# and at 200 of the held-out text, where it can only guess. (Carlini et al., 2022, did so with large models. These
+# continue more passages to the end, the more they are shown.)
+
+# %%
+recalls = {}
+if prompts:
+    of = {"training text": train, "held-out text": val}
+    recalls = {name: forced_recall(model, data, count=200 if many == 16 else 40) for name, data in of.items()}
+if all(recalls.values()) and recalls:
+    known, guessed = (each[max(each)] for each in recalls.values())
+    title = f"Shown {max(recalls['training text'])} tokens, it continues {known.whole:.0%} of its training passages"
+    display(plots.recall_by_prompt(recalls, f"{title} to the end, {guessed.whole:.0%} of new ones"))
+
+# %% [markdown]
+# ### When did it begin?
+# Notebook 4 measured both during training. The training loss falls further than the validation loss as soon as the text
+# is read again. This gap says that the model knows its text better than other text. Whether it can also recite is
+# another question: the other two panels answer it.
+
+# %%
+try:
+    events = read_events(checkpoint.path.parent)
+except (OSError, ValueError):  # a checkpoint on its own
+    events = []
+began = begins_to_recall(events)
+if not any("recall" in event for event in events):
+    title = "This run was not measured while it trained"
+elif began is None:
+    title = "To its end, the model continues its training text no further than new text"
+else:
+    title = f"From step {began:,} on, the model continues its training text further than new text"
+if events:
+    display(plots.learned_by_heart(events, title, len(train.tokens) if prompts else None))
+
+# %% tags=["nbval-check-output"]
+# Checked
+for each, found in ((texts, runs), (author, floor)) if prompts else ():
+    for ids_of, its_runs in zip(each, found, strict=True):
+        for start, end, at in its_runs:
+            assert ids_of[start:end] == train.read(at, at + end - start).tolist()
+assert not prompts or list(shares.values()) == sorted(shares.values(), reverse=True)
+print("each run stands in the training text, word for word")
 
 # %% [markdown]
 # ## Why writing is slow, and the cache
@@ -281,21 +461,62 @@ if hf_dir:
     print("transformers gives the same ids, and the same scores within 1e-4; read back, each weight is the same")
 
 # %% [markdown]
-# ## Try it
-# Type a prompt, change the settings, and stop the text with a button. When the text is finished, rest the mouse on a
-# token. You see its probability and the other candidates. A token with a probability below 10% is underlined. With
-# *Compare with*, another checkpoint writes beside this one. (Where you cannot press buttons, you see only the text.)
+# ### A server, and a page to write on
+# llama.cpp's server opens the GGUF file. It refuses a prompt that is longer than the context. By default it cuts the
+# candidates first (`top-k 40`, `min-p 0.05`) and applies the temperature last. The options below are this notebook's.
+# Then write on [mikupad](https://github.com/lmg-anon/mikupad), a page in one HTML file: choose the backend *llama.cpp*,
+# the server's address and the mode *Completion*. Or open the file with
+# [KoboldCpp](https://github.com/LostRuins/koboldcpp), llama.cpp with a story writer built in. We have tried the server
+# and its `/completion`. The two pages we know only from their documents.
+#
+# **Do not chat with this model.** It has learned to continue a text, and nothing else. The server's own page sends chat
+# messages. The model does not answer them: it continues them as a novel.
+
+# %%
+gguf = shlex.quote(str(display_path(export_dir / "gguf" / "model.gguf")))
+options = {"temp": temperature, "top-k": top_k or 0, "top-p": top_p or 1, "min-p": min_p or 0}
+options["repeat-penalty"] = repetition_penalty
+question = json.dumps({"prompt": widgets.ending(prompt, 40), "n_predict": 80}, ensure_ascii=False)
+print(f"llama-server -m {gguf} --port 8080", *(f"--{name} {value}" for name, value in options.items()))
+print(f"curl -H 'Content-Type: application/json' http://127.0.0.1:8080/completion -d {shlex.quote(question)}")
+print(f"koboldcpp --model {gguf} --contextsize {model.config.max_seq_len}")
+
+# %% [markdown]
+# ## A desk
+# Write a story together with the model. Type your words, and press *continue*. Ask for several *drafts* and choose one,
+# *retry* a passage, change its text, or go back to it and write on from there. *undo* takes back each change. Every
+# passage keeps its own settings. ▸ shows where the model's view of the story begins: it has forgotten what stands
+# before. What a passage recites is underlined, with a number; click on a line below the story to see its source. With
+# *compare with*, another checkpoint writes a draft too.
+#
+# Rest the mouse on a token of a draft: you see its probability and the other candidates. A token with a probability
+# below 10% is underlined. All controls can be reached with Tab; Space presses a button, and arrow keys move a slider.
+#
+# The story is saved after each change, in `outputs/stories`, as Markdown that you can read and edit. The file holds the
+# settings and the seed of each passage, so that the model can write the same passage again. (Where you cannot press
+# buttons, you see only the texts.)
 
 # %%
 others = [path for run in find_runs(output_dir) for path in checkpoints(run) if path != checkpoint.path]
-panel = widgets.WritingPanel(model, tok, prompt, min(max_new_tokens, 80), others)
-await panel.start()
-panel
+sampling |= {"temperature": temperature, "data": train if dataset_dir else None}
+desk = widgets.WritingDesk(checkpoint, prompt, min(max_new_tokens, 80), others, **sampling)
+for _ in range(3):
+    await desk.start()
+desk
+
+# %% tags=["nbval-check-output"]
+# Checked
+story = open_story(desk.story.file) if desk.story.file else desk.story
+assert story.text() == desk.story.text()
+for number, passage in enumerate(story.passages):
+    assert not story.as_written(number) or remake(story, number, checkpoint) == passage.text
+print("read from its file, the story is the same; the model writes each of its passages again, word for word")
 
 # %% [markdown]
 # ## What to try next
 # - A prompt from another century, or in English: what does the model do with words that it has never seen?
 # - `repetition_penalty = 1.2` at `temperature = 0`: does the text still repeat itself?
+# - A run of notebook 4 with `epochs = 30`, on a part of the text: when does it begin to recite?
 # - `checkpoint_dir = "best"`, or the folder of an earlier checkpoint: how did the text for this prompt change?
 #
 # **[Next: 6 · A scaling law](06_scaling.ipynb)**

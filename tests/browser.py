@@ -199,7 +199,7 @@ class Notebook:
         return wait_for(met, f"{what} in {self.name}")
 
     def state(self) -> Locator:
-        """What the last dashboard or writing panel says it is doing, brought into view: unseen cells are not drawn."""
+        """What the last dashboard or desk says it is doing, brought into view: unseen cells are not drawn."""
         found = self.page.locator(".widget-html", has_text="state:").last
         found.evaluate("element => element.scrollIntoView({block: 'start'})")
         return found
@@ -418,38 +418,71 @@ def test_training_is_watched_paused_resumed_and_stopped(
     notebook.screenshot("training-reopened", notebook.page.locator("img.llm-curves").last)
 
 
-def test_text_is_written_stopped_and_looked_into(open_notebook: Callable[[str], Notebook]) -> None:
+def test_a_story_is_written_at_the_desk(open_notebook: Callable[[str], Notebook], project: Path) -> None:
     notebook = open_notebook("05_generate")
     notebook.run_all()
     notebook.wait_until_done()
-    state = notebook.state()
+    state, page = notebook.state(), notebook.page
     expect(state).to_contain_text("done")
-    notebook.box("prompt").fill("玄德曰 <script>window.owned = 1</script>")
-    count = notebook.page.get_by_role("slider").last
-    count.focus()
-    count.press("End")  # a thousand tokens
-    notebook.button("write").click()
+    story = page.locator(".widget-html", has_text="Bold: yours").last
+    expect(story.locator("sup", has_text="¶")).to_have_count(4)  # the prompt, and three passages
+    [file] = (project / "outputs" / "stories").glob("*.md")
+    saved = file.read_bytes()
+
+    # typed key by key, a thousand tokens, stopped, looked into
+    words = notebook.box("your words")
+    words.press_sequentially("玄德曰 <script>window.owned = 1</script>", delay=20)
+    count, drafts = page.get_by_role("slider").nth(-2), page.get_by_role("slider").last
+    count.press("End")
+    words.press("Tab")  # to the button below
+    page.keyboard.press("Space")
     expect(state).to_contain_text("so far")
-    text = notebook.page.locator(".widget-html", has_text="玄德曰 <script>").last
-    short = text.inner_text()
-    wait_for(lambda: len(text.inner_text()) > len(short) + 10, "the text to grow")
-    notebook.button("stop writing").click()
+    expect(words).to_have_value("")
+    draft = page.locator(".widget-html", has_text="window.owned = 1</script>").last
+    short = draft.inner_text()
+    wait_for(lambda: len(draft.inner_text()) > len(short) + 10, "the text to grow")
+    notebook.button("stop writing").press("Enter")
     expect(state).to_contain_text("stopped:")
     [tokens] = map(int, re.findall(r"stopped: (\d+) tokens", state.inner_text()))
     assert 0 < tokens < 1000
-    token = text.locator(".llm-token").nth(3)
+    token = draft.locator(".llm-token").nth(3)
     assert "likeliest here" in (token.get_attribute("data-odds") or "")
     token.hover()
     shown = token.evaluate("element => getComputedStyle(element, '::after').content")
     assert "likeliest here" in shown
-    notebook.box("prompt").fill("却说曹操")
+
+    # undone, changed by hand, and gone back to
+    for _ in range(2):
+        notebook.button("undo").press("Space")
+        expect(state).to_contain_text("taken back")
+    expect(story).not_to_contain_text("window.owned")
+    assert file.read_bytes() == saved
+    notebook.box("passage").select_option(index=1)
+    text = notebook.box("its text")
+    text.press("Control+End")
+    text.press_sequentially("，玄德大惊。", delay=20)
+    notebook.button("keep the edit").press("Enter")
+    expect(story).to_contain_text("，玄德大惊。")
+    notebook.box("passage").select_option(index=1)
+    notebook.button("write on here").press("Space")
+    expect(story.locator("sup", has_text="¶")).to_have_count(2)
+
+    # two drafts and another checkpoint's: one is chosen, and the story opened from its file
     count.press("Home")
     for _ in range(24):
         count.press("PageUp")
-    choices = notebook.box("compare with")
-    choices.select_option(index=1)
-    notebook.button("write").click()
+    drafts.press("ArrowRight")
+    notebook.box("compare with").select_option(index=1)
+    notebook.button("continue").press("Space")
     expect(state).to_contain_text("done")
-    columns = notebook.page.locator(".widget-html", has_text="this checkpoint").last.locator("small", has_text="step=")
-    expect(columns).to_have_count(1)
-    notebook.screenshot("writing", state, point_at=notebook.page.locator(".llm-token").nth(12))
+    expect(page.locator("small", has_text="step=").locator("visible=true")).to_have_count(3)
+    second = page.locator(".widget-toggle-button:visible", has_text=re.compile(r"^\s*2\s*$")).last
+    second.press("Space")
+    chosen = page.locator(".widget-html", has_text="Point at a token").last.locator("p").nth(1).inner_text()
+    wait_for(lambda: chosen[-30:] in file.read_text(encoding="utf-8"), "the second draft in the file")
+    notebook.screenshot("writing", state, point_at=page.locator(".llm-token").nth(12))
+    notebook.button("new").press("Space")
+    expect(story.locator("sup", has_text="¶")).to_have_count(0)
+    notebook.box("file").fill(file.name)
+    notebook.button("open").press("Space")
+    expect(story).to_contain_text(chosen[-30:])

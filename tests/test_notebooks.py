@@ -195,10 +195,11 @@ def test_the_chain_runs_headless_on_other_texts_and_parameters(
     again = {"batch_size": 4, "precision": "fp32", "thorough": False}  # the first run has measured all there is
     four = papermill_run("04_scifi_train", tmp_path, **text, **files, **run, **more, **again)
     assert "every step is in the metrics once" in output_of(four)
-    five = papermill_run(
-        "05_generate", tmp_path, output_dir="runs", checkpoint_dir="best", max_new_tokens=8, prompt="The ", device="cpu"
-    )
+    assert re.search(r"step 12: \d.*% recited \(held-out text: .*\), \d.* tokens continued", output_of(four))
+    last = {"output_dir": "runs", "checkpoint_dir": "best", "dataset_dir": "tokens", "device": "cpu"}
+    five = papermill_run("05_generate", tmp_path, **last, max_new_tokens=8, prompt="The ")
     assert "streamed or not, the same seed writes the same text" in output_of(five)
+    assert "the model's longest run" in output_of(five) and "left out" not in output_of(five)
 
 
 @pytest.mark.slow

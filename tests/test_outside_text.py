@@ -22,6 +22,7 @@ from llmcore.formats.gguf import to_gguf
 from llmcore.formats.huggingface import to_hf
 from llmcore.formats.llama2c import to_llama2c
 from llmcore.generate import generate, stream
+from llmcore.measure.repetition import distinct, longest_loop
 from llmcore.notebook import widgets
 from llmcore.notebook.gloss import gloss
 from llmcore.notebook.run_page import write_index
@@ -84,7 +85,7 @@ def test_a_prompt_of_any_length_is_written_after_its_visible_end(
     space |= {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, "seed": 0}
     space |= {"stream": stream, "generate": generate, "gloss": gloss, "prompt": "曹\x1b[31m\u202e操" * 200_000}
     if words == "for degree in":
-        space["sampling"] = {"seed": 0}
+        space |= {"sampling": {"seed": 0}, "distinct": distinct, "longest_loop": longest_loop}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(code, space)

@@ -7,7 +7,6 @@ import html
 import itertools
 import re
 import types
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 import torch
 from IPython.display import HTML
 
-from llmcore.checkpoint import checkpoints, save_checkpoint
+from llmcore.checkpoint import Checkpoint, checkpoints, save_checkpoint
 from llmcore.config import ModelConfig
 from llmcore.corpus.library import open_library
 from llmcore.corpus.prepare import prepare_dataset
@@ -28,11 +27,13 @@ from llmcore.generate import generate
 from llmcore.model import Transformer
 from llmcore.notebook import toy_reverse
 from llmcore.notebook.dashboard import TrainingDashboard, duration, run_status
+from llmcore.notebook.drafts import odds, remake
 from llmcore.notebook.explorers import DataExplorer, ReversalExplorer, TokenExplorer
 from llmcore.notebook.plots import png
 from llmcore.notebook.safe_html import boxes, html_text, piece_text, table, visible
+from llmcore.notebook.story import Passage, Story, open_story
 from llmcore.notebook.widgets import run_table
-from llmcore.notebook.writing import WritingPanel, odds
+from llmcore.notebook.writing import WritingDesk
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 from llmcore.train import Event, Trainer
@@ -386,6 +387,17 @@ def small_data(english: Path, tmp_path: Path) -> tuple[TokenDataset, Tokenizer]:
     return TokenDataset(tmp_path / "data", "train", 32), tok
 
 
+@pytest.fixture
+def small_library(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path) -> TokenDataset:
+    """The training tokens of two chapters."""
+    (tmp_path / "novel").mkdir()
+    for number, file in enumerate(sorted(sanguo.glob("*.txt"))[:3]):
+        text = file.read_text(encoding="utf-8")[:2000]
+        (tmp_path / "novel" / f"<b>{number:03}.txt").write_text(text, encoding="utf-8")
+    prepare_dataset(open_library(tmp_path / "novel"), tokenizer, tmp_path / "tokens", 0.2)
+    return TokenDataset(tmp_path / "tokens", "train", 32)
+
+
 def test_windows_and_documents_begin_where_the_data_set_says(
     small_data: tuple[TokenDataset, Tokenizer],
 ) -> None:
@@ -459,99 +471,234 @@ def wide_model(tokenizer: Tokenizer, seed: int = 0) -> Transformer:
     return tiny_model(seed, std=0.3, vocab_size=tokenizer.vocab_size)
 
 
-def press_write(panel: WritingPanel, then: Callable[[], None] = lambda: None) -> None:
-    async def press() -> None:
-        panel.write_button.click()
+@pytest.fixture
+def desk(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., WritingDesk]:
+    """Makes a desk whose stories lie in the test's folder."""
+
+    def make(prompt: str = "曹操", count: int = 30, **options: Any) -> WritingDesk:
+        checkpoint = Checkpoint(wide_model(tokenizer), tokenizer, {}, 3, Path("runs/novel/step=000003_loss=2.000"))
+        return WritingDesk(checkpoint, prompt, count, folder=tmp_path / "stories", **options)
+
+    return make
+
+
+def press(desk: WritingDesk, button: ipywidgets.Button, then: Callable[[], None] = lambda: None) -> None:
+    """Click, do something else at once, and wait until the desk is free again."""
+
+    async def act() -> None:
+        button.click()
         then()
-        while panel.write_button.disabled:
-            await asyncio.sleep(0)
+        assert desk._task
+        await desk._task
 
-    asyncio.run(asyncio.wait_for(press(), 60))
+    asyncio.run(asyncio.wait_for(act(), 60))
 
 
-def test_the_panel_writes_what_generate_writes(tokenizer: Tokenizer) -> None:
-    model = wide_model(tokenizer)
-    panel = WritingPanel(model, tokenizer, "却说", 30)
-    panel.prompt.value, panel.seed.value = "曹操", "7"
-    panel.temperature.value, panel.top_k.value, panel.top_p.value = 1.1, 50, 0.9
-    panel.min_p.value, panel.repetition_penalty.value = 0.01, 1.2
-    press_write(panel)
-    sampling = {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7}
-    expected = generate(model, tokenizer, "曹操", 30, 1.1, **sampling)
-    spans = re.findall(r'<span class="llm-token"[^>]*>([^<]*)</span>', panel.result.value)
+def saved(desk: WritingDesk) -> str:
+    assert desk.story.file
+    return open_story(desk.story.file).text()
+
+
+def test_the_desk_writes_what_generate_writes(desk: Callable[..., WritingDesk]) -> None:
+    sampling = {"temperature": 1.1, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 7}
+    one = desk(**sampling)
+    press(one, one.continue_button)
+    expected = generate(one.checkpoint.model, one.checkpoint.tokenizer, "曹操", 30, **sampling)
+    spans = re.findall(r'<span class="llm-token"[^>]*>([^<]*)</span>', one.result.value)
     assert visible(expected).startswith(html.unescape("".join(spans))) and len(spans) > 10
-    assert "done" in panel.state.value and "30 tokens" in panel.state.value
-    stand_in = panel._repr_mimebundle_()["text/html"]
+    assert "done" in one.state.value and "30 tokens" in one.state.value
+    assert saved(one) == one.story.text() and expected.startswith(one.story.text()[2:])
+    stand_in = one._repr_mimebundle_()["text/html"]
     assert stand_in.count(' title="') == len(spans) and "<style>" not in stand_in
+    assert one.seed.value == "8" and one.words.value == ""
 
 
-def test_text_that_arrives_just_after_the_click_is_continued(tokenizer: Tokenizer) -> None:
-    panel = WritingPanel(wide_model(tokenizer), tokenizer, "却说", 5)
-    press_write(panel, then=lambda: setattr(panel.prompt, "value", "曹操"))
-    assert "<b>曹操</b>" in panel.result.value
+def test_a_story_is_written_retried_cut_undone_and_opened_again(desk: Callable[..., WritingDesk]) -> None:
+    one = desk(count=12)
+    press(one, one.continue_button)
+    one.several.value = 3
+    press(one, one.continue_button, then=lambda: setattr(one.words, "value", "玄德曰"))
+    drafts = [draft.text() for draft in one.drafts]
+    assert len(set(drafts)) == 3 and one.choice.layout.display != "none"
+    one.choice.value = "2"
+    assert [each.text for each in one.story.passages[2:]] == ["玄德曰", drafts[1]] and saved(one).endswith(drafts[1])
+
+    one.several.value, one.passage.value, one.temperature.value = 1, 3, 1.3
+    press(one, one.retry_button)
+    assert one.story.passages[3].text not in drafts and one.story.aside[0].text == drafts[1]
+    assert [each.settings and each.settings["temperature"] for each in one.story.passages] == [None, 0.8, None, 1.3]
+    one.passage.value = 2
+    press(one, one.edit_button, then=lambda: setattr(one.edit, "value", "孔明曰"))
+    one.passage.value = 1
+    press(one, one.back_button)
+    assert len(one.story.passages) == 2 and one.story.aside[1].text == "孔明曰"
+    press(one, one.undo_button)
+    assert one.story.passages[2].text == "孔明曰"
+    one.notes.value, one.title.value = "of the first", "a title"
+    whole, file = one.story, one.story.file
+
+    two = desk()
+    two.notes.value, two.title.value = "of another", "another"
+    other, two.file.value = two.story.file, file.name
+    press(two, two.open_button)
+    assert (two.story.passages, two.story.aside) == (whole.passages, whole.aside)
+    assert (two.title.value, two.notes.value) == ("a title", "of the first")
+    assert open_story(other).notes == "of another" and open_story(file).notes == "of the first"
+    assert two.seed.value == one.seed.value == "5"
+    assert remake(two.story, 1, two.checkpoint) == whole.passages[1].text
+    press(two, two.export_button)
+    exported = [path.read_text(encoding="utf-8") for path in sorted((file.parent / "export").iterdir())]
+    assert len(exported) == 2 and visible(whole.text()) in exported[1]
+    press(two, two.new_button)
+    press(two, two.undo_button)
+    assert two.story == Story() and two.file.value == "" and "nothing to undo" in two.state.value
 
 
-def test_stop_ends_the_writing(tokenizer: Tokenizer) -> None:
-    panel = WritingPanel(wide_model(tokenizer), tokenizer, "却说", 1000)
+def test_what_is_switched_off_at_first_is_off_at_the_desk(desk: Callable[..., WritingDesk]) -> None:
+    one = desk(temperature=2.5, top_k=None, top_p=None, min_p=None, seed=None)
+    press(one, one.continue_button)
+    settings = one.story.passages[1].settings
+    assert (settings["temperature"], settings["top_k"], settings["top_p"], settings["min_p"]) == (2.5, None, 1, 0)
+    expected = generate(one.checkpoint.model, one.checkpoint.tokenizer, "曹操", 30, 2.5, seed=settings["seed"])
+    assert expected.startswith(one.story.passages[1].text) and one.seed.value == ""
+
+
+def test_a_passage_of_a_person_cannot_be_retried(desk: Callable[..., WritingDesk]) -> None:
+    one = desk()
+    one.story.add(Passage("曹操"))
+    one._show()
+    press(one, one.retry_button)
+    assert "no model wrote" in one.state.value and one.story.text() == "曹操"
+
+
+def test_an_open_story_is_not_replaced_by_another_desk(desk: Callable[..., WritingDesk]) -> None:
+    one, two = desk(), desk()
+    press(one, one.continue_button)
+    two.file.value = one.story.file.name
+    press(two, two.open_button)
+    for each in (one, two):
+        press(each, each.continue_button)
+    assert one.story.file != two.story.file and saved(one) == one.story.text() and saved(two) == two.story.text()
+
+
+def test_the_page_shows_where_the_models_view_begins(desk: Callable[..., WritingDesk]) -> None:
+    one = desk(prompt="曹操引兵" * 3, count=20)  # a context of 24 tokens
+    assert "from its beginning" in one.page.value
+    press(one, one.continue_button)
+    assert "from ▸ on" in one.page.value
+    before, after = one.page.value.split("<small> ▸ </small>")
+    seen = re.sub(r"[¶\d]", "", words(after.split("</div>")[0])).replace(" ", "")
+    assert visible(one.story.text()).replace(" ", "").endswith(seen) and len(seen) > 5 and "opacity" in before
+
+
+def test_a_recited_run_is_marked_with_its_source(desk: Callable[..., WritingDesk], small_library: TokenDataset) -> None:
+    text = small_library.tokens[40:60].tolist()
+    one = desk(prompt="", data=small_library)
+    copied = one.checkpoint.tokenizer.decode(text)
+    one.story.add(Passage("却却却" + copied + "却却却"))
+    one._show()
+    story, source = one.page.value.split("</div>", 1)
+    marked = re.findall("(?s)<ins [^>]*>(.*?)</ins><sup>.1]</sup>", story)  # cut where the model's view begins
+    assert len(marked) == 2 and html.unescape("".join(marked)) == copied
+    assert re.sub(r"¶1|\[1]| ▸ ", "", html.unescape(re.sub("<[^>]*>", "", story))) == one.story.text()
+    assert "¶1 [1] 20 tokens of <b>000.txt, from its token 40 on" in " ".join(words(source).split())
+
+
+def test_text_that_arrives_just_after_the_click_is_continued(desk: Callable[..., WritingDesk]) -> None:
+    one = desk("却说", 5)
+    press(one, one.continue_button, then=lambda: setattr(one.words, "value", "曹操"))
+    assert one.story.passages[0] == Passage("曹操")
+
+
+def test_stop_ends_the_writing_and_keeps_what_is_there(desk: Callable[..., WritingDesk]) -> None:
+    one = desk(count=1000)
 
     async def stop_soon() -> None:
-        panel.write_button.click()
-        while "so far" not in panel.state.value:
+        one.continue_button.click()
+        while "so far" not in one.state.value:
             await asyncio.sleep(0)
-        panel.stop_button.click()
-        while panel.write_button.disabled:
-            await asyncio.sleep(0)
+        assert one.continue_button.disabled and not one.stop_button.disabled
+        one.stop_button.click()
+        await one._task
 
     asyncio.run(asyncio.wait_for(stop_soon(), 60))
-    found = re.search(r"stopped: (\d+) tokens", panel.state.value)
+    found = re.search(r"stopped: (\d+) tokens", one.state.value)
     assert found and 0 < int(found[1]) < 1000
+    settings = one.story.passages[1].settings
+    assert settings and (settings["tokens"], settings["max_new_tokens"]) == (int(found[1]), 1000)
+    assert not one.continue_button.disabled and remake(one.story, 1, one.checkpoint) == one.story.passages[1].text
 
 
-def test_a_prompt_of_a_million_characters_makes_a_small_panel(tokenizer: Tokenizer) -> None:
-    model = wide_model(tokenizer)
-    panel = WritingPanel(model, tokenizer, "却说曹操" * 250_000, 5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        press_write(panel)
-    page = panel.result.value + str(panel.prompt.get_state())
-    assert "done" in panel.state.value and len(page) < 100 * model.config.max_seq_len + 20_000
-    assert panel.prompt.value.endswith("却说曹操" * 10)
+def test_a_prompt_of_a_million_characters_makes_a_small_panel(desk: Callable[..., WritingDesk]) -> None:
+    one = desk("却说曹操" * 250_000, 5)
+    assert len(one.words.value) < 2000 and one.words.value.endswith("却说曹操" * 10)
+    one.story.add(Passage("却说曹操" * 250_000))
+    press(one, one.continue_button)
+    page = one.page.value + one.result.value + str([each.get_state() for each in (one.words, one.edit, one.passage)])
+    assert "done" in one.state.value and len(page) < 50_000 and "characters before are not shown" in page
+    assert len(saved(one)) > 1_000_000
+    one.passage.value = 0
+    assert one.edit.disabled and "change the file" in one.edit.placeholder
 
 
-def test_no_row_of_controls_is_wider_than_a_narrow_page(tokenizer: Tokenizer) -> None:
+def test_no_row_of_controls_is_wider_than_a_narrow_page(desk: Callable[..., WritingDesk]) -> None:
     """On 1000 pixels of a window the cells are about 700 wide: rows wrap, and no control needs more than that."""
-    panel = WritingPanel(wide_model(tokenizer), tokenizer, "曹操", 5, [Path("run/step=1_x")])
-    rows = [box for box in panel.panel.children if isinstance(box, ipywidgets.Box)]
-    assert len(rows) == 3 and all(box.layout.flex_flow == "row wrap" for box in rows)
-    knobs = [each for each in rows[0].children if "Slider" in type(each).__name__]
-    assert len(knobs) == 6
+    rows = [box for box in desk(others=[Path("run/step=1_x")]).panel.children if type(box) is ipywidgets.Box]
+    assert len(rows) > 5 and all(box.layout.flex_flow == "row wrap" for box in rows)
+    knobs = [each for box in rows for each in box.children if "Slider" in type(each).__name__]
+    assert len(knobs) == 7
     for knob in knobs:
         ems = float(knob.layout.min_width.removesuffix("em")), float(knob.style.description_width.removesuffix("em"))
         assert ems[0] * 13 < 600 and ems[1] >= 0.55 * len(knob.description)  # 13 pixels, half as wide as high
 
 
-def test_two_checkpoints_write_side_by_side(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    one, two = wide_model(tokenizer), wide_model(tokenizer, seed=1)
+def test_two_checkpoints_write_side_by_side(
+    desk: Callable[..., WritingDesk], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    two = wide_model(tokenizer, seed=1)
     path = save_checkpoint(tmp_path / "run", two, tokenizer, step=3, loss=2.0)
-    panel = WritingPanel(one, tokenizer, "曹操", 12, [path])
-    panel.other.value = path
-    press_write(panel)
-    shown = words(re.sub(r"</?span[^>]*>", "", panel.result.value))
-    for model in (one, two):
+    one = desk(count=12, others=[path])
+    one.other.value = path
+    press(one, one.continue_button)
+    shown = words(re.sub(r"</?span[^>]*>", "", one.result.value))
+    for model in (one.checkpoint.model, two):
         written = generate(model, tokenizer, "曹操", 12, 0.8, top_p=0.95, seed=0)
         assert visible(written).rstrip("�")[:10] in shown
-    assert "step=000003" in shown
+    assert "run/step=000003" in shown
+    one.choice.value = "2"
+    assert one.story.passages[1].by == f"run/{path.name}"
 
 
-def test_a_wrong_seed_or_a_missing_checkpoint_is_said_in_words(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    panel = WritingPanel(wide_model(tokenizer), tokenizer, "曹操", 5, [tmp_path / "step=1_gone"])
+def test_a_wrong_seed_or_a_missing_checkpoint_is_said_in_words(
+    desk: Callable[..., WritingDesk], tmp_path: Path
+) -> None:
+    one = desk(count=5, others=[tmp_path / "step=1_gone"])
     for seed in ("seven", "9" * 30):
-        panel.seed.value = seed
-        press_write(panel)
-        assert "whole number" in panel.state.value
-    panel.seed.value, panel.other.value = "", tmp_path / "step=1_gone"
-    press_write(panel)
-    assert "gone" in panel.state.value and not panel.write_button.disabled
+        one.seed.value = seed
+        press(one, one.continue_button)
+        assert "whole number" in one.state.value
+    one.seed.value, one.other.value = "", tmp_path / "step=1_gone"
+    press(one, one.continue_button)
+    assert "gone" in one.state.value and not one.continue_button.disabled
+    one.file.value = "<b>none"
+    press(one, one.open_button)
+    assert "there is no such story" in one.state.value
+    assert one.words.value == "曹操" and not (tmp_path / "stories").exists(), "something was written before the error"
+    one.other.value = None
+    press(one, one.continue_button)  # without a seed: one is drawn, so that the passage can be made again
+    assert remake(one.story, 1, one.checkpoint) == one.story.passages[1].text and one.seed.value == ""
+
+
+def test_a_story_that_cannot_be_saved_goes_on_with_a_word(desk: Callable[..., WritingDesk], tmp_path: Path) -> None:
+    (tmp_path / "stories").write_text("a file in the way", encoding="utf-8")
+    one = desk()
+    for _ in range(2):
+        press(one, one.continue_button)
+        assert "⚠ not saved" in one.page.value
+    assert len(one.story.passages) == 3
+    (tmp_path / "stories").unlink()
+    press(one, one.continue_button)
+    assert "⚠" not in one.page.value and saved(one) == one.story.text()
 
 
 def test_odds_are_the_models_own_in_the_window_before_the_token(tokenizer: Tokenizer) -> None:
@@ -575,18 +722,22 @@ def test_written_text_is_escaped_token_by_token(tmp_path: Path, english: Path) -
     (texts / "a.txt").write_text((HOSTILE + "\n") * 200, encoding="utf-8")
     library = open_library(texts, encoding="utf-8", clean=False)
     tok = train_tokenizer(library.kept, tmp_path / "t", 320, character_coverage=1.0)
-    panel = WritingPanel(wide_model(tok), tok, HOSTILE, 60)
-    panel.temperature.value = 2.0
-    press_write(panel)
-    assert not tags(panel.result.value) - {"div", "small", "p", "b", "span", "style"}
-    assert not set(panel.result.value) & {"\x1b", "\x00", "\u202e"}
+    checkpoint = Checkpoint(wide_model(tok), tok, {}, 3, Path(f"runs/{HOSTILE}/step=000003_loss=2.000"))
+    one = WritingDesk(checkpoint, HOSTILE, 60, folder=tmp_path / "stories", temperature=2.0)
+    one.title.value = one.notes.value = HOSTILE
+    press(one, one.continue_button)
+    shown = one.result.value + one.page.value + one.state.value + one.about.value
+    assert not tags(shown) - {"div", "small", "p", "b", "br", "span", "style", "sup"}
+    assert not set(shown + one.story.file.name) & {"\x1b", "\x00", "\u202e"}
 
 
-def test_every_control_has_a_label(tokenizer: Tokenizer, toy: Transformer, tmp_path: Path, watched: None) -> None:
+def test_every_control_has_a_label(
+    desk: Callable[..., WritingDesk], tokenizer: Tokenizer, toy: Transformer, tmp_path: Path, watched: None
+) -> None:
     board = TrainingDashboard()
     board.panel = board._build(trainer(tmp_path / "run", quick(), sampler=str.upper))
     panels = [board.panel, TokenExplorer({"a": tokenizer}, "").panel, ReversalExplorer(toy, "ab").panel]
-    panels.append(WritingPanel(wide_model(tokenizer), tokenizer, "", 5, [tmp_path]).panel)
+    panels.append(desk(others=[tmp_path]).panel)
     controls = []
     while panels:
         each = panels.pop()
@@ -594,7 +745,7 @@ def test_every_control_has_a_label(tokenizer: Tokenizer, toy: Transformer, tmp_p
         if "value" in each.traits() or "icon" in each.traits():
             controls.append(each)
     named = [c for c in controls if type(c).__name__ not in ("HTML", "Image")]
-    assert len(named) > 15 and all(control.description for control in named)
+    assert len(named) > 30 and all(control.description for control in named)
 
 
 # Runs side by side

@@ -12,6 +12,7 @@ from llmcore.config import PRESETS, ModelConfig
 from llmcore.files import display_path, read_json, resolve
 from llmcore.runs import read_metrics
 
+_MEASURED = ("recited", "recited_floor", "distinct", "distinct_floor", "recall", "recall_floor", "recall_error")
 LARGEST_CONFIG = 10_000_000  # bytes of a config.json; this package writes no larger ones
 _COUNT = {"type": "integer", "minimum": 1, "maximum": 10**15}
 CONFIG_SCHEMA = {
@@ -42,9 +43,11 @@ CONFIG_SCHEMA = {
         },
     },
 }
+# what `memorised.Memory` adds to some events; "_floor" is the same of held-out text
+HABITS = {"recited": "recited (held-out text)", "distinct": "distinct pairs (held-out text)"}
 COLUMNS = (
-    "run", "preset", "parameters", "steps", "tokens", "validation (nats/token)", "best", "bits per byte", "time",
-    "device", "differs in",
+    "run", "preset", "parameters", "steps", "tokens", "validation (nats/token)", "best", "bits per byte",
+    "recited (held-out text)", "distinct pairs (held-out text)", "time", "device", "differs in",
 )  # fmt: skip
 
 
@@ -86,14 +89,14 @@ def read_events(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _usable(event: dict[str, Any]) -> bool:
-    """Whether an event's counts are numbers in a sensible range. A validation's may also be infinite or NaN."""
+    """Whether an event's counts are numbers in a sensible range. What is measured may also be infinite or NaN."""
 
     def in_range(value: Any) -> bool:
         return type(value) in (int, float) and abs(value) < 1e18
 
     counts = [event.get(name) for name in ("step", "tokens", "seconds")]
-    validation = [event[name] for name in ("val_loss", "val_bits_per_byte") if name in event]
-    return all(map(in_range, counts)) and all(type(value) is float or in_range(value) for value in validation)
+    measured = [event[name] for name in ("val_loss", "val_bits_per_byte", *_MEASURED) if name in event]
+    return all(map(in_range, counts)) and all(type(value) is float or in_range(value) for value in measured)
 
 
 def validations(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -158,6 +161,7 @@ def run_row(config: dict[str, Any], events: list[dict[str, Any]], varied: Sequen
         "validation (nats/token)": _with_step(last, "val_loss", step),
         "best": _with_step(best, "val_loss", step),
         "bits per byte": _with_step(last, "val_bits_per_byte", step),
+        **{column: _beside_floor(events, name) for name, column in HABITS.items()},
         "time": f"{sum(event['seconds'] for event in events) / 60:,.1f} min",
         "device": f"{config['device']}, {config['precision']}",
         "differs in": ", ".join(f"{name}={train.get(name)}" for name in varied) or "–",
@@ -169,6 +173,12 @@ def _with_step(point: Mapping[str, float], name: str, last_step: int) -> str:
     if name not in point:
         return "–"
     return f"{point[name]:.3f}" + (f" at step {point['steps']:,}" if point["steps"] != last_step else "")
+
+
+def _beside_floor(events: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The newest share of this name and, in brackets, that of held-out text; "–" if none was measured."""
+    event = next((event for event in reversed(events) if name in event and f"{name}_floor" in event), None)
+    return "–" if event is None else f"{event[name]:.1%} ({event[f'{name}_floor']:.1%})"
 
 
 def _read_or_reason(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | str:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from llmcore.files import resolve, write_atomic
-from llmcore.measure.compare_runs import find_runs, read_events, read_run, run_row, summarize, validation_points
+from llmcore.measure.compare_runs import HABITS, find_runs, read_events, read_run, run_row, summarize, validation_points
 from llmcore.notebook.safe_html import ending, visible
 
 SAMPLES = 3  # the newest samples on a page
@@ -59,7 +59,8 @@ def _overview(config: dict[str, Any], events: list[dict[str, Any]]) -> str:
     if start := config.get("init_from"):
         values["started from"] = f"{start['source']} (sha256 {_fingerprint(start.get('sha256'))})"
     values["state"] = "finished" if at_end else "not at its end"
-    values |= {name: row[name] for name in ("validation (nats/token)", "best", "bits per byte", "time", "device")}
+    results = ("validation (nats/token)", "best", "bits per byte", *HABITS.values(), "time", "device")
+    values |= {name: row[name] for name in results}
     values["steps skipped"] = str(events[-1].get("skipped", 0) if events else 0)
     values["data set"] = _fingerprint((config.get("data") or {}).get("train"))
     values["tokenizer"] = _fingerprint(config.get("tokenizer"))

@@ -19,6 +19,12 @@ from llmcore.notebook.plots.curves import (
     smoothed,
     training_curves,
 )
+from llmcore.notebook.plots.habits import (
+    learned_by_heart,
+    quality_and_repetition,
+    recall_by_prompt,
+    recited_shares,
+)
 from llmcore.notebook.plots.learning import loss_units, reading_order, staircase, surprise
 from llmcore.notebook.plots.machine import (
     accuracy_by_place,
@@ -61,6 +67,7 @@ __all__ = [
     "document_scores",
     "isoflop_curves",
     "kept_and_again",
+    "learned_by_heart",
     "length_histogram",
     "loss_units",
     "memory_against_batch",
@@ -71,8 +78,11 @@ __all__ = [
     "piece_lengths",
     "png",
     "prediction_bands",
+    "quality_and_repetition",
     "rank_frequency",
     "reading_order",
+    "recall_by_prompt",
+    "recited_shares",
     "rope",
     "scaling_fit",
     "score_spread",
