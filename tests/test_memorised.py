@@ -16,6 +16,7 @@ from llmcore.checkpoint import Checkpoint
 from llmcore.corpus.token_files import finish_split, write_manifest
 from llmcore.dataset import FORMAT_VERSION, DatasetError, TokenDataset
 from llmcore.measure import memorised
+from llmcore.measure.compare_runs import summarize
 from llmcore.measure.memorised import (
     Memory,
     Run,
@@ -32,6 +33,7 @@ from llmcore.measure.memorised import (
 from llmcore.measure.repetition import distinct, longest_loop, nearest, repeated_lines, repetition
 from llmcore.model import Transformer
 from llmcore.notebook import recitation
+from llmcore.notebook.run_page import write_summary
 from llmcore.tokenizer import Tokenizer
 from tests.helpers import examples, quick, tiny_model, trainer
 
@@ -269,6 +271,10 @@ def test_a_run_is_measured_now_and_then_and_at_its_end(folder: Path, tmp_path: P
     events = [event for event in run.steps() if "recited" in event]
     assert [event["step"] for event in events] == [2, 4, 6, 8, 10, 11]
     assert {"recited_floor", "recall", "recall_floor", "recall_error", "distinct", "distinct_floor"} < events[0].keys()
+    row, page = summarize([tmp_path / "run"])[0], write_summary(tmp_path / "run").read_text(encoding="utf-8")
+    distinct_pairs = f"{events[-1]['distinct']:.1%} ({events[-1]['distinct_floor']:.1%})"
+    assert row["distinct pairs (held-out text)"] == distinct_pairs and row["recited (held-out text)"].endswith("%)")
+    assert f"({events[-1]['distinct_floor']:.1%})" in page.replace("\\", "")
 
     with torch.no_grad():
         model.norm.weight.fill_(torch.nan)
