@@ -367,7 +367,8 @@ def new_trainer(weights_seed, **options):
     if origin and not options.get("resume"):
         model, options["init_from"] = pretrained.model, origin
     model = model or Transformer(model_config)
-    by_heart = [Memory(model, train_data, val_data, train_config.max_steps)] if thorough else []
+    fewer = {"texts": 4, "passages": 20} if device == "cpu" and cost.parameters > 2e7 else {}
+    by_heart = [Memory(model, train_data, val_data, train_config.max_steps, **fewer)] if thorough else []
     parts = [model, mixed_data, val_data, train_config, run_dir]
     return Trainer(*parts, tokenizer=tok, callbacks=[*by_heart, track], device=device, backup_dir=backup_dir, **options)
 
