@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -457,6 +458,10 @@ def as_llama2(tokenizer: Tokenizer) -> dict[str, Any]:
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
 
 
+SOME = ["The old captain", " rain  and \n tea", "écolé 曹操", "a</s>b", "12.5", "t" * 50, "", "\0\u3000"]
+LEFT_OUT = "puts a space before each text. This is left out"
+
+
 @pytest.mark.parametrize("kind", ["prepend", "metaspace", "ours"])
 def test_a_folder_of_llama_2_opens_by_its_tokenizer_json(kind: str, llama2: Tokenizer, tmp_path: Path) -> None:
     description = as_llama2(llama2)
@@ -466,18 +471,38 @@ def test_a_folder_of_llama_2_opens_by_its_tokenizer_json(kind: str, llama2: Toke
         description = json.loads(tokenizer_json(llama2.model_proto()))
     to_hf(made(None, vocab_size=420), tmp_path)
     written(tmp_path, description, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
-    back = from_hf(tmp_path, device="cpu").tokenizer
+    with contextlib.nullcontext() if kind == "ours" else pytest.warns(UserWarning, match=LEFT_OUT):
+        back = from_hf(tmp_path, device="cpu").tokenizer
     assert back is not None and back.file_name == "tokenizer.model"
     assert (back.unk_id, back.bos_id, back.eos_id, back.vocab_size) == (0, 1, 2, 420)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(description))
     theirs.encode_special_tokens = True
-    for text in ["The old captain", "rain  and \n tea", "écolé 曹操", " x", "a</s>b", "12.5", "t" * 50]:
-        if kind == "metaspace":  # which puts no space before one that is there
-            text = text.strip()
-        ids = back._processor.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False).ids
-        assert kind == "ours" or ids == llama2._processor.encode(text)
-        assert kind != "ours" or back.decode(back.encode(text)) == text
+    for text in SOME:
+        ids, newline = back.encode(text), back.encode("\n")
+        assert ids == theirs.encode("\n" + text, add_special_tokens=False).ids[len(newline) + (kind != "ours") :]
+        assert back.decode(ids) == text
+    assert back.decode(back.encode("▁ ▁")) == "▁ ▁"
+
+
+@pytest.mark.parametrize("way", ["hf", "gguf"])
+def test_the_space_that_llama_2_puts_in_front_is_left_out_with_a_word(
+    way: str, llama2: Tokenizer, tmp_path: Path
+) -> None:
+    ours = made(llama2)
+    if way == "hf":
+        with pytest.warns(UserWarning, match=r"no tokenizer\.json"):
+            to_hf(ours, tmp_path / way)
+    else:
+        to_gguf(ours, tmp_path / way)
+    assert LlamaCpp(to_gguf(ours, tmp_path / "model.gguf")).tokenize("x") == llama2._processor.encode("x")
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        back = (from_hf if way == "hf" else from_gguf)(tmp_path / way, device="cpu").tokenizer
+    assert back is not None and (back.vocab_size, back.unk_id, back.bos_id, back.eos_id) == (420, 0, 1, 2)
+    assert all(back.decode(back.encode(text)) == text for text in SOME)
+    with warnings.catch_warnings():  # from then on it is a tokenizer as ours
+        warnings.simplefilter("error")
+        again = from_hf(to_hf(made(back), tmp_path / "again"), device="cpu").tokenizer
+    assert again is not None and again.fingerprint == back.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -511,13 +536,6 @@ def test_the_tokenizer_that_fits_the_model_is_taken(
     for other in (tokenizer.model_bytes, b"IQ== 0\nIg== 1\n"):  # 4,000 ids do not; nor does Llama 3's own kind of file
         (tmp_path / "tokenizer.model").write_bytes(other)
         assert from_hf(tmp_path, device="cpu").tokenizer.fingerprint == ours.fingerprint  # type: ignore[union-attr]
-
-
-def test_a_gguf_file_keeps_the_space_that_llama_2_puts_in_front(llama2: Tokenizer, tmp_path: Path) -> None:
-    back = from_gguf(to_gguf(made(llama2), tmp_path / "model.gguf"), device="cpu").tokenizer
-    assert back is not None and back.vocab_size == 420 and (back.unk_id, back.bos_id, back.eos_id) == (0, 1, 2)
-    for text in ["The old captain", " rain  and \n tea", "écolé 曹操", "▁a"]:
-        assert back.encode(text) == llama2.encode(text)
 
 
 def test_its_library_is_loaded_only_where_it_is_needed() -> None:
