@@ -406,6 +406,7 @@ def test_exports_keep_the_ids_and_come_back(opened: dict[str, tuple[Tokenizer, A
         back = from_gguf(to_gguf(ours, file), device="cpu").tokenizer
         assert back is not None and back.encode(text) == tokenizer.encode(text) and back.vocab_size == 901
         assert (back.pad_id, back.unk_id, back.bos_id, back.eos_id) == (1, -1, 0, 1)
+        assert back.byte_level is not None and back.byte_level.pre_name == name
         with pytest.raises(FormatError, match="no room for byte-level BPE"):
             to_llama2c(ours, tmp_path / "model.bin")
 
