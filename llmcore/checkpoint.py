@@ -115,7 +115,7 @@ class Checkpoint:
     tokenizer: Tokenizer | None  # the one it was trained with; None where training used none (the reversal task)
     config: dict[str, Any]  # everything in `config.json`: model, train, data, step, tokens, losses
     step: int  # optimizer steps taken
-    path: Path  # the folder
+    path: Path  # the folder; of a GGUF file, the file itself
 
 
 # Saving

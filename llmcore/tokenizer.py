@@ -153,7 +153,8 @@ class Tokenizer:
 
         A text may be cut between any other two: no piece reaches across, so its parts encode as the whole does. (BPE
         merges only what a piece holds. Unigram adds up scores along the text, so if two segmentations have the same
-        score to the last bit of a float, the cut may change which of them is taken.)
+        score to the last bit of a float, the cut may change which of them is taken.) Where it is not known how
+        byte-level BPE makes words, every pair counts.
         """
         if self.byte_level:
             return self.byte_level.inner_pairs
