@@ -26,6 +26,7 @@ from llmcore.formats.hf_tokenizer import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    keep_text,
     sentencepiece_model,
     why_other_ids,
 )
@@ -275,6 +276,7 @@ def _open_tokenizer(fields: dict[str, Any], file: Path) -> Tokenizer:
             rows = list(zip(pieces, fields["tokenizer.ggml.scores"], types, strict=False))
             rules = [fields.get(f"tokenizer.ggml.{name}") for name in ("add_space_prefix", "remove_extra_whitespaces")]
             proto = sentencepiece_model(rows, special, rules[0] in (None, True), bool(rules[1]))
+            keep_text(proto, file)
             content = proto.SerializeToString()
         elif kind == "gpt2":
             pre = fields.get("tokenizer.ggml.pre", "default")

@@ -4,7 +4,7 @@ The library's own converter replaces spaces by "▁" first, as SentencePiece doe
 Here the pieces are stored with spaces, and the text is not changed before it is cut. The ids are the same.
 
 A tokenizer.json with byte-level BPE is opened as it is. One that was made from a SentencePiece model, as those of Llama
-2 and TinyLlama, is turned into such a model again.
+2 and TinyLlama, is turned into such a model again. What such a model changes in a text is left out: see `keep_text`.
 """
 
 from __future__ import annotations
@@ -109,6 +109,46 @@ def _merges(proto: Any, pieces: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
+def open_sentencepiece(file: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.model; see `keep_text`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        TokenizerError: if it is no SentencePiece model, or has no piece that ends a text.
+    """
+    tokenizer = Tokenizer(file)
+    if tokenizer.byte_level or not keep_text(proto := tokenizer.model_proto(), file):
+        return tokenizer
+    return Tokenizer(file, proto.SerializeToString())
+
+
+def keep_text(proto: Any, file: Path) -> bool:
+    """Let SentencePiece's message change no text, with a warning if it did, and tell whether it did.
+
+    Llama 2's model puts a space before each text. So its first word has other ids in other programs; here it has those
+    of the first word after a newline.
+    """
+    rules = proto.normalizer_spec
+    changes = {
+        "puts a space before each text": rules.add_dummy_prefix,
+        "leaves out spaces": rules.remove_extra_whitespaces,
+        "replaces characters": rules.precompiled_charsmap,
+    }
+    if found := [change for change, holds in changes.items() if holds]:
+        rules.name, rules.precompiled_charsmap = "identity", b""
+        rules.add_dummy_prefix = rules.remove_extra_whitespaces = False
+        warnings.warn(
+            f"{display_path(file)}: the tokenizer {' and '.join(found)}. This is left out, so that no text is changed: "
+            "such text gets other ids than in other programs",
+            stacklevel=6,
+        )
+    if not proto.trainer_spec.byte_fallback:
+        warnings.warn(
+            f"{display_path(file)}: the tokenizer has no bytes, so characters without a piece are lost", stacklevel=6
+        )
+    return bool(found)
+
+
 def open_tokenizer_json(file: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json: byte-level BPE, or what a SentencePiece model of kind BPE became.
 
@@ -120,16 +160,17 @@ def open_tokenizer_json(file: Path) -> Tokenizer:
         description = read_json(file, {"type": "object", "required": ["model"]})
         if not description["model"].get("byte_fallback"):
             return Tokenizer(file)
-        content = _back_to_sentencepiece(description, roles_beside(file.parent))
+        proto = _back_to_sentencepiece(description, roles_beside(file.parent))
     except (FileNotFoundError, TokenizerError):
         raise
     except Exception as error:  # fields of any type
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise TokenizerError(f"{display_path(file)} cannot be used: {reason}") from None
-    return Tokenizer(file, content)
+    keep_text(proto, file)
+    return Tokenizer(file, proto.SerializeToString())
 
 
-def _back_to_sentencepiece(description: Mapping[str, Any], special: Mapping[str, str | int]) -> bytes:
+def _back_to_sentencepiece(description: Mapping[str, Any], special: Mapping[str, str | int]) -> Any:
     """The SentencePiece model that a tokenizer.json with byte fallback was made from."""
     normalizer, metaspace = description.get("normalizer") or {}, description.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
@@ -162,13 +203,13 @@ def _back_to_sentencepiece(description: Mapping[str, Any], special: Mapping[str,
     proto = sentencepiece_model(rows, {role: id for role, id in found.items() if id is not None}, add_space)
     if set(_merges(proto, [piece for piece, _, _ in rows])) != set(merges):
         raise ValueError("its merges are not those of a SentencePiece model")
-    return proto.SerializeToString()
+    return proto
 
 
 def sentencepiece_model(
     pieces: Sequence[tuple[str, float, int]], special: Mapping[str, int], add_space: bool = False, squeeze: bool = False
 ) -> Any:
-    """SentencePiece's message of a model of kind BPE; `SerializeToString()` of it is the file's content.
+    """SentencePiece's message of a model of kind BPE.
 
     Args:
         pieces: text, score and type (see above) of each id; "▁" stands for a space.

@@ -133,7 +133,8 @@ def from_hf(folder: str | os.PathLike[str], device: str = "auto", max_seq_len: i
 
     Returns:
         The model with weights in the dtype of the file, and its tokenizer; that is None (with a warning) if it is
-        neither a SentencePiece model nor byte-level BPE. The step is 0.
+        neither a SentencePiece model nor byte-level BPE. What it would change in a text is left out, with a warning.
+        The step is 0.
 
     Raises:
         FormatError: for files that cannot be read, and for features that our model does not have, by name: other

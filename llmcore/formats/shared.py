@@ -23,7 +23,7 @@ from llmcore.checkpoint import WEIGHT_TYPES, Checkpoint, CheckpointError, load_c
 from llmcore.config import ModelConfig
 from llmcore.device import pick_device
 from llmcore.files import display_path, pointer_hint, read_json
-from llmcore.formats.hf_tokenizer import open_tokenizer_json
+from llmcore.formats.hf_tokenizer import open_sentencepiece, open_tokenizer_json
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer, TokenizerError
 
@@ -189,7 +189,7 @@ def folder_tokenizers(folder: Path) -> list[Callable[[], Tokenizer]]:
     for file in (model, json):
         if file.exists():
             check_file(file)
-    return [functools.partial(Tokenizer, model), functools.partial(open_tokenizer_json, json)]
+    return [functools.partial(open_sentencepiece, model), functools.partial(open_tokenizer_json, json)]
 
 
 def shortened(value: Any) -> str:
