@@ -351,6 +351,6 @@ def test_of_two_runs_that_overlap_the_longer_has_the_tokens(tokenizer: Tokenizer
 
 
 def test_the_nearest_setting_is_nearest_in_shares_of_the_target() -> None:
-    points = {"surprise off by 10%": (5.5, 0.5), "repetition off by 8%": (5.0, 0.54)}
-    assert nearest(points, (5.0, 0.5)) == "repetition off by 8%"  # though 0.5 nats are more than 0.04
+    points = {"surprise off by 4%": (5.2, 0.5), "repetition off by 8%": (5.0, 0.54)}
+    assert nearest(points, (5.0, 0.5)) == "surprise off by 4%"  # though 0.2 nats are more than 0.04
     assert nearest({"far": (9.0, 0.1), "itself": (5.0, 0.5)}, (5.0, 0.5)) == "itself"
