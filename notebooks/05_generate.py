@@ -193,10 +193,10 @@ for degree in (0.0, 0.5, 0.8, 1.0, 1.3):
 # The star is the author. Each line changes one parameter. (The repetition penalty is tried at temperature 0.8.)
 
 # %%
-dataset_dir = data_of(checkpoint, dataset_dir)
+data_folder = data_of(checkpoint, dataset_dir)
 prompts, author = [], []
-if dataset_dir:
-    train, val = (TokenDataset(dataset_dir, split, 1) for split in ("train", "val"))
+if data_folder:
+    train, val = (TokenDataset(data_folder, split, 1) for split in ("train", "val"))
     many = 16 if model.config.n_params() < 20e6 or device != "cpu" else 4
     prompts, author = held_out_prompts(val, many)
 if not prompts:
@@ -248,9 +248,10 @@ widgets.tables({"Repetition, by the setting": rows})
 
 # %% tags=["nbval-check-output"]
 # Checked
-assert all(len(ids) == len(author[0]) for texts in model_texts.values() for ids in texts)
-assert not prompts or all(0 < value <= 1 for _, value in (*places.values(), star))
-print("the model's texts are as long as the author's, so their repetition can be compared")
+if prompts:
+    assert all(len(ids) == len(author[0]) for texts in model_texts.values() for ids in texts)
+    assert all(0 < value <= 1 for _, value in (*places.values(), star))
+    print("the model's texts are as long as the author's, so their repetition can be compared")
 
 # %% [markdown]
 # ## Surprise
@@ -316,14 +317,17 @@ if prompts:
             print(f"{name}'s longest run, {where}: {widgets.visible(words)} ({gloss(words)})")
 
 # %% [markdown]
-# This is a page of the model and a page of the author. Runs of 5 tokens or more are underlined and have a number. Click
-# on a line of the list: it shows the passage of the training text that holds the run.
+# Of the model's texts and of the author's, this is the one with the most of its tokens in runs. Runs of 5 tokens or
+# more are underlined and have a number. Click on a line of the list: it shows the passage of the training text that
+# holds the run.
 
 # %%
 if prompts:
-    most = max(range(len(texts)), key=lambda number: share([runs[number]], [lengths[number]], 5))
-    pages = {"The model": (texts[most], runs[most]), "The author, held-out text": (author[most], floor[most])}
-    display(widgets.recited_pages(tok, pages, train, 5))
+    pages = {}
+    for name, each, found in (("The model", texts, runs), ("The author, held-out text", author, floor)):
+        most = max(range(len(each)), key=lambda number: share([found[number]], [lengths[number]], min(sizes)))
+        pages[name] = each[most], found[most]
+    display(widgets.recited_pages(tok, pages, train, min(sizes)))
 
 # %% [markdown]
 # ### Does it know how a passage goes on?
@@ -365,12 +369,11 @@ if events:
 
 # %% tags=["nbval-check-output"]
 # Checked
-for each, found in ((texts, runs), (author, floor)) if prompts else ():
-    for ids_of, its_runs in zip(each, found, strict=True):
-        for start, end, at in its_runs:
-            assert ids_of[start:end] == train.read(at, at + end - start).tolist()
-assert not prompts or list(shares.values()) == sorted(shares.values(), reverse=True)
-print("each run stands in the training text, word for word")
+if prompts:
+    for text, its_runs in zip((*texts, *author), (*runs, *floor), strict=True):
+        assert all(text[start:end] == train.read(at, at + end - start).tolist() for start, end, at in its_runs)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    print("each run stands in the training text, word for word")
 
 # %% [markdown]
 # ## Why writing is slow, and the cache
@@ -516,7 +519,7 @@ print("read from its file, the story is the same; the model writes each of its p
 # ## What to try next
 # - A prompt from another century, or in English: what does the model do with words that it has never seen?
 # - `repetition_penalty = 1.2` at `temperature = 0`: does the text still repeat itself?
-# - A run of notebook 4 with `epochs = 30`, on a part of the text: when does it begin to recite?
+# - Notebook 4 with `data_dir` a folder of ten of the chapters, and `epochs = 20`: when does it begin to recite?
 # - `checkpoint_dir = "best"`, or the folder of an earlier checkpoint: how did the text for this prompt change?
 #
 # **[Next: 6 · A scaling law](06_scaling.ipynb)**

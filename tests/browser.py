@@ -480,6 +480,7 @@ def test_a_story_is_written_at_the_desk(open_notebook: Callable[[str], Notebook]
     second.press("Space")
     chosen = page.locator(".widget-html", has_text="Point at a token").last.locator("p").nth(1).inner_text()
     wait_for(lambda: chosen[-30:] in file.read_text(encoding="utf-8"), "the second draft in the file")
+    expect(story).to_contain_text(chosen[-30:])
     notebook.screenshot("writing", state, point_at=page.locator(".llm-token").nth(12))
     notebook.button("new").press("Space")
     expect(story.locator("sup", has_text="¶")).to_have_count(0)

@@ -221,6 +221,9 @@ def test_the_window_that_is_shown_is_the_one_that_the_model_reads(
         checkpoint, text, {**SETTINGS, "max_new_tokens": 50, "temperature": 0, "repetition_penalty": 1.5}
     )
     assert len(draft.ids) == min(prompt, context)
+    assert len(text) - draft.unseen() == draft.start - window_start(
+        draft.start, 1, context
+    )  # not the first token's view
     for step, _ in enumerate(draft.write()):
         start = window_start(draft.start, step, context)
         assert read[step] == draft.start + step - start, step

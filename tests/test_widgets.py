@@ -483,10 +483,12 @@ def desk(tokenizer: Tokenizer, tmp_path: Path) -> Callable[..., WritingDesk]:
 
 
 def press(desk: WritingDesk, button: ipywidgets.Button, then: Callable[[], None] = lambda: None) -> None:
-    """Click, do something else at once, and wait until the desk is free again."""
+    """Click, do something else just after, and wait until the desk is free again."""
 
     async def act() -> None:
         button.click()
+        for _ in range(8):  # rounds of the event loop that a second message may take
+            await asyncio.sleep(0)
         then()
         assert desk._task
         await desk._task

@@ -35,6 +35,7 @@ LEAST = 8  # tokens of a run
 BLOCK = 1 << 20  # training tokens read at a time
 LOOKED_UP = 1 << 14  # places looked up at a time
 STRIDE = 16  # tokens compared at a time
+SHORT_RUN = 50  # steps: a shorter run has not learned much before its end
 BATCH = 50  # texts written at once
 MULTIPLIER = 0x9E3779B1  # of the windows' hash: odd, with bits all over
 PLACE_BITS = 40  # of a number that holds a run's length above, and its place below
@@ -384,7 +385,7 @@ def forced_recall(
 
 
 class Memory:
-    """A callback of the trainer that measures what a run knows by heart, five times in a run.
+    """A callback of the trainer that measures what a run knows by heart: five times, in a very short run at its end.
 
     It adds to the event:
 
@@ -419,7 +420,8 @@ class Memory:
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Measure, if the event's step is a fifth of the run or a multiple of it, or the last."""
-        due = event["step"] % max(1, self.max_steps // 5) == 0 or event["step"] == self.max_steps
+        interval = self.max_steps // 5 if self.max_steps >= SHORT_RUN else self.max_steps
+        due = event["step"] % interval == 0 or event["step"] == self.max_steps
         if due and has_finite_weights(self.model):
             event |= self.measure()
 
