@@ -471,7 +471,9 @@ LEFT_OUT = "puts a space before each text. This is left out"
 
 
 @pytest.mark.parametrize("kind", ["prepend", "metaspace", "ours"])
-def test_a_folder_of_llama_2_opens_by_its_tokenizer_json(kind: str, llama2: Tokenizer, tmp_path: Path) -> None:
+def test_a_folder_of_llama_2_opens_by_its_tokenizer_json(
+    kind: str, llama2: Tokenizer, english: Path, tmp_path: Path
+) -> None:
     description = as_llama2(llama2)
     if kind == "metaspace":
         description |= {"normalizer": None, "pre_tokenizer": METASPACE}
@@ -485,7 +487,7 @@ def test_a_folder_of_llama_2_opens_by_its_tokenizer_json(kind: str, llama2: Toke
     assert (back.unk_id, back.bos_id, back.eos_id, back.vocab_size) == (0, 1, 2, 420)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(description))
     theirs.encode_special_tokens = True
-    for text in SOME:
+    for text in [*SOME, (english / "story-0.txt").read_text(encoding="utf-8")[:3000]]:
         ids, newline = back.encode(text), back.encode("\n")
         assert ids == theirs.encode("\n" + text, add_special_tokens=False).ids[len(newline) + (kind != "ours") :]
         assert back.decode(ids) == text

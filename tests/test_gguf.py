@@ -221,7 +221,8 @@ HOSTILE = {
 def test_a_hostile_gguf_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(HOSTILE[kind])
-    with pytest.raises(FormatError, match=r"model\.gguf "):
+    words = "of the other byte order" if kind == "other-byte-order" else ""
+    with pytest.raises(FormatError, match=rf"model\.gguf .*{words}"):
         from_gguf(file)
 
 
