@@ -355,7 +355,7 @@ def test_a_page_marks_each_run_and_shows_where_it_stands(tokenizer: Tokenizer, t
 def test_of_two_runs_that_overlap_the_longer_has_the_tokens(
     tokenizer: Tokenizer, first: tuple[int, int], second: tuple[int, int], border: int
 ) -> None:
-    ids = tokenizer.encode("甲乙丙丁戊己庚辛壬癸")[:10]
+    ids = [id for character in "曰之人兵大来不为有将" for id in tokenizer.encode(character)]
     html = recitation.marked(tokenizer, ids, [Run(*first, 0), Run(*second, 50)])
     assert f">{tokenizer.decode(ids[:border])}</ins><sup>[1]</sup>" in html
     assert f">{tokenizer.decode(ids[border:])}</ins><sup>[2]</sup>" in html
