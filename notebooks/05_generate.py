@@ -231,8 +231,8 @@ if prompts:
 
 # %% [markdown]
 # From this figure we took the default of this notebook: `top_p = 0.95` at temperature 1. The points near the star
-# differ by chance: with another seed, `top_p = 0.9` may be the nearest, and `temperature = 0.9` is not far. Some
-# readers like colder text better, since it makes fewer mistakes.
+# differ by chance: `top_p = 0.9` and `0.95` are the nearest in turns, by the seed, and `temperature = 0.9` is not far.
+# Some readers like colder text better, since it makes fewer mistakes.
 #
 # The table has the same texts, and the other measures of repetition. *Repeated lines* are lines or sentences that stood
 # before in the same text.
@@ -361,7 +361,7 @@ began = begins_to_recall(events)
 if not any("recall" in event for event in events):
     title = "This run was not measured while it trained"
 elif began is None:
-    title = "To its end, the model continues its training text no further than new text"
+    title = "At its end, the model continues its training text no further than new text, or hardly"
 else:
     title = f"From step {began:,} on, the model continues its training text further than new text"
 if events:

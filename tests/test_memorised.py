@@ -252,7 +252,7 @@ def test_a_model_that_knows_the_text_by_heart_is_found_out(folder: Path) -> None
 
     measured, untrained = Memory(model, train, val, 10).measure(), Memory(new, train, val, 10).measure()
     assert measured["recited"] > 0.05 and measured["recited_floor"] == 0 == untrained["recited"]
-    assert measured["recall"] > 10 > 3 > measured["recall_floor"] and untrained["recall"] < 3
+    assert measured["recall"] > 5 > 3 > measured["recall_floor"] and untrained["recall"] < 3
 
 
 def test_recall_counts_up_to_the_first_wrong_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +355,7 @@ def test_a_page_marks_each_run_and_shows_where_it_stands(tokenizer: Tokenizer, t
 def test_of_two_runs_that_overlap_the_longer_has_the_tokens(
     tokenizer: Tokenizer, first: tuple[int, int], second: tuple[int, int], border: int
 ) -> None:
-    ids = tokenizer.encode("甲乙丙丁戊己庚辛壬癸")[:10]
+    ids = [id for character in "曰之人兵大来不为有将" for id in tokenizer.encode(character)]
     html = recitation.marked(tokenizer, ids, [Run(*first, 0), Run(*second, 50)])
     assert f">{tokenizer.decode(ids[:border])}</ins><sup>[1]</sup>" in html
     assert f">{tokenizer.decode(ids[border:])}</ins><sup>[2]</sup>" in html

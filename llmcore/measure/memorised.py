@@ -393,7 +393,7 @@ class Memory:
                         of `LEAST` tokens or more
         recited_floor   the same of the held-out text that follows these prompts
         distinct, distinct_floor    the share of different pairs of tokens in the same two
-        recall, recall_floor        of 16 tokens, how many are continued word for word after 32 (or as many as fit into
+        recall, recall_floor        of 8 tokens, how many are continued word for word after 16 (or as many as fit into
                         the context), on training text and on held-out text
         recall_error    standard error of the difference of these two
 
@@ -413,7 +413,7 @@ class Memory:
         max_steps: int,
         *,
         texts: int = 16,
-        passages: int = 200,
+        passages: int = 400,
     ) -> None:
         self.model, self.train, self.val = model, train, val
         self.max_steps, self.texts, self.passages = max_steps, texts, passages
@@ -438,8 +438,9 @@ class Memory:
             for ending, texts in (("", model_texts), ("_floor", held_out)):
                 found["recited" + ending] = share(recited(texts, self.train, eos_id=eos_id), lengths)
                 found["distinct" + ending] = distinct(texts, 2)
-        size = max(1, min(32, self.model.config.max_seq_len - 16))
-        known, guessed = (forced_recall(self.model, data, [size], self.passages) for data in (self.train, self.val))
+        size = max(1, min(16, self.model.config.max_seq_len - 8))
+        both = (self.train, self.val)
+        known, guessed = (forced_recall(self.model, data, [size], self.passages, follow=8) for data in both)
         if known and guessed:
             found |= {"recall": known[size].tokens, "recall_floor": guessed[size].tokens}
             found["recall_error"] = math.hypot(known[size].error, guessed[size].error)

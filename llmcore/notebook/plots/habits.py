@@ -149,12 +149,12 @@ def quality_and_repetition(
         title: what to see.
     """
     figure, [axes] = new_figure(9, 4.6)
-    # the numbers of neighbouring lines stand on different sides
-    looks = zip((BLUE, GREEN, ORANGE, PURPLE), "o^Dv", ((6, -11), (-8, 8), (6, -11), (-22, 2)), strict=True)
-    for (parameter, values), (color, marker, beside) in zip(points.items(), looks, strict=False):
+    looks = zip((BLUE, GREEN, ORANGE, PURPLE), "o^Dv", strict=True)
+    for (parameter, values), (color, marker) in zip(points.items(), looks, strict=False):
         x, y = zip(*values.values(), strict=True)
         axes.plot(x, y, marker=marker, color=color, label=figure_text(parameter, LABEL), alpha=0.9)
-        for name, place in values.items():
+        for number, (name, place) in enumerate(values.items()):
+            beside = (-16, 7) if number % 2 else (6, -11)  # neighbours on different sides
             axes.annotate(figure_text(name, LABEL), place, beside, textcoords="offset points", fontsize=8)
     axes.plot(*held_out, "*", color=RED, markersize=18, label="held-out text", linestyle="none")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
