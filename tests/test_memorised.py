@@ -351,13 +351,14 @@ def test_a_page_marks_each_run_and_shows_where_it_stands(tokenizer: Tokenizer, t
     assert "no run of so many tokens" in recitation.page(tokenizer, "a page", text, [], data, 8)
 
 
-def test_of_two_runs_that_overlap_the_longer_has_the_tokens(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("一二三四五六七八九十")
-    runs = [Run(0, 3, 0), Run(2, len(ids), 50)]
-    html = recitation.marked(tokenizer, ids, runs)
-    text = tokenizer.decode(ids[:2])
-    assert f">{text}</ins><sup>[1]</sup>" in html
-    assert f">{tokenizer.decode(ids[2:])}</ins><sup>[2]</sup>" in html
+@pytest.mark.parametrize(("first", "second", "border"), [((0, 3), (2, 10), 2), ((0, 8), (6, 10), 8)])
+def test_of_two_runs_that_overlap_the_longer_has_the_tokens(
+    tokenizer: Tokenizer, first: tuple[int, int], second: tuple[int, int], border: int
+) -> None:
+    ids = [id for character in "曰之人兵大来不为有将" for id in tokenizer.encode(character)]
+    html = recitation.marked(tokenizer, ids, [Run(*first, 0), Run(*second, 50)])
+    assert f">{tokenizer.decode(ids[:border])}</ins><sup>[1]</sup>" in html
+    assert f">{tokenizer.decode(ids[border:])}</ins><sup>[2]</sup>" in html
 
 
 def test_the_nearest_setting_is_nearest_in_shares_of_the_target() -> None:
