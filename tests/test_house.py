@@ -20,6 +20,7 @@ CORE = [
     "trainer_state",
     "checkpoint",
     "generate",
+    "decode",
     "device",
     "files",
     "runs",
@@ -37,7 +38,7 @@ DRAWING = {"ipywidgets", "IPython", "matplotlib"}
 SCREEN = 50  # lines of a function's body that need no paragraphs
 PARAGRAPH = 30  # lines of a longer body without a blank one
 # The limits that are in force: the code is never to grow past them without a word.
-CORE_LINES, ALL_LINES, MODEL_LINES, TRAIN_LINES = 4_400, 15_750, 350, 420
+CORE_LINES, ALL_LINES, MODEL_LINES, TRAIN_LINES = 4_650, 16_000, 350, 420
 
 
 def modules(folder: Path) -> list[Path]:
