@@ -31,6 +31,8 @@ from llmcore.quantize import Int8Linear, int8_weights
 
 ENOUGH_TOKENS = 256  # written with one shape before it is compiled
 ENOUGH_WEIGHTS = 1_000_000  # below, a model writes fast enough
+CACHE = "llmcore_decode"  # a folder beside the compiler's own
+FILES = ("block.pt2", "head.pt2")
 _written: dict[str, int] = {}  # tokens by shape, in this process
 _makers: dict[str, subprocess.Popen[bytes]] = {}  # by shape
 
@@ -51,7 +53,8 @@ class _Row(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(1, 1, inputs) -> (1, 1, outputs)."""
         weight, x_parts = self.weight.unflatten(1, (self.parts, -1)), x.float().reshape(self.parts, -1)
-        y = torch.stack([weight[:, part].float() * x_parts[part] for part in range(self.parts)]).sum(0).sum(-1)
+        products = [weight[:, part].float() * x_parts[part] for part in range(self.parts)]
+        y = functools.reduce(torch.add, products).sum(-1)
         return (y if self.scale is None else y * self.scale).to(x.dtype)[None, None]
 
 
@@ -95,7 +98,7 @@ def _folder(kind: dict[str, Any]) -> Path:
     sources = [(Path(__file__).parent / name).read_bytes() for name in ("decode.py", "model.py", "quantize.py")]
     machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), json.dumps(kind, sort_keys=True)]
     key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:32]
-    return Path(settle_cache_folder()) / "llmcore_decode" / key
+    return Path(settle_cache_folder()) / CACHE / key
 
 
 def _arguments(model: Transformer) -> tuple[list[list[Tensor]], list[Tensor]]:
@@ -138,15 +141,15 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
     dynamic = (None, None, None, {2: length}, {2: length}, *[None] * len(names))
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_folder(folder, {"block.pt2", "head.pt2"}) as new:
+    with replacing_folder(folder, FILES) as new:
         inputs = (x, model.rope_cos[2:3], model.rope_sin[2:3], *held, *blocks[0])
-        _compile(through_block, inputs, dynamic, kind["threads"], new / "block.pt2")
-        _compile(through_head, (x, *head_weights), (None,) * (1 + len(head_weights)), kind["threads"], new / "head.pt2")
+        _compile(through_block, inputs, dynamic, kind["threads"], new / FILES[0])
+        _compile(through_head, (x, *head_weights), (None,) * (1 + len(head_weights)), kind["threads"], new / FILES[1])
 
 
 def _compile(function: Callable[..., Any], inputs: Any, dynamic: Any, threads: int, file: Path) -> None:
     module = nn.Module()
-    module.forward = lambda *arguments: function(*arguments)  # type: ignore[method-assign]
+    module.forward = lambda *arguments: function(*arguments)
     with torch.no_grad():
         program = torch.export.export(module, inputs, dynamic_shapes=(dynamic,), strict=False)
         # work of fewer than 4096 operations is not worth waking a second thread
@@ -157,7 +160,9 @@ def _compile(function: Callable[..., Any], inputs: Any, dynamic: Any, threads: i
 @functools.lru_cache(8)
 def _load(folder: Path) -> list[Any]:
     """The two compiled functions: each takes a list of tensors, which it empties, and returns a list."""
-    return [torch._inductor.aoti_load_package(str(folder / name)).loader for name in ("block.pt2", "head.pt2")]
+    # what torch._inductor.aoti_load_package wraps, without the seconds that it takes to import the compiler
+    load = torch._C._aoti.AOTIModelPackageLoader
+    return [load(str(folder / name), "model", False, 1, -1) for name in FILES]
 
 
 def prepare(model: Transformer, count: int = 1) -> bool:
@@ -178,7 +183,7 @@ def _start(kind: dict[str, Any], folder: Path, nice: int = 0) -> subprocess.Pope
     if name not in _makers:
         command = [sys.executable, "-m", "llmcore.decode", json.dumps(kind), name, str(nice)]
         places = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         _makers[name] = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(places)}, **quiet)
     return _makers[name]
 
