@@ -40,15 +40,16 @@ _makers: dict[str, subprocess.Popen[bytes]] = {}  # by shape
 class _Row(nn.Module):
     """A linear layer for one row: a loop over the weights as they are, which the compiler joins with its neighbours.
 
-    Sums of two or four parts of a row are made side by side, so that an addition need not wait for the one before it.
+    Some parts of a row are added up side by side, so that an addition need not wait for the one before it: two for
+    float32 and up to four for smaller weights, each of whole vectors of 16.
     """
 
     def __init__(self, linear: nn.Linear | Int8Linear) -> None:
         super().__init__()
         self.weight = linear.weight
         self.scale = getattr(linear, "scale", None)
-        parts = 2 if self.weight.dtype == torch.float32 else 4
-        self.parts = parts if self.weight.shape[1] % parts == 0 else 1
+        possible = (2,) if self.weight.dtype == torch.float32 else (4, 3, 2)
+        self.parts = next((parts for parts in possible if self.weight.shape[1] % (16 * parts) == 0), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(1, 1, inputs) -> (1, 1, outputs)."""
