@@ -86,8 +86,8 @@ def chunk_rows(few: int, tokens: int, vocab_size: int, dim: int, device: str) ->
     return few if device == "cpu" else max(few, -(-tokens * dim // vocab_size))
 
 
-def settle_cache_folder() -> None:
-    """Give torch's compiler another cache folder, with a warning, where its own cannot be written.
+def settle_cache_folder() -> str:
+    """The cache folder of torch's compiler; another one, with a warning, where its own cannot be written.
 
     torch makes that folder as soon as it defines or optimizes anything, compiled or not, and fails where it cannot.
     """
@@ -105,6 +105,17 @@ def settle_cache_folder() -> None:
             "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written",
             stacklevel=2,
         )
+        return other
+    return folder
+
+
+def quote_library_folder() -> None:
+    """Let torch's compiler link where the path to torch holds a space, at which it would split its command."""
+    libraries = str(Path(torch.__file__).parent / "lib")
+    if os.name == "posix" and libraries != shlex.quote(libraries):
+        import torch.utils.cpp_extension as cpp_extension
+
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(libraries)
 
 
 def compile_if_worth(
@@ -124,12 +135,7 @@ def compile_if_worth(
     if train.compile == "off" or (train.compile == "auto" and not long):
         return model
 
-    libraries = str(Path(torch.__file__).parent / "lib")
-    if os.name == "posix" and libraries != shlex.quote(libraries):
-        import torch.utils.cpp_extension as cpp_extension
-
-        # torch gives the linker this folder as it is, and splits the command at spaces
-        cpp_extension.TORCH_LIB_PATH = shlex.quote(libraries)
+    quote_library_folder()
     compiled = functools.cache(lambda: torch.compile(model))  # this, too, fails in the first forward pass
     return lambda *inputs: compiled()(*inputs)
 

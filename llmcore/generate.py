@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcore.model import KVCache, Transformer
+from llmcore.decode import Decoder
+from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
 # The text of a whole context has at most this many characters per token, so more of a prompt need not be encoded.
@@ -163,8 +164,8 @@ def _generate_ids(
         generator.manual_seed(seed)
 
     start = max(0, longest - context)  # of the tokens to read next
-    room = min(context, longest - start + max_new_tokens)
-    cache = KVCache(model.config, len(prompts), device, model.tok_embeddings.weight.dtype, room)
+    decoder = Decoder(model, len(prompts))
+    cache = decoder.cache(len(prompts), min(context, longest - start + max_new_tokens))
     for _ in range(max_new_tokens):
         if cache.length + length - start > context:  # the window slides
             cache.length, start = 0, length - max(1, context // 2)
@@ -174,7 +175,7 @@ def _generate_ids(
         # Not a decorator: inference mode must not leak into the caller between two yields.
         with torch.inference_mode():
             mask = padding[:, start - cache.length : length] if is_padded else None
-            logits = model.output(model.hidden_states(seen[:, start:length], cache, mask)[:, -1])[:, :vocab_size]
+            logits = decoder.logits(seen[:, start:length], cache, mask)[:, :vocab_size]
             if sampling.temperature == 0 and sampling.repetition_penalty == 1:
                 new = logits.argmax(1)
             else:

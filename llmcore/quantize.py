@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore.model import Transformer
 
-# Without VNNI instructions the kernel's 16-bit sums could overflow, so inputs get 7 bits there.
-REDUCE_RANGE = not torch.cpu._is_vnni_supported()
+FEW_ROWS = 4  # for more, inputs in int8 too are faster
+BLOCK = 16  # inputs: torch's kernels are wrong for some other numbers of them
+# Without these instructions, torch's product of two int8 matrices takes longer than any other way.
+HAS_VNNI = torch.cpu._is_vnni_supported()
 
 
 class Int8Linear(nn.Module):
-    """A linear layer in int8, by PyTorch's own kernel: one scale per row of weights, one for all inputs of a call.
+    """A linear layer with weights in int8 and one scale for each row of them.
 
-    Each row is divided by its largest magnitude over 127 and rounded, and so are the inputs as they come: Dettmers et
-    al., "LLM.int8()", arXiv:2208.07339, section 2.1, without its treatment of outliers.
+    Each row is divided by its largest magnitude over 127 and rounded. Where there are more inputs than a few, so are
+    they: Dettmers et al., "LLM.int8()", arXiv:2208.07339, section 2.1, without its treatment of outliers.
 
     Args:
         linear: a layer without bias, float weight (outputs, inputs).
+
+    Attributes:
+        weight: (outputs, inputs) int8.
+        scale: (outputs,) float32.
     """
+
+    weight: Tensor
+    scale: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).double()
-        with warnings.catch_warnings():
-            # PyTorch plans to replace this function; today it has no other that reads the weights as fast
-            warnings.simplefilter("ignore", UserWarning)
-            zeros = torch.zeros(len(scale), dtype=torch.int64)
-            rows = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(rows, None)
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, inputs) -> (…, outputs), of x's dtype."""
-        return torch.ops.quantized.linear_dynamic(x.float(), self.packed, REDUCE_RANGE).to(x.dtype)
+        rows = x.flatten(0, -2)
+        if rows.shape[1] % BLOCK:
+            y = F.linear(rows.float(), self.weight * self.scale[:, None])
+        elif len(rows) <= FEW_ROWS or not HAS_VNNI:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
+        else:
+            step = (rows.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+            y = torch._int_mm((rows / step).round().to(torch.int8), self.weight.T) * step * self.scale
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def int8_weights(model: Transformer) -> Transformer:

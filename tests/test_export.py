@@ -11,11 +11,8 @@ import math
 import os
 import pickle
 import resource
-import shutil
 import struct
 import subprocess
-import sys
-import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -55,6 +52,7 @@ from llmcore.measure.evaluate import evaluate
 from llmcore.tokenizer import Tokenizer
 
 from .helpers import examples, random_ids, tiny_model
+from .run_c import run_c_program
 
 # tied or not, grouped queries or not, weights in float32 or bfloat16
 MATRIX = [
@@ -981,28 +979,13 @@ def test_adapted_to_its_program_the_same_logits_come_under_its_ids(
     assert np.abs(unscaled - logits).max() > 1e-3
 
 
-# The C program as of July 2023, which knows no grouped queries, in a source package with a fixed hash (MIT licence)
-RUN_C = "llamac2py==0.1.4 --hash=sha256:87f55b96ba0a9d7430d84578d947bde4ae2c76a54528bee0dbad0dc7fc9aa2ae\n"
-
-
 @pytest.fixture(scope="module")
 def run_c(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """llama2.c's own program, compiled."""
-    folder = tmp_path_factory.mktemp("llama2c")
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    (folder / "requirements.txt").write_text(RUN_C)
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary=:all:", "--require-hashes"]
-    done = subprocess.run([*pip, "-d", folder, "-r", folder / "requirements.txt"], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"llama2.c's program cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
-    [archive] = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as files:
-        files.extract("llamac2py-0.1.4/run.c", folder, filter="data")
-    source, program = folder / "llamac2py-0.1.4" / "run.c", folder / "run"
-    subprocess.run([compiler, "-O2", "-o", program, source, "-lm"], check=True, capture_output=True)
-    return program
+    try:
+        return run_c_program(tmp_path_factory.mktemp("llama2c"), "-O2")
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ CORE = [
     "trainer_state",
     "checkpoint",
     "generate",
+    "decode",
     "device",
     "files",
     "runs",

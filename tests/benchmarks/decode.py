@@ -1,21 +1,27 @@
-"""Decoding beside transformers and beside the memory's speed: `python -m tests.benchmarks.decode [15M] [117M]`."""
+"""Decoding beside llama2.c, transformers and the memory's speed: `python -m tests.benchmarks.decode [15M] [117M]`."""
 
 from __future__ import annotations
 
 import statistics
+import struct
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmcore import config
+from llmcore import config, decode
 from llmcore.config import ModelConfig
+from llmcore.formats.llama2c import _tensors_in_order
 from llmcore.generate import generate_ids
 from llmcore.model import Transformer
 from llmcore.quantize import int8_weights
 from tests.benchmarks.peers import FAST, machine, ratio, take_turns, transformers_llama
+from tests.run_c import run_c_program
 
 STORIES = ModelConfig(
     vocab_size=32000, dim=288, n_layers=6, n_heads=6, hidden_dim=768, max_seq_len=256, tie_embeddings=True
@@ -25,25 +31,51 @@ PROMPT, NEW, TOGETHER = 16, 64, 16  # tokens, tokens, prompts
 BYTES = {"float32": 4, **({"bfloat16": 2} if FAST == "bf16" else {}), "int8": 1}  # of a weight
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second at which memory is read, while as many are written elsewhere."""
-    source = torch.ones(2**28, dtype=torch.uint8)
-    target = torch.empty_like(source)
+def read_bandwidth() -> float:
+    """Bytes per second at which a sum reads memory that no cache holds."""
+    source = torch.ones(2**28)
     times = []
     for _ in range(9):
         started = time.perf_counter()
-        target.copy_(source)
+        source.sum()
         times.append(time.perf_counter() - started)
     return source.nbytes / statistics.median(times)
 
 
-def our_decoding(shape: ModelConfig, weights: str, count: int) -> Callable[[], object]:
+def our_decoding(shape: ModelConfig, weights: str, count: int, compiled: bool = True) -> Callable[[], object]:
     """Greedy tokens after `count` prompts."""
     model = Transformer(shape).eval()
     if weights != "float32":
         model = int8_weights(model) if weights == "int8" else model.bfloat16()
+    if compiled:
+        decode.prepare(model, count)
+    else:
+        decode.ENOUGH_TOKENS = 10**9  # never while this is measured
+        decode.CACHE = "llmcore_decode_none"  # where nothing was compiled before
     prompts = torch.randint(4, shape.vocab_size, (count, PROMPT)).tolist()
     return lambda: list(generate_ids(model, prompts, NEW, temperature=0))
+
+
+def c_decoding(shape: ModelConfig, program: str) -> Callable[[], float]:
+    """Seconds of the C program for as many greedy tokens. It reads its prompt, none, one token at a time too."""
+    folder = Path(program).parent / str(shape.dim)
+    folder.mkdir(exist_ok=True)
+    sizes = (shape.dim, shape.hidden_dim, shape.n_layers, shape.n_heads, shape.n_kv_heads)
+    with open(folder / "model.bin", "wb") as file:
+        file.write(
+            struct.pack("<7i", *sizes, shape.vocab_size * (1 if shape.tie_embeddings else -1), shape.max_seq_len)
+        )
+        for tensor in _tensors_in_order(Transformer(shape).state_dict(), shape):
+            tensor.numpy().tofile(file)
+    pieces = b"".join(struct.pack("<fi", 0.0, 5) + b"%05d" % id for id in range(shape.vocab_size))
+    (folder / "tokenizer.bin").write_bytes(struct.pack("<i", 5) + pieces)
+
+    def write() -> float:
+        command = [program, "model.bin", "0", str(PROMPT + NEW)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        return NEW / float(done.stdout.split(b"achieved tok/s:")[1])
+
+    return write
 
 
 def their_decoding(shape: ModelConfig) -> Callable[[], object]:
@@ -54,28 +86,39 @@ def their_decoding(shape: ModelConfig) -> Callable[[], object]:
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
 
-def measure(size: str, rounds: int = 4) -> tuple[list[str], list[str]]:
+def measure(size: str, program: str | None, rounds: int = 5) -> tuple[list[str], list[str]]:
     """Rows of the table, and the targets' figures in words."""
     shape = SIZES[size]
-    contestants: dict[str, Any] = {"theirs": (their_decoding, shape)}
+    contestants: dict[str, Any] = {"transformers": (their_decoding, shape)}
+    if program is not None:
+        contestants["run"] = (c_decoding, shape, program)
     for weights in BYTES:
+        contestants[f"{weights}, not compiled"] = (our_decoding, shape, weights, 1, False)
         contestants[weights] = (our_decoding, shape, weights, 1)
         contestants[f"{weights}, together"] = (our_decoding, shape, weights, TOGETHER)
     seconds = take_turns(contestants, rounds)
     rate = {name: NEW / statistics.median(times) for name, times in seconds.items()}
     matrices = shape.n_params() - (not shape.tie_embeddings) * shape.vocab_size * shape.dim  # one row is looked up
-    bandwidth = copy_bandwidth()
-    rows, targets = [f"| {size} | transformers, float32 | {rate['theirs']:.0f} | | | | | |"], []
+    bandwidth = read_bandwidth()
+
+    def row(name: str, size_of: int, rest: str) -> str:
+        than = [f"{ratio(seconds, name, peer):.2f}" if peer in seconds else "–" for peer in ("run", "transformers")]
+        share = rate[name] * matrices * size_of / bandwidth
+        return f"| {size} | {name} | {rate[name]:.0f} | {than[0]} | {than[1]} | {share:.0%} | {rest} |"
+
+    rows = [row(name, 4, "| ") for name in ("transformers", "run") if name in seconds]
+    targets = []
     for weights, size_of in BYTES.items():
-        faster, bound = ratio(seconds, weights, "theirs"), bandwidth / (matrices * size_of)
-        batch = TOGETHER / ratio(seconds, weights, f"{weights}, together")
-        rows.append(
-            f"| {size} | llmcore, {weights} | {rate[weights]:.0f} | {faster:.2f} | {bound:.0f} "
-            f"| {rate[weights] / bound:.0%} | {rate[f'{weights}, together'] * TOGETHER:.0f} | {batch:.1f} |"
-        )
+        together = f"{weights}, together"
+        batch = TOGETHER / ratio(seconds, weights, together)
+        rows.append(row(f"{weights}, not compiled", size_of, "| "))
+        rows.append(row(weights, size_of, f"{rate[together] * TOGETHER:.0f} | {batch:.1f}"))
+        against = f"{ratio(seconds, weights, 'run'):.2f} × llama2.c's run" if program else "no C program here"
+        wanted = {"float32": "1.0 × run", "int8": "2 × run", "bfloat16": "float32's speed"}[weights]
+        than = ratio(seconds, weights, "float32")
         targets.append(
-            f"{size}, {weights}: {faster:.2f}× transformers' generate (target 2.5), {rate[weights] / bound:.0%} of "
-            f"what the memory allows (target 50%), {TOGETHER} prompts at once {batch:.1f}× the tokens of one (target 6)"
+            f"{size}, {weights}: {against}, {than:.2f} × float32 (target {wanted}); {TOGETHER} prompts at once "
+            f"{batch:.1f} × the tokens of one (target 6)"
         )
     return rows, targets
 
@@ -83,13 +126,19 @@ def measure(size: str, rounds: int = 4) -> tuple[list[str], list[str]]:
 def main() -> None:
     """Print the table and the ratios."""
     print(f"Greedy decoding, {NEW} tokens after {PROMPT}, on {machine()}\n")
-    print("| size | who, weights | tokens/s | × transformers | memory allows | share | 16 prompts | × one |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    said = []
-    for size in sys.argv[1:] or SIZES:
-        rows, targets = measure(size)
-        print("\n".join(rows), flush=True)
-        said += targets
+    with tempfile.TemporaryDirectory() as folder:
+        try:  # -Ofast: without it, sums are made one number after the other, a seventh as fast
+            program = str(run_c_program(Path(folder), "-Ofast", "-march=native", "-fopenmp"))
+        except OSError as error:
+            print(f"Without llama2.c: {error}\n")
+            program = None
+        print("| size | weights | tokens/s | × run | × transformers | share of reading | 16 prompts | × one |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        said = []
+        for size in sys.argv[1:] or SIZES:
+            rows, targets = measure(size, program)
+            print("\n".join(rows), flush=True)
+            said += targets
     print("\n" + "\n".join(f"- {line}" for line in said))
 
 

@@ -132,8 +132,8 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], argument
     pipe.send(None)
     while pipe.recv():
         started = time.perf_counter()
-        run()
-        pipe.send(time.perf_counter() - started)
+        said = run()
+        pipe.send(said if isinstance(said, float) else time.perf_counter() - started)
 
 
 def take_turns(
@@ -144,7 +144,8 @@ def take_turns(
     Each has a process of its own, which makes what is to be called: none works in memory that another has left.
 
     Args:
-        contestants: name -> what makes the function to time, and its arguments.
+        contestants: name -> what makes the function to time, and its arguments. If the function returns a float,
+            these are its seconds.
         rounds: calls of each, after two that do not count.
     """
     spawn = multiprocessing.get_context("spawn")

@@ -1,0 +1,258 @@
+"""The decode step as compiled code: a token passes through each block, and through the last matrix, in one call.
+
+The step of `model.py` is some 150 small operations, and to start each takes longer than to compute it. Here torch's
+ahead-of-time compiler (AOTInductor) makes one function of a block and one of what follows the blocks. The weights are
+arguments, so one compilation serves every model of the same shape. It stays in the compiler's cache folder, for other
+processes too. A process of low priority makes it, once enough was written to show that it pays; meanwhile, and where
+there is no compiler, the model itself writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcore.config import ModelConfig
+from llmcore.device import quote_library_folder, settle_cache_folder
+from llmcore.files import replacing_folder
+from llmcore.model import Attention, Block, KVCache, Transformer
+from llmcore.quantize import Int8Linear, int8_weights
+
+ENOUGH_TOKENS = 256  # written with one shape before it is compiled
+ENOUGH_WEIGHTS = 1_000_000  # below, a model writes fast enough
+CACHE = "llmcore_decode"  # a folder beside the compiler's own
+FILES = ("block.pt2", "head.pt2")
+_written: dict[str, int] = {}  # tokens by shape, in this process
+_makers: dict[str, subprocess.Popen[bytes]] = {}  # by shape
+
+
+class _Row(nn.Module):
+    """A linear layer for one row: a loop over the weights as they are, which the compiler joins with its neighbours.
+
+    Some parts of a row are added up side by side, so that an addition need not wait for the one before it: two for
+    float32 and up to four for smaller weights, each of whole vectors of 16.
+    """
+
+    def __init__(self, linear: nn.Linear | Int8Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.scale = getattr(linear, "scale", None)
+        possible = (2,) if self.weight.dtype == torch.float32 else (4, 3, 2)
+        self.parts = next((parts for parts in possible if self.weight.shape[1] % (16 * parts) == 0), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, 1, inputs) -> (1, 1, outputs)."""
+        weight, x_parts = self.weight.unflatten(1, (self.parts, -1)), x.float().reshape(self.parts, -1)
+        products = [weight[:, part].float() * x_parts[part] for part in range(self.parts)]
+        y = functools.reduce(torch.add, products).sum(-1)
+        return (y if self.scale is None else y * self.scale).to(x.dtype)[None, None]
+
+
+class _StepAttention(Attention):
+    """Attention of one new token per row. The cache is (keys, values, new): held ones, and a list for the new two."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
+        """(batch, 1, dim) -> the same shape. `mask` (batch, held): True where a held token is only padding."""
+        q, k, v = self.project(x, cos, sin)
+        keys, values, new = cache
+        new += [k, v]
+        q = q.unflatten(1, (self.n_kv_heads, -1)).float() / self.head_dim**0.5  # (batch, kv_heads, group, 1, head_dim)
+        held, own = ((q * each[:, :, None].float()).sum(-1) for each in (keys, k))
+        if mask is not None:
+            held = held.masked_fill(mask[:, None, None], -torch.inf)
+
+        # a softmax over both, so that the keys held need not be copied to stand beside the new one
+        top = torch.maximum(held.amax(-1, keepdim=True), own)
+        held, own = (held - top).exp(), (own - top).exp()
+        y = (held[..., None] * values[:, :, None].float()).sum(-2) + own * v.float()
+        y = y / (held.sum(-1, keepdim=True) + own)
+        return self.wo(y.to(x.dtype).flatten(1)[:, None])
+
+
+def _kind(model: Transformer, count: int) -> dict[str, Any] | None:
+    """All that the compiled code depends on, as JSON; None for what is not compiled."""
+    weight = model.tok_embeddings.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or count != 1:
+        return None
+    return {
+        "config": model.config.to_dict() | {"n_layers": 1},
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "int8": isinstance(model.output, Int8Linear),
+        "count": count,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _folder(kind: dict[str, Any]) -> Path:
+    """Where the compiled code lies: another place for another torch, processor or source."""
+    sources = [(Path(__file__).parent / name).read_bytes() for name in ("decode.py", "model.py", "quantize.py")]
+    machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), json.dumps(kind, sort_keys=True)]
+    key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:32]
+    return Path(settle_cache_folder()) / CACHE / key
+
+
+def _arguments(model: Transformer) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Weights of each block and of what follows the blocks, in the order in which the compiled code takes them."""
+    head = [model.norm.weight, *model.output.state_dict(keep_vars=True).values()]
+    blocks = [list(block.state_dict(keep_vars=True).values()) for block in model.layers]
+    return [[each.detach() for each in weights] for weights in blocks], [each.detach() for each in head]
+
+
+def compile_step(kind: dict[str, Any], folder: Path) -> None:
+    """Compile for a `_kind` and put `block.pt2` and `head.pt2` into a folder, both or none."""
+    config = ModelConfig.from_dict(kind["config"])
+    model = Transformer(config).to(getattr(torch, kind["dtype"])).eval().requires_grad_(False)
+    if kind["int8"]:
+        model = int8_weights(model)
+    blocks, head_weights = _arguments(model)
+    block = model.layers[0]
+    assert isinstance(block, Block)
+    names = list(block.state_dict())
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear | Int8Linear):
+                setattr(module, name, _Row(child))
+    block.attention.__class__ = _StepAttention
+
+    def through_block(x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, *weights: Tensor) -> Any:
+        new: list[Tensor] = []
+        inputs = (x, cos, sin, None, (keys, values, new))
+        return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), inputs), *new
+
+    def through_head(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+        output = dict(zip(("weight", "scale"), weights, strict=False))
+        normed = F.rms_norm(x, (config.dim,), norm, config.norm_eps)
+        return torch.func.functional_call(model.output, output, (normed,))[:, -1]
+
+    cache = KVCache(config, kind["count"], dtype=model.tok_embeddings.weight.dtype)
+    held = (each[0, :, :, :9] for each in (cache.keys, cache.values))
+    x = torch.zeros(kind["count"], 1, config.dim, dtype=model.tok_embeddings.weight.dtype)
+    length = torch.export.Dim("length", min=2, max=config.max_seq_len - 1)
+    dynamic = (None, None, None, {2: length}, {2: length}, *[None] * len(names))
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(folder, FILES) as new:
+        inputs = (x, model.rope_cos[2:3], model.rope_sin[2:3], *held, *blocks[0])
+        _compile(through_block, inputs, dynamic, kind["threads"], new / FILES[0])
+        _compile(through_head, (x, *head_weights), (None,) * (1 + len(head_weights)), kind["threads"], new / FILES[1])
+
+
+def _compile(function: Callable[..., Any], inputs: Any, dynamic: Any, threads: int, file: Path) -> None:
+    module = nn.Module()
+    module.forward = lambda *arguments: function(*arguments)
+    with torch.no_grad():
+        program = torch.export.export(module, inputs, dynamic_shapes=(dynamic,), strict=False)
+        # work of fewer than 4096 operations is not worth waking a second thread
+        options = {"cpp.threads": threads, "cpp.min_chunk_size": 4096}
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+
+
+@functools.lru_cache(8)
+def _load(folder: Path) -> list[Any]:
+    """The two compiled functions: each takes a list of tensors, which it empties, and returns a list."""
+    # what torch._inductor.aoti_load_package wraps, without the seconds that it takes to import the compiler
+    load = torch._C._aoti.AOTIModelPackageLoader
+    return [load(str(folder / name), "model", False, 1, -1) for name in FILES]
+
+
+def prepare(model: Transformer, count: int = 1) -> bool:
+    """Compile now, if it is not yet, what writes `count` texts at once with a model of this shape; about 20 seconds.
+
+    Returns:
+        Whether the model writes with compiled code from now on.
+    """
+    kind = _kind(model, count)
+    if kind is None:
+        return False
+    return _folder(kind).is_dir() or _start(kind, _folder(kind)).wait() == 0
+
+
+def _start(kind: dict[str, Any], folder: Path, nice: int = 0) -> subprocess.Popen[bytes]:
+    """A process that compiles; there is one at most for each shape."""
+    name = str(folder)
+    if name not in _makers:
+        command = [sys.executable, "-m", "llmcore.decode", json.dumps(kind), name, str(nice)]
+        places = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        _makers[name] = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(places)}, **quiet)
+    return _makers[name]
+
+
+class Decoder:
+    """What writes with a model: compiled code where there is some, else the model itself.
+
+    Args:
+        model: the language model.
+        count: texts at once.
+    """
+
+    def __init__(self, model: Transformer, count: int) -> None:
+        self.model = model
+        kind = _kind(model, count)
+        self.kind, self.folder = kind, _folder(kind) if kind else None
+        self.functions: list[Any] | None = None
+        if self.folder is not None and self.folder.is_dir():
+            self._take(self.folder)
+
+    def cache(self, count: int, room: int) -> KVCache:
+        """A cache for `room` tokens; for the whole context where compiled code needs that, or will."""
+        weight = self.model.tok_embeddings.weight
+        return KVCache(self.model.config, count, weight.device, weight.dtype, None if self.folder else room)
+
+    def logits(self, tokens: Tensor, cache: KVCache, padding: Tensor | None = None) -> Tensor:
+        """Logits (batch, vocab_size) of what follows the last of the tokens (batch, time), which join the cache."""
+        if tokens.shape[1] > 1 or cache.length < 2 or padding is not None or self.kind is None:
+            return self.model.output(self.model.hidden_states(tokens, cache, padding)[:, -1])
+        if self.functions is None:
+            self._wait_or_start()
+            return self.model.output(self.model.hidden_states(tokens, cache)[:, -1])
+
+        block, head = self.functions
+        past = cache.length
+        cos, sin = self.model.rope_cos[past : past + 1], self.model.rope_sin[past : past + 1]
+        keys, values = (each[:, :, :, :past].unbind() for each in (cache.keys, cache.values))
+        x, new = self.model.tok_embeddings(tokens), []
+        for layer, weights in enumerate(self.blocks):
+            x, *own = block.boxed_run([x, cos, sin, keys[layer], values[layer], *weights])
+            new.append(own)
+        for held, own in zip((cache.keys, cache.values), zip(*new, strict=True), strict=True):
+            held[:, :, :, past : past + 1] = torch.stack(own)
+        cache.length += 1
+        return head.boxed_run([x, *self.head])[0]
+
+    def _take(self, folder: Path) -> None:
+        try:
+            self.functions = _load(folder)
+        except Exception:  # of many kinds; the model itself can always write
+            self.kind = None
+        self.blocks, self.head = _arguments(self.model)
+
+    def _wait_or_start(self) -> None:
+        """Count a token; have the shape compiled when there are enough, and use it when it is there."""
+        assert self.kind is not None and self.folder is not None
+        name = str(self.folder)
+        _written[name] = _written.get(name, 0) + 1
+        if _written[name] % 16:
+            return
+        if self.folder.is_dir():
+            self._take(self.folder)
+        elif _written[name] >= ENOUGH_TOKENS and self.model.config.n_params() >= ENOUGH_WEIGHTS:
+            _start(self.kind, self.folder, nice=10)
+
+
+if __name__ == "__main__":  # in a process of its own, see _start
+    if hasattr(os, "nice"):
+        os.nice(int(sys.argv[3]))
+    quote_library_folder()
+    compile_step(json.loads(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,144 @@
+"""The compiled decode step against the model itself, and what happens where it cannot be made."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmcore import decode
+from llmcore.generate import generate_ids
+from llmcore.model import Transformer
+from llmcore.quantize import int8_weights
+
+from .helpers import tiny_model
+
+
+def written(model: Transformer, prompt: list[int], count: int, **sampling: Any) -> list[int]:
+    return [id for [id] in generate_ids(model, [prompt], count, **sampling)]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each pass through the model itself has read."""
+    read: list[int] = []
+    own = Transformer.hidden_states
+
+    def noted(self: Transformer, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        read.append(tokens.shape[1])
+        return own(self, tokens, *others)
+
+    monkeypatch.setattr(Transformer, "hidden_states", noted)
+    return read
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("cache")
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place))
+        yield place
+
+
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def model(request: pytest.FixtureRequest, folder: Path) -> Transformer:
+    """A model that is compiled, with grouped queries."""
+    tiny = tiny_model(std=0.2, n_kv_heads=2)
+    made = int8_weights(tiny) if request.param == "int8" else tiny
+    assert decode.prepare(made)
+    return made
+
+
+@pytest.mark.slow
+def test_compiled_code_computes_what_the_model_does(model: Transformer, steps: list[int]) -> None:
+    decoder, cache = decode.Decoder(model, 1), decode.Decoder(model, 1).cache(1, 5)
+    ids = torch.tensor([[5, 6, 7, 30, 1, 2, 9, 9, 36]])
+    with torch.inference_mode():
+        found = [decoder.logits(ids[:, :3], cache)]
+        found += [decoder.logits(ids[:, [place]], cache) for place in range(3, 9)]
+        assert steps == [3]  # the prompt
+        # int8 rounds the inputs of many rows, and those of one row not at all
+        near = 1e-5 if isinstance(model.output, torch.nn.Linear) else 0.03 * model(ids).std().item()
+        torch.testing.assert_close(torch.stack(found, 1), model(ids)[:, 2:], rtol=0, atol=near)
+
+
+@pytest.mark.slow
+def test_the_text_is_the_same_on_both_paths_past_the_context(
+    model: Transformer, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not isinstance(model.output, torch.nn.Linear):
+        pytest.skip("int8 rounds otherwise")
+    cases: list[dict[str, Any]] = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_k": 9, "repetition_penalty": 1.3}]
+    compiled = [written(model, [5, 6, 7], 60, **case) for case in cases]
+    context = model.config.max_seq_len
+    assert set(steps) == {3, context // 2}  # the prompt, and each time that the window slides
+    monkeypatch.setattr(decode, "_kind", lambda *_: None)
+    assert [written(model, [5, 6, 7], 60, **case) for case in cases] == compiled
+    assert steps.count(1) > 100
+
+
+@pytest.mark.slow
+def test_weights_that_change_are_read_anew(model: Transformer, steps: list[int]) -> None:
+    before = written(model, [5, 6, 7], 20, temperature=0)
+    norm = model.layers[0].attention_norm.weight  # type: ignore[union-attr]
+    with torch.no_grad():
+        norm.neg_()  # type: ignore[operator]
+        assert written(model, [5, 6, 7], 20, temperature=0) != before
+        norm.neg_()  # type: ignore[operator]
+    assert written(model, [5, 6, 7], 20, temperature=0) == before
+    assert set(steps) == {3}
+
+
+@pytest.mark.slow
+def test_several_prompts_and_other_dtypes_pass_through_the_model(model: Transformer, steps: list[int]) -> None:
+    assert len(list(generate_ids(model, [[5, 6, 7], [8]], 5, temperature=0))) == 5
+    assert steps == [3, 1, 1, 1, 1]
+    assert not decode.prepare(tiny_model().double())
+
+
+def test_where_nothing_compiles_the_model_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    """The process that compiles fails at once here; of the same shape it is started only once."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(decode.sys, "executable", "/bin/false")  # type: ignore[attr-defined]
+    monkeypatch.setattr(decode, "ENOUGH_TOKENS", 16)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a) or popen(*a, **k))
+    model = tiny_model(n_layers=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(written(model, [5, 6], 40)) == 40 and not started  # too small to be worth it
+        monkeypatch.setattr(decode, "ENOUGH_WEIGHTS", 0)
+        assert len(written(model, [5, 6], 100)) == 100
+    assert len(started) == 1 and steps.count(1) > 100
+    assert not decode.prepare(model)
+
+
+def test_compiled_code_that_is_damaged_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = tiny_model()
+    kind = decode._kind(model, 1)
+    assert kind is not None
+    folder = decode._folder(kind)
+    folder.mkdir(parents=True)
+    for name in decode.FILES:
+        (folder / name).write_bytes(b"PK\x03\x04 and no more")
+    assert len(written(model, [5, 6], 9)) == 9
+    assert steps.count(1) == 8
+
+
+def test_another_shape_thread_count_or_source_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    kinds = [decode._kind(model, 1) for model in (tiny_model(), tiny_model(n_kv_heads=2), tiny_model().bfloat16())]
+    kinds += [decode._kind(int8_weights(tiny_model()), 1), {**(kinds[0] or {}), "threads": 99}]
+    assert len({decode._folder(kind) for kind in kinds if kind}) == 5
+    assert decode._kind(tiny_model(seed=1, n_layers=3), 1) == kinds[0]  # weights are arguments; all blocks are alike
