@@ -11,8 +11,10 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import struct
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
