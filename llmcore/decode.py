@@ -136,7 +136,8 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
         return torch.func.functional_call(model.output, output, (normed,))[:, -1]
 
     cache = KVCache(config, kind["count"], dtype=model.tok_embeddings.weight.dtype)
-    held = (each[0, :, :, :9] for each in (cache.keys, cache.values))
+    likely = max(2, config.max_seq_len // 2)  # tokens held: by these the compiler judges whether threads are worth it
+    held = (each[0, :, :, :likely] for each in (cache.keys, cache.values))
     x = torch.zeros(kind["count"], 1, config.dim, dtype=model.tok_embeddings.weight.dtype)
     length = torch.export.Dim("length", min=2, max=config.max_seq_len - 1)
     dynamic = (None, None, None, {2: length}, {2: length}, *[None] * len(names))
@@ -167,7 +168,7 @@ def _load(folder: Path) -> list[Any]:
 
 
 def prepare(model: Transformer, count: int = 1) -> bool:
-    """Compile now, if it is not yet, what writes `count` texts at once with a model of this shape; about 20 seconds.
+    """Compile now, if it is not yet, what writes `count` texts at once with a model of this shape: about half a minute.
 
     Returns:
         Whether the model writes with compiled code from now on.
