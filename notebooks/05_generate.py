@@ -511,7 +511,7 @@ print(f"koboldcpp --model {gguf} --contextsize {model.config.max_seq_len}")
 
 # %%
 others = [path for run in find_runs(output_dir) for path in checkpoints(run) if path != checkpoint.path]
-sampling |= {"temperature": temperature, "data": train if dataset_dir else None}
+sampling |= {"temperature": temperature, "data": train if data_folder else None}
 desk = widgets.WritingDesk(checkpoint, prompt, min(max_new_tokens, 80), others, **sampling)
 for _ in range(3):
     await desk.start()
