@@ -80,15 +80,27 @@ class _StepAttention(Attention):
         return self.wo(y.to(x.dtype).flatten(1)[:, None])
 
 
+def _layout(tensors: list[Tensor]) -> list[list[Any]]:
+    """Of each tensor what compiled code takes for granted and does not check."""
+    return [[str(each.dtype).removeprefix("torch."), *each.shape, each.is_contiguous()] for each in tensors]
+
+
 def _kind(model: Transformer, count: int) -> dict[str, Any] | None:
     """All that the compiled code depends on, as JSON; None for what is not compiled."""
     weight = model.tok_embeddings.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or count != 1:
         return None
+    blocks, head = _arguments(model)
+    block, *others = map(_layout, blocks)
+    if any(other != block for other in others):
+        return None
     return {
         "config": model.config.to_dict() | {"n_layers": 1},
         "dtype": str(weight.dtype).removeprefix("torch."),
         "int8": isinstance(model.output, Int8Linear),
+        "block": block,
+        "head": _layout(head),
+        "rope": _layout([model.rope_cos, model.rope_sin]),
         "count": count,
         "threads": torch.get_num_threads(),
     }
@@ -110,11 +122,19 @@ def _arguments(model: Transformer) -> tuple[list[list[Tensor]], list[Tensor]]:
 
 
 def compile_step(kind: dict[str, Any], folder: Path) -> None:
-    """Compile for a `_kind` and put `block.pt2` and `head.pt2` into a folder, both or none."""
+    """Compile for a `_kind` and put `block.pt2` and `head.pt2` into a folder, both or none.
+
+    Raises:
+        ValueError: for weights of other dtypes than `Transformer` and `int8_weights` make.
+    """
     config = ModelConfig.from_dict(kind["config"])
     model = Transformer(config).to(getattr(torch, kind["dtype"])).eval().requires_grad_(False)
     if kind["int8"]:
         model = int8_weights(model)
+    if kind["rope"][0][0] == "float32":  # as in a model that was loaded
+        model.reset_rope()
+    if {**(_kind(model, kind["count"]) or {}), "threads": kind["threads"]} != kind:
+        raise ValueError("a model of unusual weights, such as of several dtypes, is not compiled")
     blocks, head_weights = _arguments(model)
     block = model.layers[0]
     assert isinstance(block, Block)

@@ -151,4 +151,12 @@ def test_another_shape_thread_count_or_source_is_compiled_anew(monkeypatch: pyte
     kinds = [decode._kind(model, 1) for model in (tiny_model(), tiny_model(n_kv_heads=2), tiny_model().bfloat16())]
     kinds += [decode._kind(int8_weights(tiny_model()), 1), {**(kinds[0] or {}), "threads": 99}]
     assert len({decode._folder(kind) for kind in kinds if kind}) == 5
+    loaded = tiny_model().bfloat16()
+    loaded.reset_rope()  # a model that was loaded has its table in float32
+    mixed = tiny_model()
+    mixed.layers[1].bfloat16()
+    assert decode._kind(loaded, 1) != kinds[2] and decode._kind(mixed, 1) is None
+    mixed.layers[0].bfloat16()
+    with pytest.raises(ValueError, match="several dtypes"):
+        decode.compile_step(decode._kind(mixed, 1) or {}, tmp_path / "mixed")
     assert decode._kind(tiny_model(seed=1, n_layers=3), 1) == kinds[0]  # weights are arguments; all blocks are alike
