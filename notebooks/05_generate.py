@@ -15,7 +15,7 @@
 #
 # | in | out | time |
 # | --- | --- | --- |
-# | a run of notebook 4, and its data set | text and pictures | a minute and a half on two CPU cores |
+# | a run of notebook 4, and its data set | text and pictures | two minutes on two CPU cores |
 #
 # Before: [4 · Training](04_scifi_train.ipynb) · Next: [6 · A scaling law](06_scaling.ipynb)
 #
