@@ -149,7 +149,8 @@ def choose_steps(
         names = ("max_steps", "warmup_steps", "eval_interval", "checkpoint_interval", "sample_interval")
         return train.replace(**{name: saved[name] for name in names if name in saved})
 
-    fixed, steps = preset in FIXED_STEPS and not epochs, max_steps or train.max_steps
+    own = train.max_steps == PRESETS[preset][1].max_steps  # a run that starts from another model has not the preset's
+    fixed, steps = preset in FIXED_STEPS and own and not epochs, max_steps or train.max_steps
     if not (fixed or max_steps):
         reading = math.ceil((epochs or GOOD_EPOCHS) * text_tokens / step_tokens(model, train))
         steps = reading if epochs else min(reading, steps)
