@@ -228,6 +228,12 @@ def roles_beside(folder: Path) -> dict[str, str | int]:
     return found
 
 
+def added_token(id: int, piece: str, special: bool) -> dict[str, Any]:
+    """An added token as a tokenizer.json has it, which does not depend on the text around it."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": piece, **flags, "special": special}
+
+
 def mark_roles(description: dict[str, Any], special: Mapping[str, str | int]) -> None:
     """Write into the content of a tokenizer.json which tokens, by content or id, are pad, unk, bos and eos."""
     added, vocabulary = description.setdefault("added_tokens", []), description["model"]["vocab"]
@@ -236,8 +242,7 @@ def mark_roles(description: dict[str, Any], special: Mapping[str, str | int]) ->
         if token is None:  # it may be a token of the model itself
             pieces = {piece: id for piece, id in vocabulary.items() if wanted in (piece, id)}
             for piece, id in pieces.items():
-                token = {"id": id, "content": piece, "special": True}
-                token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+                token = added_token(id, piece, special=True)
                 added.append(token)
         if token is not None:
             token["special"] = True

@@ -52,6 +52,11 @@ ATTEMPTS = 100  # at reading while another process saves and deletes
 
 # What the JSON files of a checkpoint must look like. They may hold more.
 COUNT = {"type": "integer", "minimum": 0, "maximum": 2**53}
+INIT_FROM = {  # of a run that started from another model
+    "type": ["object", "null"],
+    "required": ["source", "sha256"],
+    "properties": {"source": {"type": "string"}, "sha256": {"type": "string"}},
+}
 _OBJECT = {"type": "object"}
 _TEXT = {"type": ["string", "null"]}
 _SAVED = {
@@ -87,11 +92,7 @@ _CONFIG = {
         "val_loss": {"type": ["number", "null"]},
         "val_step": {**COUNT, "type": ["integer", "null"]},
         "data": {"type": ["object", "null"]},
-        "init_from": {  # of a run that started from another model
-            "type": ["object", "null"],
-            "required": ["source", "sha256"],
-            "properties": {"source": {"type": "string"}, "sha256": {"type": "string"}},
-        },
+        "init_from": INIT_FROM,
         "sources": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
         "bytes_per_token": {"type": ["finite number", "null"], "minimum": 0},
         "history": {"type": "array", "items": _OBJECT},

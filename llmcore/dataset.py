@@ -270,7 +270,7 @@ class TokenDataset:
         for name, (start, end) in zip(self.names[:count], itertools.pairwise(self.offsets[: count + 1]), strict=True):
             ids = self.read(start, end if each is None else min(end, start + each)).tolist()
             cut = end - start > len(ids)  # perhaps within a character
-            texts[name] = b"".join(map(tokenizer.id_to_bytes, ids)).decode("utf-8", "ignore" if cut else "replace")
+            texts[name] = tokenizer.decode(ids, "ignore" if cut else "replace")
         return texts
 
     def read(self, start: int, end: int) -> NDArray[np.int64]:

@@ -106,11 +106,16 @@ def _kind(model: Transformer, count: int) -> dict[str, Any] | None:
     }
 
 
+@functools.cache
+def _sources() -> bytes:
+    """What the code is compiled from."""
+    return b"\0".join((Path(__file__).parent / name).read_bytes() for name in ("decode.py", "model.py", "quantize.py"))
+
+
 def _folder(kind: dict[str, Any]) -> Path:
     """Where the compiled code lies: another place for another torch, processor or source."""
-    sources = [(Path(__file__).parent / name).read_bytes() for name in ("decode.py", "model.py", "quantize.py")]
     machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), json.dumps(kind, sort_keys=True)]
-    key = hashlib.sha256(b"\0".join([*sources, *map(str.encode, machine)])).hexdigest()[:32]
+    key = hashlib.sha256(b"\0".join([_sources(), *map(str.encode, machine)])).hexdigest()[:32]
     return Path(settle_cache_folder()) / CACHE / key
 
 

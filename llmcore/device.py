@@ -91,7 +91,11 @@ def settle_cache_folder() -> str:
 
     torch makes that folder as soon as it defines or optimizes anything, compiled or not, and fails where it cannot.
     """
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    return _settled(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+
+
+@functools.cache  # each text that is written asks for it
+def _settled(folder: str) -> str:
     try:  # where none is named, the default as torch makes it up, which needs the user's name
         name = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser()) if not folder else ""
         folder = folder or os.path.join(tempfile.gettempdir(), f"torchinductor_{name}")
@@ -103,7 +107,7 @@ def settle_cache_folder() -> str:
         warnings.warn(
             f"torch's cache folder cannot be used ({error_line(error)}); it is {other} for now. "
             "Set TORCHINDUCTOR_CACHE_DIR to a folder that can be written",
-            stacklevel=2,
+            stacklevel=3,
         )
         return other
     return folder

@@ -161,9 +161,9 @@ class Tokenizer:
         pieces = (self.id_to_piece(id) for id in range(self.vocab_size) if not self.is_byte(id))
         return {a + b for piece in pieces for a, b in pairwise(piece.replace(_SPACE, " "))}
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text. Special ids give nothing; bytes that are no UTF-8 give U+FFFD."""
-        return b"".join(map(self.id_to_bytes, ids)).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
+        """Ids to text. Special ids give nothing; bytes that are no UTF-8 give U+FFFD, or nothing with "ignore"."""
+        return b"".join(map(self.id_to_bytes, ids)).decode("utf-8", errors)
 
     def id_to_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes of one id: half a character where it is a byte piece, none where it is special.

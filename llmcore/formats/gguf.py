@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmcore.byte_level import PRE_TOKENIZERS, ROLES, mark_roles, merges_of
+from llmcore.byte_level import PRE_TOKENIZERS, ROLES, added_token, mark_roles, merges_of
 from llmcore.checkpoint import Checkpoint
 from llmcore.config import ConfigError, ModelConfig
 from llmcore.files import check_json, display_path, replacing, resolve
@@ -298,11 +298,10 @@ def _tokenizer_json(pieces: list[tuple[str, int]], merges: list[list[str]], pre:
             f"its pre-tokenizer {shortened(pre)} is not supported; supported: {', '.join(PRE_TOKENIZERS)}"
         )
     steps, whole_words = PRE_TOKENIZERS[pre]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     description = {
         "version": "1.0",
         "added_tokens": [
-            {"id": id, "content": piece, **flags, "special": kind != USER_DEFINED}
+            added_token(id, piece, special=kind != USER_DEFINED)
             for id, (piece, kind) in enumerate(pieces)
             if kind in (UNKNOWN, CONTROL, USER_DEFINED)
         ],

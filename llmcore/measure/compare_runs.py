@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmcore.checkpoint import INIT_FROM
 from llmcore.config import PRESETS, ModelConfig
 from llmcore.files import display_path, read_json, resolve
 from llmcore.runs import read_metrics
 
-_MEASURED = ("recited", "recited_floor", "distinct", "distinct_floor", "recall", "recall_floor", "recall_error")
 LARGEST_CONFIG = 10_000_000  # bytes of a config.json; this package writes no larger ones
 _COUNT = {"type": "integer", "minimum": 1, "maximum": 10**15}
 CONFIG_SCHEMA = {
@@ -29,11 +29,7 @@ CONFIG_SCHEMA = {
         "train": {"type": "object", "required": ["max_steps"], "properties": {"max_steps": _COUNT}},
         "data": {"type": ["object", "null"]},
         "tokenizer": {"type": ["string", "null"]},
-        "init_from": {
-            "type": ["object", "null"],
-            "required": ["source", "sha256"],
-            "properties": {"source": {"type": "string"}, "sha256": {"type": "string"}},
-        },
+        "init_from": INIT_FROM,
         "device": {"type": "string"},
         "precision": {"type": "string"},
         "environment": {"type": "object"},
@@ -44,10 +40,11 @@ CONFIG_SCHEMA = {
     },
 }
 # what `memorised.Memory` adds to some events; "_floor" is the same of held-out text
+_MEASURED = ("recited", "recited_floor", "distinct", "distinct_floor", "recall", "recall_floor", "recall_error")
 HABITS = {"recited": "recited (held-out text)", "distinct": "distinct pairs (held-out text)"}
 COLUMNS = (
     "run", "preset", "parameters", "steps", "tokens", "validation (nats/token)", "best", "bits per byte",
-    "recited (held-out text)", "distinct pairs (held-out text)", "time", "device", "differs in",
+    *HABITS.values(), "time", "device", "differs in",
 )  # fmt: skip
 
 

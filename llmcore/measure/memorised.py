@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +104,8 @@ def recited(
     order, shared = sorted_endings(query)
     found = np.zeros(len(order), np.int64)
     tokens = data.tokens if isinstance(data, TokenDataset) else np.asarray(data)
-    for places in _candidates(query, data if isinstance(data, TokenDataset) else tokens, least):
+    read = data.read if isinstance(data, TokenDataset) else lambda start, end: tokens[start:end]
+    for places in _candidates(query, read, len(tokens), least):
         rank, before, after = _look_up(query, order, tokens, places)
         for neighbour, same in ((rank - 1, before), (rank, after)):
             worth = same >= least
@@ -141,8 +142,8 @@ def window_hashes(tokens: NDArray[Any], size: int) -> NDArray[np.uint32]:
     return hashes
 
 
-def _candidates(query: Ints, data: TokenDataset | NDArray[Any], least: int) -> Iterator[Ints]:
-    """The places in the training tokens whose window has the hash of one of the texts', a few at a time."""
+def _candidates(query: Ints, read: Callable[[int, int], NDArray[Any]], length: int, least: int) -> Iterator[Ints]:
+    """The places among `length` training tokens whose window has the hash of one of the texts', a few at a time."""
     wanted = np.unique(window_hashes(query, least))
     if not len(wanted):
         return
@@ -150,11 +151,9 @@ def _candidates(query: Ints, data: TokenDataset | NDArray[Any], least: int) -> I
     likely = np.zeros(1 << (32 - int(shift)), bool)  # by a hash's upper bits: rejects most windows in little time
     likely[wanted >> shift] = True
 
-    length = len(data.tokens) if isinstance(data, TokenDataset) else len(data)
     for start in range(0, length - least + 1, BLOCK):
         end = min(length, start + BLOCK + least - 1)
-        block = data.read(start, end) if isinstance(data, TokenDataset) else data[start:end]
-        hashes = window_hashes(block, least)
+        hashes = window_hashes(read(start, end), least)
         places = np.flatnonzero(likely[hashes >> shift])
         known = wanted[np.searchsorted(wanted, hashes[places]).clip(max=len(wanted) - 1)]
         places = places[known == hashes[places]] + start
