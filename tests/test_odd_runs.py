@@ -132,3 +132,13 @@ def test_any_json_in_any_place_is_shown_or_called_unreadable(data: st.DataObject
     assert fine["preset"] == "–" and row["run"] == tmp_path.name
     plots.compare_runs([tmp_path, good])
     write_index(tmp_path)
+
+
+@pytest.mark.parametrize("cost", ["seconds", "tokens"])
+def test_a_run_that_cost_nothing_is_drawn_beside_others(tmp_path: Path, good: Path, cost: str) -> None:
+    changed(tmp_path, good)
+    events = [
+        json.loads(line) | {cost: 0} for line in (good / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events), encoding="utf-8")
+    assert len(plots.compare_runs([tmp_path, good]).axes[0].get_lines()) == 2

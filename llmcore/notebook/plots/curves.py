@@ -242,7 +242,7 @@ def _telling_costs(runs: Sequence[Sequence[Mapping[str, float]]]) -> list[str]:
     """Those of `COSTS` whose panels differ: runs that end in about the same ratio of two costs need only one."""
     telling: list[str] = []
     for cost in COSTS:
-        ratios = [[points[-1][cost] / points[-1][other] for points in runs] for other in telling]
+        ratios = [[points[-1][cost] / (points[-1][other] or 1) for points in runs] for other in telling]
         if not telling or (runs and all(max(each) > 1.2 * min(each) for each in ratios)):
             telling.append(cost)
     return telling
