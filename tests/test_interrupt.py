@@ -149,6 +149,13 @@ class Kernel:
             self.replies[message["parent_header"]["msg_id"]] = message["content"]
         return self.replies[sent]
 
+    def wait_until_idle(self, sent: str) -> None:
+        """As JupyterLab does. A cell that comes between the reply and this is left out if the one before failed."""
+        while True:
+            message = self.client.get_iopub_msg(timeout=60)
+            if message["parent_header"].get("msg_id") == sent and message["content"].get("execution_state") == "idle":
+                return
+
     def run(self, code: str, watched: bool = True) -> dict[str, Any]:
         return self.reply(self.client.execute(code, allow_stdin=watched))
 
@@ -205,8 +212,10 @@ def test_after_a_stop_no_cell_trains_by_itself(watched: bool, kernel: Kernel) ->
     assert kernel.reply(running)["status"] == "ok"
     last = read_metrics(kernel.folder / "run")[-1]["step"]
     assert kernel.run("Path('after').touch()", watched)["status"] == "ok"
-    refused = kernel.run(SECOND, watched)
+    sent = kernel.client.execute(SECOND, allow_stdin=watched)
+    refused = kernel.reply(sent)
     assert refused["ename"] == "RunStoppedError" and len(refused["traceback"]) == 1, refused
+    kernel.wait_until_idle(sent)
     assert read_metrics(kernel.folder / "run")[-1]["step"] == last
     assert kernel.run(SECOND, watched)["status"] == "ok"
     assert read_metrics(kernel.folder / "run")[-1]["step"] == last + 5
