@@ -397,16 +397,25 @@ GO_ON_CONTEXT = 512  # tokens in a window of such a run, where the model has roo
 GO_ON_RATE = 0.3  # of the rates of a model of ours
 
 
-def go_on(train: dict[str, Any] | None = None) -> TrainConfig:
+def go_on(model: ModelConfig, train: dict[str, Any] | None = None, context_size: int | None = None) -> TrainConfig:
     """How to train a model that is trained already: `GO_ON`, or the way a model of ours was trained, at lower rates.
 
     Args:
-        train: the settings of the model's own run, if it is one of ours.
+        model: its shape.
+        train: the settings of its own run, if it is one of ours.
+        context_size: tokens in a window; None: `GO_ON_CONTEXT`, or as many as the model has room for.
+
+    Raises:
+        ConfigError: if the model has not room for context_size tokens.
     """
+    context = context_size or min(GO_ON_CONTEXT, model.max_seq_len)
+    if context > model.max_seq_len:
+        raise ConfigError(f"context_size={context} is above the model's max_seq_len={model.max_seq_len}; lower it")
+    settings = GO_ON.replace(context_size=context)
     if not train:
-        return GO_ON
+        return settings
     kept = ("optimizer", "learning_rate", "muon_learning_rate", "weight_decay", "batch_size", "grad_accum_steps")
-    settings = GO_ON.replace(**{name: train[name] for name in kept if name in train})
+    settings = settings.replace(**{name: train[name] for name in kept if name in train})
     rates = ("learning_rate", "muon_learning_rate")
     return settings.replace(**{name: GO_ON_RATE * getattr(settings, name) for name in rates})
 

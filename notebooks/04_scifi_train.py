@@ -93,7 +93,7 @@ from llmcore.corpus.sources import fetch_model, open_corpus
 from llmcore.dataset import MixedDataset, TokenDataset
 from llmcore.device import autocast, pick_device, pick_precision
 from llmcore.files import display_path, resolve
-from llmcore.formats.pretrained import open_pretrained
+from llmcore.formats.pretrained import check_started_from, open_pretrained
 from llmcore.generate import generate
 from llmcore.measure.compare_runs import find_runs
 from llmcore.measure.disk import check_disk
@@ -101,7 +101,7 @@ from llmcore.measure.evaluate import evaluate, paired_difference, xz_bits_per_by
 from llmcore.measure.memorised import Memory
 from llmcore.measure.memory import block_activations, check_memory, has_attention_kernel, predict_memory
 from llmcore.measure.ngram import evaluate_ngram
-from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, step_tokens, text_advice
+from llmcore.measure.planner import choose_batch, choose_steps, measure_memory, plan, text_advice
 from llmcore.model import Transformer
 from llmcore.notebook import plots, widgets
 from llmcore.notebook.gloss import gloss
@@ -126,6 +126,8 @@ if start:
     check_has_state(start)
     print(f"goes on from {display_path(start)}, all of whose files were checked in {time.perf_counter() - began:.1f} s")
 saved_config = read_config(start) if start else {}
+if start and init_from:
+    check_started_from(saved_config, init_from)
 saved, reached = saved_config.get("train", {}), saved_config.get("step", 0)
 last_step = max_steps or (None if epochs else saved.get("max_steps"))
 if last_step and reached >= last_step and checkpoint_dir != "auto":
@@ -151,11 +153,10 @@ origin = pretrained.config["init_from"] if pretrained else saved_config.get("ini
 if origin:
     tok = pretrained.tokenizer if pretrained else Tokenizer(next(start.glob("tokenizer.*")))
     model_config = pretrained.model.config if pretrained else ModelConfig.from_dict(saved_config["model"])
-    train_config = config.go_on(pretrained.config["train"] if pretrained else None)
-    window = context_size or saved.get("context_size") or min(config.GO_ON_CONTEXT, model_config.max_seq_len)
-    train_config = train_config.replace(context_size=window)
-    tokens_per_step = tokens_per_step or (None if start else step_tokens(model_config, train_config))
-    epochs = epochs or (None if max_steps or start else 1)
+    own_train = pretrained.config["train"] if pretrained else None
+    train_config = config.go_on(model_config, own_train, context_size or saved.get("context_size"))
+    window = train_config.context_size
+    preset, epochs = None, epochs or (None if max_steps or start else 1)
     print(f"starts from {origin['source']}: {model_config.n_params() / 1e6:,.1f}M parameters, {origin['format']}")
 else:
     tok = Tokenizer(tokenizer_model_file)
@@ -530,7 +531,8 @@ if origin:
 
 # %%
 for kind_of_text, documents in held_out.items() if before_training else ():
-    at_start, at_end = (evaluate(model, tok, documents, **scoring) for model in (before_training, second.model))
+    at_start = evaluate(before_training, tok, documents, **scoring)
+    at_end = ours if documents is texts else evaluate(second.model, tok, documents, **scoring)
     difference, interval = paired_difference(at_end, at_start)
     print(f"{kind_of_text}: {at_start.total.bits_per_byte:.3f} bits per byte before,", end=" ")
     print(f"{at_end.total.bits_per_byte:.3f} after: {difference:+.3f} ({in_words(interval)})")

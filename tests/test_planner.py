@@ -238,7 +238,7 @@ def test_a_short_run_has_a_short_warmup_and_is_looked_at_more_often() -> None:
 
 def test_a_run_that_goes_on_keeps_its_steps_unless_others_are_given() -> None:
     model, train = PRESETS["scifi-117M"]
-    started = choose_steps("scifi-mini", model, GO_ON, 450_000, max_steps=60)  # from another model
+    started = choose_steps(None, model, GO_ON, 450_000, max_steps=60)  # from another model
     assert (started.max_steps, started.eval_interval, started.warmup_steps) == (60, 6, 6)
     saved = choose_steps("scifi-117M", model, train, 262_144_000, max_steps=500)
     assert choose_steps("scifi-117M", model, train, 262_144_000, saved=saved.to_dict()) == saved

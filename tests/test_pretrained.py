@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from papermill.exceptions import PapermillExecutionError
 
 from llmcore.checkpoint import CheckpointError, load_checkpoint
-from llmcore.config import GO_ON, go_on
+from llmcore.config import GO_ON, GO_ON_CONTEXT, ConfigError, go_on
 from llmcore.corpus.prepare import prepare_dataset
 from llmcore.corpus.report import spelled_share
 from llmcore.corpus.sources import fetch
@@ -24,7 +25,7 @@ from llmcore.dataset import IGNORED, DatasetError, MixedDataset, TokenDataset
 from llmcore.formats.gguf import to_gguf
 from llmcore.formats.hub import model_card
 from llmcore.formats.huggingface import to_hf
-from llmcore.formats.pretrained import open_pretrained
+from llmcore.formats.pretrained import check_started_from, open_pretrained
 from llmcore.formats.shared import FormatError
 from llmcore.measure.compare_runs import summarize
 from llmcore.model import Transformer
@@ -157,10 +158,33 @@ def test_init_from_and_resume_together_are_refused(tmp_path: Path) -> None:
 
 def test_settings_to_go_on_are_lower_rates_of_the_same_optimizer() -> None:
     own = quick(optimizer="muon", learning_rate=2e-2, muon_learning_rate=1e-2, weight_decay=0.3).to_dict()
-    settings = go_on(own)
+    settings = go_on(tiny_config(), own)
     assert (settings.optimizer, settings.weight_decay) == ("muon", 0.3)
     assert 0 < settings.learning_rate < 2e-2 and 0 < settings.muon_learning_rate < 1e-2
-    assert go_on(None) == go_on({}) == GO_ON
+    large = tiny_config(max_seq_len=2 * GO_ON_CONTEXT)
+    assert go_on(large) == go_on(large, {}) == GO_ON.replace(context_size=GO_ON_CONTEXT)
+
+
+def test_windows_longer_than_the_models_are_refused_by_name() -> None:
+    shape = tiny_config()
+    assert go_on(shape).context_size == shape.max_seq_len
+    with pytest.raises(ConfigError, match=f"context_size={shape.max_seq_len + 1} .* max_seq_len={shape.max_seq_len}"):
+        go_on(shape, context_size=shape.max_seq_len + 1)
+
+
+def test_a_run_that_began_otherwise_does_not_go_on_from_a_model(trained: Path) -> None:
+    own = {"init_from": open_pretrained(trained).config["init_from"]}
+    for same in (trained, load_checkpoint(trained, device="cpu").path):
+        check_started_from(own, same)
+    check_started_from({"init_from": {"source": "someone/llama"}}, "someone/llama")
+    others: list[tuple[dict[str, Any], str]] = [
+        ({}, "random weights"),
+        ({"init_from": None}, "random weights"),
+        ({"init_from": {"source": "someone/llama-2"}}, "someone/llama-2"),
+    ]
+    for config, started in others:
+        with pytest.raises(FormatError, match=f"someone/llama'.* started from {started}; leave out"):
+            check_started_from(config, "someone/llama")
 
 
 # Other data
@@ -300,3 +324,5 @@ def test_notebook_4_starts_from_a_model_and_compares(
     assert bits["old kind of text"][1] < bits["old kind of text"][0] + 1
     again = output_of(papermill_run("04_scifi_train", tmp_path, **parameters, checkpoint_dir="auto"))
     assert "it is shown, not trained" in again and "bits per byte before" in again
+    with pytest.raises(PapermillExecutionError, match="started from .*hf; leave out init_from"):
+        papermill_run("04_scifi_train", tmp_path, **parameters | {"init_from": str(trained)}, checkpoint_dir="auto")

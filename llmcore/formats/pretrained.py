@@ -66,6 +66,21 @@ def open_pretrained(init_from: str | os.PathLike[str], device: str = "cpu") -> C
     return _as_start(checkpoint, {"source": display_path(files), "format": kind, "sha256": _hash(files)})
 
 
+def check_started_from(run_config: dict[str, Any], init_from: str | os.PathLike[str]) -> None:
+    """Check that a run which is to go on started from this model.
+
+    Raises:
+        FormatError: if it began with random weights, or with another model's.
+    """
+    source = (run_config.get("init_from") or {}).get("source")
+    given = [os.fspath(init_from), display_path(resolve(init_from))]
+    if source is None or not any(source == name or source.startswith(f"{name}/") for name in given):
+        raise FormatError(
+            f"init_from={given[0]!r}, but the run that goes on started from {source or 'random weights'}; leave out "
+            "init_from to go on with it, or give a new run another name (project)"
+        )
+
+
 def _as_start(checkpoint: Checkpoint, source: dict[str, Any], train: dict[str, Any] | None = None) -> Checkpoint:
     """The same in float32 at step 0, with a record of where it is from."""
     if checkpoint.tokenizer is None:

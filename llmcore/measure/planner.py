@@ -124,7 +124,7 @@ def step_tokens(model: ModelConfig, train: TrainConfig) -> int:
 
 
 def choose_steps(
-    preset: str,
+    preset: str | None,
     model: ModelConfig,
     train: TrainConfig,
     text_tokens: int,
@@ -136,8 +136,8 @@ def choose_steps(
     """Set the number of steps, and what follows from it: a short run has a short warm-up, and is looked at more often.
 
     Args:
-        preset: its name. Where nothing is given, those in `FIXED_STEPS` keep their steps. The others read the text
-            `GOOD_EPOCHS` times, in their own number of steps at most.
+        preset: its name; None: a run that starts from another model. Where nothing is given, those in `FIXED_STEPS`
+            keep their steps. The others read the text `GOOD_EPOCHS` times, in their own number of steps at most.
         model: the shape.
         train: the preset's settings, with the batch of the run.
         text_tokens: tokens of the training text.
@@ -149,8 +149,7 @@ def choose_steps(
         names = ("max_steps", "warmup_steps", "eval_interval", "checkpoint_interval", "sample_interval")
         return train.replace(**{name: saved[name] for name in names if name in saved})
 
-    own = train.max_steps == PRESETS[preset][1].max_steps  # a run that starts from another model has not the preset's
-    fixed, steps = preset in FIXED_STEPS and own and not epochs, max_steps or train.max_steps
+    fixed, steps = preset in FIXED_STEPS and not epochs, max_steps or train.max_steps
     if not (fixed or max_steps):
         reading = math.ceil((epochs or GOOD_EPOCHS) * text_tokens / step_tokens(model, train))
         steps = reading if epochs else min(reading, steps)
@@ -162,7 +161,7 @@ def choose_steps(
 
 
 def choose_batch(
-    preset: str,
+    preset: str | None,
     model: ModelConfig,
     train: TrainConfig,
     device: str,
@@ -180,7 +179,8 @@ def choose_batch(
     near as it can. If the tokens are not whole windows, a large step has a multiple of eight, for its many divisors.
 
     Args:
-        preset: its name. A step has the tokens of the preset's, unless `tokens_per_step` is given.
+        preset: its name. A step has the tokens of the preset's, unless `tokens_per_step` is given. None: a run that
+            starts from another model; a step has the windows of `train`.
         model: the shape.
         train: the preset's settings.
         device: "cpu", "cuda" or "mps".
@@ -193,7 +193,7 @@ def choose_batch(
     train = train.replace(**{name: saved[name] for name in kept if saved and name in saved})
     windows = train.batch_size * train.grad_accum_steps
     whole = tokens_per_step / context if tokens_per_step else windows
-    if not (saved or tokens_per_step):
+    if preset and not (saved or tokens_per_step):
         whole *= PRESETS[preset][0].max_seq_len / context
     if whole != windows:
         windows = max(1, round(whole) if whole < 32 or whole == int(whole) else 8 * round(whole / 8))
