@@ -139,7 +139,7 @@ plots.box_rows(rows, "One line cut into characters, bytes, and at its spaces")
 #
 # $$(a, b)^\ast = \arg\max_{(a,\,b)} \mathrm{count}(a\,b), \qquad a\,b \to ab$$
 #
-# Frequent words so become one piece, and rare ones stay in several. The whole method is in the two cells below.
+# So frequent words become one piece, and rare ones stay in several. The whole method is in the two cells below.
 
 # %%
 phrase = "the father gathers feathers"
@@ -344,4 +344,4 @@ widgets.TokenExplorer(tokenizers, sentence[:48])
 # - `character_coverage = 0.98`: there are more merges and more bytes. Are there more characters per token?
 # - Your own texts: `data_dir = "data/mine"`. Mixed languages make good pictures.
 #
-# **[Next: 2 · A data set](02_dataset.ipynb)**
+# **[Next: 2 · From tokens to batches](02_dataset.ipynb)**

@@ -305,7 +305,7 @@ score = toy_reverse.exact_match(model, texts)
 print(f"exact match on {test_strings:,} held-out strings of 32 characters: {score:.2%}")
 
 # %% [markdown]
-# Random strings are kind: a character seldom stands there twice. A model that looks for *the character after the one I
+# Random strings are easy: they seldom have a character twice. A model that looks for *the character after the one I
 # just wrote* gets them right, and fails on `abcabc`. So we also test short strings of few different characters.
 
 # %%

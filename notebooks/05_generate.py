@@ -141,6 +141,7 @@ plots.next_tokens(
 # - **top-p** keeps the likeliest tokens that together have the probability $p$: few where the model is sure, many where
 #   it is not.
 # - **min-p** keeps tokens that are at least this share as likely as the likeliest.
+# - **repetition penalty** makes tokens that the text already has less likely. (It is not in the figure.)
 #
 # Whatever is kept is divided by its sum, so that the probabilities add up to one again. Hatched bars are cut off.
 
@@ -503,7 +504,8 @@ print(f"koboldcpp --model {gguf} --contextsize {model.config.max_seq_len}")
 # *compare with*, another checkpoint writes a draft too.
 #
 # Rest the mouse on a token of a draft: you see its probability and the other candidates. A token with a probability
-# below 10% is underlined. All controls can be reached with Tab; Space presses a button, and arrow keys move a slider.
+# below 10% has a dotted line. All controls can be reached with Tab; Space presses a button, and arrow keys move a
+# slider.
 #
 # The story is saved after each change, in `outputs/stories`, as Markdown that you can read and edit. The file holds the
 # settings and the seed of each passage, so that the model can write the same passage again. (Where you cannot press

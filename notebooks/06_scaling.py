@@ -257,7 +257,7 @@ print(
 # band. But the band does not know whether the law has the right form. We cannot see that inside the runs: the five
 # numbers adapt to them.
 #
-# So we play the prediction through with runs that we have. We leave out the largest budget, fit the others, and predict
+# So we test predictions on runs that we have. We leave out the largest budget, fit the others, and predict
 # what we left out. Then we leave out the two largest. "2× beyond" in the figure means: this run costs twice the compute
 # of the largest budget that was fitted. We chose this method before we looked at the held-back runs.
 

@@ -34,6 +34,7 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 from llmcore.checkpoint import checkpoints
 from llmcore.corpus.sources import fetch
 from llmcore.files import PROJECT_ROOT
+from llmcore.notebook.safe_html import COLORS
 from llmcore.runs import read_metrics
 
 ROOT = PROJECT_ROOT / "build" / "browser"
@@ -253,6 +254,31 @@ def test_make_lab_opens_on_a_page_that_says_where_to_begin(lab: str, tabs: Calla
     wait_for(lambda: page.evaluate(f"{CURRENT}.sessionContext.session?.kernel?.status") == "idle", "an idle kernel")
     page.evaluate(f"void {CURRENT}.sessionContext.shutdown()")
     page.close()
+
+
+def test_committed_boxes_are_black_on_pale_in_the_dark_theme(
+    open_notebook: Callable[[str], Notebook], project: Path
+) -> None:
+    """JupyterLab takes some styles from a notebook that it does not trust, as each one is at first."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    shown = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    for name in ("01_tokenize", "02_dataset", "05_generate"):
+        committed = nbformat.read(PROJECT_ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        for output in (each for cell in committed.cells for each in cell.get("outputs", [])):
+            if any(color in output.get("data", {}).get("text/html", "") for color in COLORS):
+                shown.cells.append(nbformat.v4.new_code_cell(outputs=[output]))
+    nbformat.write(shown, project / "notebooks" / "shown.ipynb")
+    notebook = open_notebook("shown")
+    change = "window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab %s'})"
+    notebook.page.evaluate(change % "Dark")
+    expect(notebook.page.locator("body")).to_have_attribute("data-jp-theme-light", "false")
+    marked = notebook.page.locator(".jp-OutputArea :is(span, ins)[style*=background]")
+    assert marked.count() > 150
+    expect(marked.first).to_be_visible()
+    colors = "all => all.flatMap(e => [e, ...e.querySelectorAll('*')].map(each => getComputedStyle(each).color))"
+    assert {*marked.evaluate_all(colors)} == {"rgb(0, 0, 0)"}
+    notebook.page.evaluate(change % "Light")
+    expect(notebook.page.locator("body")).to_have_attribute("data-jp-theme-light", "true")
 
 
 def test_tokens_of_typed_text(open_notebook: Callable[[str], Notebook]) -> None:

@@ -587,13 +587,14 @@ def test_a_checkpoints_name_is_the_loss_of_its_own_step(
     if "val_loss" in events[-1]:
         assert path.name == f"step={stop:06d}_loss={known['val_loss']:.3f}"
         assert config["loss_of"] == manifest["loss_of"] == "validation" and config["loss"] == known["val_loss"]
-        assert row["validation (nats/token)"] == f"{known['val_loss']:.3f}"
+        assert row["validation (nats per token)"] == f"{known['val_loss']:.3f}"
         assert words == f"{known['val_loss']:.3f} nats per token on held-out text"
     else:
         assert path.name == f"step={stop:06d}_train_loss={events[-1]['loss']:.3f}"
         assert config["loss_of"] == manifest["loss_of"] == "training" and config["loss"] == events[-1]["loss"]
         at = f"{known['val_loss']:.3f} at step {known['step']}" if known else "–"
-        assert row["validation (nats/token)"] == at and words.startswith(f"{events[-1]['loss']:.3f} nats per token in")
+        assert row["validation (nats per token)"] == at
+        assert words.startswith(f"{events[-1]['loss']:.3f} nats per token in")
         assert (f"at step {known['step']}, {known['val_loss']:.3f}" if known else "not validated") in words
         bits = row["bits per byte"]
         assert bits == (f"{known['val_bits_per_byte']:.3f} at step {known['step']}" if known else "–")
@@ -604,7 +605,7 @@ def test_a_checkpoints_name_is_the_loss_of_its_own_step(
     else:
         at = "" if known["step"] == stop else f" at step {known['step']}"
         assert f"| validation loss | {known['val_loss']:.4f} nats per token{at} |" in card
-    assert row["validation (nats/token)"] in write_summary(run).read_text(encoding="utf-8")
+    assert row["validation (nats per token)"] in write_summary(run).read_text(encoding="utf-8")
 
 
 def test_the_card_of_a_checkpoint_set_aside_says_nothing_of_the_run(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ CONFIG_SCHEMA = {
 _MEASURED = ("recited", "recited_floor", "distinct", "distinct_floor", "recall", "recall_floor", "recall_error")
 HABITS = {"recited": "recited (held-out text)", "distinct": "distinct pairs (held-out text)"}
 COLUMNS = (
-    "run", "preset", "parameters", "steps", "tokens", "validation (nats/token)", "best", "bits per byte",
+    "run", "preset", "parameters", "steps", "tokens", "validation (nats per token)", "best", "bits per byte",
     *HABITS.values(), "time", "device", "differs in",
 )  # fmt: skip
 
@@ -155,7 +155,7 @@ def run_row(config: dict[str, Any], events: list[dict[str, Any]], varied: Sequen
         "parameters": f"{model.n_params() / 1e6:,.1f} M",
         "steps": f"{step:,} of {train['max_steps']:,}",
         "tokens": f"{events[-1]['tokens'] if events else 0:,}",
-        "validation (nats/token)": _with_step(last, "val_loss", step),
+        "validation (nats per token)": _with_step(last, "val_loss", step),
         "best": _with_step(best, "val_loss", step),
         "bits per byte": _with_step(last, "val_bits_per_byte", step),
         **{column: _beside_floor(events, name) for name, column in HABITS.items()},

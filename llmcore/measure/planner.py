@@ -54,6 +54,7 @@ class Plan:
         parameters: exact.
         tokens: seen in training.
         step: what an optimizer step is made of, in words.
+        activation_checkpointing: the policy.
         flops: forward and backward, of the whole run, without recomputation.
         memory: bytes at the moment that needs most, by what they are for, and "total" (`memory.predict_memory`).
         available: bytes free on the device.
@@ -67,6 +68,7 @@ class Plan:
     parameters: int
     tokens: int
     step: str
+    activation_checkpointing: str
     flops: float
     memory: dict[str, int]
     available: int
@@ -106,6 +108,7 @@ class Plan:
             "parameters": f"{self.parameters:,}",
             "tokens": f"{self.tokens:,}",
             "a step": self.step,
+            "activation_checkpointing": self.activation_checkpointing,
             "compute": f"{self.flops:.2e} FLOPs",
             **memory,
             "memory free": f"{self.available / 1e6:,.0f} MB",
@@ -343,7 +346,8 @@ def plan(
         parameters=parameters,
         tokens=tokens,
         step=f"{step_tokens(model, train):,} tokens: batch_size {train.batch_size} x grad_accum_steps "
-        f"{train.grad_accum_steps} x context {context}, activation_checkpointing {train.activation_checkpointing}",
+        f"{train.grad_accum_steps} x context {context}",
+        activation_checkpointing=train.activation_checkpointing,
         flops=tokens * per_token,
         memory=memory,
         available=available,

@@ -15,7 +15,7 @@ from llmcore.measure.compare_runs import HABITS, find_runs, read_events, read_ru
 from llmcore.notebook.safe_html import ending, visible
 
 SAMPLES = 3  # the newest samples on a page
-COLUMNS = ("preset", "parameters", "steps", "tokens", "validation (nats/token)", "bits per byte", "time", "device")
+COLUMNS = ("preset", "parameters", "steps", "tokens", "validation (nats per token)", "bits per byte", "time", "device")
 
 
 def write_summary(run_dir: str | os.PathLike[str]) -> Path:
@@ -59,7 +59,7 @@ def _overview(config: dict[str, Any], events: list[dict[str, Any]]) -> str:
     if start := config.get("init_from"):
         values["started from"] = f"{start['source']} (sha256 {_fingerprint(start.get('sha256'))})"
     values["state"] = "finished" if at_end else "not at its end"
-    results = ("validation (nats/token)", "best", "bits per byte", *HABITS.values(), "time", "device")
+    results = ("validation (nats per token)", "best", "bits per byte", *HABITS.values(), "time", "device")
     values |= {name: row[name] for name in results}
     values["steps skipped"] = str(events[-1].get("skipped", 0) if events else 0)
     values["data set"] = _fingerprint((config.get("data") or {}).get("train"))

@@ -14,12 +14,14 @@ from llmcore.files import visible as visible
 from llmcore.tokenizer import Tokenizer
 
 SHOWN = 400  # characters of a long prompt that are shown
+SHORT = 16  # characters of a cell of a table that begins with a number and stays on one line
 
 BOX = (
     "display:inline-block;padding:1px 4px;margin:1px 0;border:1px solid #888;border-radius:4px;color:#000;"
     "text-align:center;vertical-align:top;line-height:1.35"
 )
-PIECE = "background:none;border:0;padding:0;color:inherit;font:inherit;white-space:pre-wrap"
+# the colour by name: a notebook that is not trusted yet loses "inherit", and a dark theme would write in white
+PIECE = "background:none;border:0;padding:0;color:#000;font:inherit;white-space:pre-wrap"
 NOTE = "display:block;position:static;font-size:small;line-height:inherit"
 COLORS = ("#cfe4f3", "#fbe6bd", "#c9e9dd", "#f2d9e6")  # pale, so that black text stays readable in any theme
 
@@ -74,7 +76,8 @@ def table(rows: Iterable[Mapping[str, object]], caption: str = "") -> str:
         body += "<tr>"
         for value in row.values():
             is_number = re.match(r"[\d.,]+( |$)", str(value))
-            style = "text-align:right;white-space:nowrap" if is_number else "text-align:left"
+            style = "text-align:right" if is_number else "text-align:left"
+            style += ";white-space:nowrap" if is_number and len(str(value)) < SHORT else ""
             body += f'<td style="{style}">{html_text(value)}</td>'
         body += "</tr>"
     title = f"<caption>{html_text(caption)}</caption>" if caption else ""

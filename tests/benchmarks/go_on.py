@@ -40,7 +40,7 @@ from tests.benchmarks.quality import Chapters
 
 CONTEXT, BATCH, RATE_STEPS, TABLE_STEPS = 512, 4, 40, 100
 EACH = 8_000  # characters of each held-out document that are scored, from its middle
-ADAMW_RATES, MUON_RATES = (1e-5, 3e-5, 1e-4), (3e-4, 1e-3)
+ADAMW_RATES, MUON_RATES = (1e-5, 3e-5, 1e-4, 3e-4), (3e-4, 1e-3)
 REPLAY = 0.25
 BOOK_RATES, BOOK_STEPS = (0.1, 0.3, 1.0), 250
 

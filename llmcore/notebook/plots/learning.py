@@ -17,6 +17,7 @@ from llmcore.notebook.plots.style import (
     INPUT,
     LABEL,
     PALE,
+    PAPER,
     TARGET,
     bare,
     figure_text,
@@ -123,7 +124,8 @@ def loss_units(losses: Mapping[str, float], bytes_per_token: float, title: str) 
         axes.hlines(row, 0, end, color="black", linewidth=1.2)
         axes.plot(places, np.full(len(places), row), "|", color="black", markersize=8)
         for place, mark in zip(places, marks, strict=True):
-            axes.text(place, row + 0.2, mark, ha="center", va="top", fontsize=9)
+            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # above the line of a model
+            axes.text(place, row + 0.2, mark, ha="center", va="top", fontsize=9, bbox=box)
     for name, loss in losses.items():
         axes.plot([loss, loss], [-0.35, 2], color=TARGET, linewidth=1.5)
         axes.text(loss, -0.42, figure_text(name), ha="center", va="bottom", color=TARGET, fontsize=9)
