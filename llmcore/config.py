@@ -391,7 +391,7 @@ PRESETS: dict[str, tuple[ModelConfig, TrainConfig]] = {
 
 # A new run that starts from a trained model's weights, which high rates would destroy.
 GO_ON = TrainConfig(
-    max_steps=100_000, batch_size=4, learning_rate=3e-5, muon_learning_rate=1e-3, warmup_steps=20, **_LONG
+    max_steps=100_000, batch_size=4, learning_rate=1e-4, muon_learning_rate=1e-3, warmup_steps=20, **_LONG
 )
 GO_ON_CONTEXT = 512  # tokens in a window of such a run, where the model has room for them
 GO_ON_RATE = 0.3  # of the rates of a model of ours

@@ -60,17 +60,17 @@ class _Row(nn.Module):
 
 
 class _StepAttention(Attention):
-    """Attention of one new token per row. The cache is (keys, values, new): held ones, and a list for the new two."""
+    """Attention of one new token. The cache is (keys, values, past): what has room for all, and how many are held."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
-        """(batch, 1, dim) -> the same shape. `mask` (batch, held): True where a held token is only padding."""
+        """(batch, 1, dim) -> the same shape."""
         q, k, v = self.project(x, cos, sin)
-        keys, values, new = cache
-        new += [k, v]
+        keys, values, past = cache
+        keys[:, :, past : past + 1] = k
+        values[:, :, past : past + 1] = v
+        keys, values = keys[:, :, :past], values[:, :, :past]
         q = q.unflatten(1, (self.n_kv_heads, -1)).float() / self.head_dim**0.5  # (batch, kv_heads, group, 1, head_dim)
         held, own = ((q * each[:, :, None].float()).sum(-1) for each in (keys, k))
-        if mask is not None:
-            held = held.masked_fill(mask[:, None, None], -torch.inf)
 
         # a softmax over both, so that the keys held need not be copied to stand beside the new one
         top = torch.maximum(held.amax(-1, keepdim=True), own)
@@ -150,10 +150,11 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
                 setattr(module, name, _Row(child))
     block.attention.__class__ = _StepAttention
 
-    def through_block(x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, *weights: Tensor) -> Any:
-        new: list[Tensor] = []
-        inputs = (x, cos, sin, None, (keys, values, new))
-        return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), inputs), *new
+    def through_block(x: Tensor, held: Tensor, *others: Tensor) -> Tensor:
+        past = held.shape[0]
+        cos, sin, keys, values, *weights = others
+        inputs = (x, cos[past : past + 1], sin[past : past + 1], None, (keys, values, past))
+        return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), inputs)
 
     def through_head(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
         output = dict(zip(("weight", "scale"), weights, strict=False))
@@ -162,14 +163,13 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
 
     cache = KVCache(config, kind["count"], dtype=model.tok_embeddings.weight.dtype)
     likely = max(2, config.max_seq_len // 2)  # tokens held: by these the compiler judges whether threads are worth it
-    held = (each[0, :, :, :likely] for each in (cache.keys, cache.values))
     x = torch.zeros(kind["count"], 1, config.dim, dtype=model.tok_embeddings.weight.dtype)
     length = torch.export.Dim("length", min=2, max=config.max_seq_len - 1)
-    dynamic = (None, None, None, {2: length}, {2: length}, *[None] * len(names))
+    dynamic = (None, {0: length}, *[None] * (4 + len(names)))
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(folder, FILES) as new:
-        inputs = (x, model.rope_cos[2:3], model.rope_sin[2:3], *held, *blocks[0])
+        inputs = (x, torch.empty(likely), model.rope_cos, model.rope_sin, cache.keys[0], cache.values[0], *blocks[0])
         _compile(through_block, inputs, dynamic, kind["threads"], new / FILES[0])
         _compile(through_head, (x, *head_weights), (None,) * (1 + len(head_weights)), kind["threads"], new / FILES[1])
 
@@ -179,8 +179,13 @@ def _compile(function: Callable[..., Any], inputs: Any, dynamic: Any, threads: i
     module.forward = lambda *arguments: function(*arguments)
     with torch.no_grad():
         program = torch.export.export(module, inputs, dynamic_shapes=(dynamic,), strict=False)
-        # work of fewer than 4096 operations is not worth waking a second thread
-        options = {"cpp.threads": threads, "cpp.min_chunk_size": 4096}
+        options = {
+            "cpp.threads": threads,
+            "cpp.min_chunk_size": 4096,  # less work is not worth waking a second thread
+            "cpp.enable_floating_point_contract_flag": "fast",  # a product and its sum in one instruction
+            "realize_reads_threshold": 1,  # what all rows of a matrix read, such as the norm, is computed once
+            "memory_planning": True,  # one piece of memory for all that lies between
+        }
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
 
 
@@ -228,6 +233,7 @@ class Decoder:
         kind = _kind(model, count)
         self.kind, self.folder = kind, _folder(kind) if kind else None
         self.functions: list[Any] | None = None
+        self.seen: KVCache | None = None  # the cache that `blocks`, the arguments for each block, are made for
         if self.folder is not None and self.folder.is_dir():
             self._take(self.folder)
 
@@ -245,15 +251,13 @@ class Decoder:
             return self.model.output(self.model.hidden_states(tokens, cache)[:, -1])
 
         block, head = self.functions
-        past = cache.length
-        cos, sin = self.model.rope_cos[past : past + 1], self.model.rope_sin[past : past + 1]
-        keys, values = (each[:, :, :, :past].unbind() for each in (cache.keys, cache.values))
-        x, new = self.model.tok_embeddings(tokens), []
-        for layer, weights in enumerate(self.blocks):
-            x, *own = block.boxed_run([x, cos, sin, keys[layer], values[layer], *weights])
-            new.append(own)
-        for held, own in zip((cache.keys, cache.values), zip(*new, strict=True), strict=True):
-            held[:, :, :, past : past + 1] = torch.stack(own)
+        if cache is not self.seen:
+            self.seen, layers = cache, zip(cache.keys.unbind(), cache.values.unbind(), self.weights, strict=True)
+            rope = (self.model.rope_cos, self.model.rope_sin)
+            self.blocks = [[*rope, *keys_and_values, *weights] for *keys_and_values, weights in layers]
+        x, held = self.model.tok_embeddings(tokens), self.places[: cache.length]
+        for arguments in self.blocks:
+            [x] = block.boxed_run([x, held, *arguments])
         cache.length += 1
         return head.boxed_run([x, *self.head])[0]
 
@@ -262,7 +266,8 @@ class Decoder:
             self.functions = _load(folder)
         except Exception:  # of many kinds; the model itself can always write
             self.kind = None
-        self.blocks, self.head = _arguments(self.model)
+        self.weights, self.head = _arguments(self.model)
+        self.places = torch.empty(self.model.config.max_seq_len)  # its first ones tell how many tokens are held
 
     def _wait_or_start(self) -> None:
         """Count a token; have the shape compiled when there are enough, and use it when it is there."""

@@ -418,7 +418,7 @@ small = int8_weights(model) if device == "cpu" else model
 writers = {"one text": (model, 1), "sixteen texts": (model, 16)}
 if small is not model:
     writers["one text, int8"] = (small, 1)
-rates, compiled = {}, False
+rates, compiled = {"one text, not compiled": count / sum(cached)}, False
 for name, (writer, count) in writers.items():
     if writer.config.n_params() >= ENOUGH_WEIGHTS:
         compiled = prepare(writer, count) or compiled
