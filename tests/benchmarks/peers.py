@@ -150,10 +150,12 @@ def take_turns(
     """
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
+    processes = []
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for name, (make, *arguments) in contestants.items():
         pipes[name], theirs = spawn.Pipe()
-        spawn.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True).start()
+        processes.append(spawn.Process(target=_serve, args=(theirs, make, tuple(arguments)), daemon=True))
+        processes[-1].start()
         theirs.close()
         pipes[name].recv()
     for _ in range(rounds):
@@ -162,6 +164,8 @@ def take_turns(
             seconds[name].append(pipe.recv())
     for pipe in pipes.values():
         pipe.send(False)
+    for process in processes:
+        process.join()  # what is measured next must not meet their end
     return seconds
 
 
