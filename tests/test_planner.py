@@ -272,9 +272,10 @@ def test_a_model_too_large_for_its_text_is_said_to_be() -> None:
 
 
 def test_the_plan_shows_how_a_step_is_cut() -> None:
-    step = plan(*PRESETS["scifi-117M"], "cpu").rows()["a step"]
-    for word in ("524,288 tokens", "batch_size 64", "grad_accum_steps 8", "context 1024", "none"):
-        assert word in step
+    rows = plan(*PRESETS["scifi-117M"], "cpu").rows()
+    for word in ("524,288 tokens", "batch_size 64", "grad_accum_steps 8", "context 1024"):
+        assert word in rows["a step"]
+    assert rows["activation_checkpointing"] == "none"
 
 
 # parameters in millions: shape

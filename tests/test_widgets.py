@@ -138,7 +138,8 @@ def test_headless_prints_each_validation_and_leaves_one_picture(
     dashboard = TrainingDashboard("a run")
     asyncio.run(dashboard.run(run))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines] == ["step 2/6", "step 4/6", "step 6/6"]
+    assert [line.split(", ")[0] for line in lines] == ["step 2/6", "step 4/6", "step 6/6"]
+    assert max(map(len, lines)) < 110, "a line is wider than the page"
     assert all("validation" in line and "bits/byte" in line and "memory" in line for line in lines)
     [figure] = screen.shown
     [x, _] = figure.axes[0].get_lines()[0].get_data()
