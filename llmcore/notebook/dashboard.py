@@ -278,10 +278,9 @@ class TrainingDashboard:
 
     def _print(self, event: Event, trainer: Trainer, seconds_left: float) -> None:
         """A line that fits on a page: the picture has the rate and the gradient."""
-        shown = run_status(event, trainer, seconds_left)
-        for name in ("learning rate", "gradient norm", *(() if event["skipped"] else ("skipped",))):
-            del shown[name]
-        print(", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+        left_out = {"learning rate", "gradient norm"} | (set() if event["skipped"] else {"skipped"})
+        status = run_status(event, trainer, seconds_left)
+        print(", ".join(f"{name} {value}" for name, value in status.items() if name not in left_out), flush=True)
 
     def _show_end(self, trainer: Trainer, ended: str, handle: Any, trained: bool) -> None:
         """Write the picture and the page into the run's folder, and show the last state in the notebook."""

@@ -120,11 +120,11 @@ def loss_units(losses: Mapping[str, float], bytes_per_token: float, title: str) 
         ("perplexity", nats, [f"{math.exp(value):,.0f}" for value in nats]),
         ("bits per byte", whole / bits, [f"{value:.1f}" for value in whole]),
     )
+    box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # a mark stands above the line of a model
     for row, (_, places, marks) in enumerate(rulers):
         axes.hlines(row, 0, end, color="black", linewidth=1.2)
         axes.plot(places, np.full(len(places), row), "|", color="black", markersize=8)
         for place, mark in zip(places, marks, strict=True):
-            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # above the line of a model
             axes.text(place, row + 0.2, mark, ha="center", va="top", fontsize=9, bbox=box)
     for name, loss in losses.items():
         axes.plot([loss, loss], [-0.35, 2], color=TARGET, linewidth=1.5)
