@@ -1,10 +1,10 @@
-"""The decode step as compiled code: a token passes through each block, and through the last matrix, in one call.
+"""The decode step as compiled code: new tokens pass through each block, and through the last matrix, in one call.
 
 The step of `model.py` is some 150 small operations, and to start each takes longer than to compute it. Here torch's
-ahead-of-time compiler (AOTInductor) makes one function of a block and one of what follows the blocks. The weights are
-arguments, so one compilation serves every model of the same shape. It stays in the compiler's cache folder, for other
-processes too. A process of low priority makes it, once enough was written to show that it pays; meanwhile, and where
-there is no compiler, the model itself writes.
+ahead-of-time compiler (AOTInductor) makes one function of a block and one of what follows the blocks, for a number of
+texts that are written together. The weights are arguments, so one compilation serves every model of the same shape. It
+stays in the compiler's cache folder, for other processes too. A process of low priority makes it, once enough was
+written to show that it pays; meanwhile, and where there is no compiler, the model itself writes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from llmcore.config import ModelConfig
 from llmcore.device import quote_library_folder, settle_cache_folder
 from llmcore.files import replacing_folder
 from llmcore.model import Attention, Block, KVCache, Transformer
-from llmcore.quantize import Int8Linear, int8_weights
+from llmcore.quantize import FEW_ROWS, HAS_VNNI, Int8Linear, int8_weights
 
-ENOUGH_TOKENS = 256  # written with one shape before it is compiled
+ENOUGH_TOKENS = 256  # in each text, written with one shape before it is compiled
 ENOUGH_WEIGHTS = 1_000_000  # below, a model writes fast enough
 CACHE = "llmcore_decode"  # a folder beside the compiler's own
 FILES = ("block.pt2", "head.pt2")
-_written: dict[str, int] = {}  # tokens by shape, in this process
+_written: dict[str, int] = {}  # tokens of each text by shape, in this process
 _makers: dict[str, subprocess.Popen[bytes]] = {}  # by shape
 
 
@@ -62,8 +62,8 @@ class _Row(nn.Module):
 class _StepAttention(Attention):
     """Attention of one new token. The cache is (keys, values, past): what has room for all, and how many are held."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
-        """(batch, 1, dim) -> the same shape."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        """(batch, 1, dim) -> the same shape. `mask`, (batch,), tells how many of the first tokens are padding."""
         q, k, v = self.project(x, cos, sin)
         keys, values, past = cache
         keys[:, :, past : past + 1] = k
@@ -71,6 +71,8 @@ class _StepAttention(Attention):
         keys, values = keys[:, :, :past], values[:, :, :past]
         q = q.unflatten(1, (self.n_kv_heads, -1)).float() / self.head_dim**0.5  # (batch, kv_heads, group, 1, head_dim)
         held, own = ((q * each[:, :, None].float()).sum(-1) for each in (keys, k))
+        if mask is not None:
+            held = held.masked_fill(torch.arange(past) < mask[:, None, None, None], -torch.inf)
 
         # a softmax over both, so that the keys held need not be copied to stand beside the new one
         top = torch.maximum(held.amax(-1, keepdim=True), own)
@@ -88,8 +90,11 @@ def _layout(tensors: list[Tensor]) -> list[list[Any]]:
 def _kind(model: Transformer, count: int) -> dict[str, Any] | None:
     """All that the compiled code depends on, as JSON; None for what is not compiled."""
     weight = model.tok_embeddings.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or count != 1:
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
+    int8 = isinstance(model.output, Int8Linear)
+    if int8 and count > 1 and (count <= FEW_ROWS or not HAS_VNNI):
+        return None  # torch 2.13's compiler cannot place the product that is used here
     blocks, head = _arguments(model)
     block, *others = map(_layout, blocks)
     if any(other != block for other in others):
@@ -97,7 +102,7 @@ def _kind(model: Transformer, count: int) -> dict[str, Any] | None:
     return {
         "config": model.config.to_dict() | {"n_layers": 1},
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "int8": isinstance(model.output, Int8Linear),
+        "int8": int8,
         "block": block,
         "head": _layout(head),
         "rope": _layout([model.rope_cos, model.rope_sin]),
@@ -146,14 +151,15 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
     names = list(block.state_dict())
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear | Int8Linear):
+            if isinstance(child, nn.Linear | Int8Linear) and kind["count"] == 1:  # several rows are a matrix
                 setattr(module, name, _Row(child))
     block.attention.__class__ = _StepAttention
 
-    def through_block(x: Tensor, held: Tensor, *others: Tensor) -> Tensor:
+    def through_block(x: Tensor, held: Tensor, padding: Tensor, *others: Tensor) -> Tensor:
         past = held.shape[0]
         cos, sin, keys, values, *weights = others
-        inputs = (x, cos[past : past + 1], sin[past : past + 1], None, (keys, values, past))
+        mask = padding if kind["count"] > 1 else None
+        inputs = (x, cos[past : past + 1], sin[past : past + 1], mask, (keys, values, past))
         return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), inputs)
 
     def through_head(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
@@ -161,24 +167,34 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
         normed = F.rms_norm(x, (config.dim,), norm, config.norm_eps)
         return torch.func.functional_call(model.output, output, (normed,))[:, -1]
 
-    cache = KVCache(config, kind["count"], dtype=model.tok_embeddings.weight.dtype)
-    likely = max(2, config.max_seq_len // 2)  # tokens held: by these the compiler judges whether threads are worth it
-    x = torch.zeros(kind["count"], 1, config.dim, dtype=model.tok_embeddings.weight.dtype)
+    # examples of the inputs, and the sizes that vary: how many tokens are held, and for how many there is room
+    weight = model.tok_embeddings.weight
+    cache = KVCache(config, kind["count"], dtype=weight.dtype)
+    x = torch.zeros(kind["count"], 1, config.dim, dtype=weight.dtype)
+    held = torch.empty(max(2, config.max_seq_len // 2))  # by this the compiler judges whether threads are worth it
+    padding = torch.zeros(kind["count"], dtype=torch.int64)
+    step = (x, held, padding, model.rope_cos, model.rope_sin, cache.keys[0], cache.values[0])
     length = torch.export.Dim("length", min=2, max=config.max_seq_len - 1)
-    dynamic = (None, {0: length}, *[None] * (4 + len(names)))
+    room = torch.export.Dim("room", min=3, max=config.max_seq_len)
+    sizes = (None, {0: length}, None, None, None, {2: room}, {2: room}, *[None] * len(names))
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(folder, FILES) as new:
-        inputs = (x, torch.empty(likely), model.rope_cos, model.rope_sin, cache.keys[0], cache.values[0], *blocks[0])
-        _compile(through_block, inputs, dynamic, kind["threads"], new / FILES[0])
+        _compile(through_block, (*step, *blocks[0]), sizes, kind["threads"], new / FILES[0])
         _compile(through_head, (x, *head_weights), (None,) * (1 + len(head_weights)), kind["threads"], new / FILES[1])
 
 
-def _compile(function: Callable[..., Any], inputs: Any, dynamic: Any, threads: int, file: Path) -> None:
+def _compile(function: Callable[..., Any], inputs: Any, sizes: Any, threads: int, file: Path) -> None:
     module = nn.Module()
     module.forward = lambda *arguments: function(*arguments)
     with torch.no_grad():
-        program = torch.export.export(module, inputs, dynamic_shapes=(dynamic,), strict=False)
+        program = torch.export.export(
+            module,
+            inputs,
+            dynamic_shapes=(sizes,),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,  # no two sizes are known to have an order
+        )
         options = {
             "cpp.threads": threads,
             "cpp.min_chunk_size": 4096,  # less work is not worth waking a second thread
@@ -229,7 +245,7 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer, count: int) -> None:
-        self.model = model
+        self.model, self.count = model, count
         kind = _kind(model, count)
         self.kind, self.folder = kind, _folder(kind) if kind else None
         self.functions: list[Any] | None = None
@@ -237,28 +253,27 @@ class Decoder:
         if self.folder is not None and self.folder.is_dir():
             self._take(self.folder)
 
-    def cache(self, count: int, room: int) -> KVCache:
-        """A cache for `room` tokens; for the whole context where compiled code needs that, or will."""
-        weight = self.model.tok_embeddings.weight
-        return KVCache(self.model.config, count, weight.device, weight.dtype, None if self.folder else room)
-
     def logits(self, tokens: Tensor, cache: KVCache, padding: Tensor | None = None) -> Tensor:
-        """Logits (batch, vocab_size) of what follows the last of the tokens (batch, time), which join the cache."""
-        if tokens.shape[1] > 1 or cache.length < 2 or padding is not None or self.kind is None:
+        """Logits (batch, vocab_size) of what follows the last of the tokens (batch, time), which join the cache.
+
+        `padding`, (batch, held + time) bool, is True where a token is only padding on the left.
+        """
+        if tokens.shape[1] > 1 or cache.length < 2 or self.kind is None:
             return self.model.output(self.model.hidden_states(tokens, cache, padding)[:, -1])
         if self.functions is None:
             self._wait_or_start()
-            return self.model.output(self.model.hidden_states(tokens, cache)[:, -1])
+            return self.model.output(self.model.hidden_states(tokens, cache, padding)[:, -1])
 
+        assert cache.length < cache.keys.shape[3]  # compiled code does not look
         block, head = self.functions
         if cache is not self.seen:
-            assert cache.keys.shape[3] == len(self.places)  # compiled code does not look
             self.seen, layers = cache, zip(cache.keys.unbind(), cache.values.unbind(), self.weights, strict=True)
             rope = (self.model.rope_cos, self.model.rope_sin)
             self.blocks = [[*rope, *keys_and_values, *weights] for *keys_and_values, weights in layers]
         x, held = self.model.tok_embeddings(tokens), self.places[: cache.length]
+        first = self.no_padding if padding is None else padding.sum(1)
         for arguments in self.blocks:
-            [x] = block.boxed_run([x, held, *arguments])
+            [x] = block.boxed_run([x, held, first, *arguments])
         cache.length += 1
         return head.boxed_run([x, *self.head])[0]
 
@@ -269,6 +284,7 @@ class Decoder:
             self.kind = None
         self.weights, self.head = _arguments(self.model)
         self.places = torch.empty(self.model.config.max_seq_len)  # its first ones tell how many tokens are held
+        self.no_padding = torch.zeros(self.count, dtype=torch.int64)
 
     def _wait_or_start(self) -> None:
         """Count a token; have the shape compiled when there are enough, and use it when it is there."""

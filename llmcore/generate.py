@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmcore.decode import Decoder
-from llmcore.model import Transformer
+from llmcore.model import KVCache, Transformer
 from llmcore.tokenizer import Tokenizer
 
 # The text of a whole context has at most this many characters per token, so more of a prompt need not be encoded.
@@ -165,7 +165,8 @@ def _generate_ids(
 
     start = max(0, longest - context)  # of the tokens to read next
     decoder = Decoder(model, len(prompts))
-    cache = decoder.cache(len(prompts), min(context, longest - start + max_new_tokens))
+    room = min(context, longest - start + max_new_tokens)
+    cache = KVCache(model.config, len(prompts), device, model.tok_embeddings.weight.dtype, room)
     for _ in range(max_new_tokens):
         if cache.length + length - start > context:  # the window slides
             cache.length, start = 0, length - max(1, context // 2)

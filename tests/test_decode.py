@@ -13,14 +13,17 @@ import torch
 
 from llmcore import decode, quantize
 from llmcore.generate import generate_ids
-from llmcore.model import Transformer
+from llmcore.model import KVCache, Transformer
 from llmcore.quantize import int8_weights
 
 from .helpers import tiny_model
 
 
-def written(model: Transformer, prompt: list[int], count: int, **sampling: Any) -> list[int]:
-    return [id for [id] in generate_ids(model, [prompt], count, **sampling)]
+def written(model: Transformer, prompts: list[list[int]], count: int, **sampling: Any) -> list[list[int]]:
+    return list(generate_ids(model, prompts, count, **sampling))
+
+
+ONE, SEVERAL = [[5, 6, 7]], [[8], [5, 6, 7], [9, 9]]  # the others are padded on the left
 
 
 @pytest.fixture
@@ -54,9 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Transformer:
-    """A model that is compiled, with grouped queries."""
+    """A model with grouped queries that is compiled, for one text and for several."""
     made = tiny_model(std=0.2, n_kv_heads=2)
-    assert decode.prepare(made)
+    assert decode.prepare(made, len(ONE)) and decode.prepare(made, len(SEVERAL))
     return made
 
 
@@ -71,7 +74,7 @@ def test_a_row_is_multiplied_as_by_the_layer(inputs: int, weights: str, exact: N
 
 @pytest.mark.slow
 def test_compiled_code_computes_what_the_model_does(model: Transformer, steps: list[int]) -> None:
-    decoder, cache = decode.Decoder(model, 1), decode.Decoder(model, 1).cache(1, 5)
+    decoder, cache = decode.Decoder(model, 1), KVCache(model.config, 1, max_seq_len=9)
     ids = torch.tensor([[5, 6, 7, 30, 1, 2, 9, 9, 36]])
     with torch.inference_mode():
         found = [decoder.logits(ids[:, :3], cache)]
@@ -81,35 +84,41 @@ def test_compiled_code_computes_what_the_model_does(model: Transformer, steps: l
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prompts", [ONE, SEVERAL], ids=["one", "several"])
 def test_the_text_is_the_same_on_both_paths_past_the_context(
-    model: Transformer, steps: list[int], monkeypatch: pytest.MonkeyPatch
+    model: Transformer, prompts: list[list[int]], steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases: list[dict[str, Any]] = [{"temperature": 0}, {"seed": 1}, {"seed": 2, "top_k": 9, "repetition_penalty": 1.3}]
-    compiled = [written(model, [5, 6, 7], 60, **case) for case in cases]
+    compiled = [written(model, prompts, 60, **case) for case in cases]
     context = model.config.max_seq_len
     assert set(steps) == {3, context // 2}  # the prompt, and each time that the window slides
     monkeypatch.setattr(decode, "_kind", lambda *_: None)
-    assert [written(model, [5, 6, 7], 60, **case) for case in cases] == compiled
+    assert [written(model, prompts, 60, **case) for case in cases] == compiled
     assert steps.count(1) > 100
 
 
 @pytest.mark.slow
 def test_weights_that_change_are_read_anew(model: Transformer, steps: list[int]) -> None:
-    before = written(model, [5, 6, 7], 20, temperature=0)
+    before = written(model, ONE, 20, temperature=0)
     norm: Any = model.layers[0].attention_norm.weight
     with torch.no_grad():
         norm.neg_()
-        assert written(model, [5, 6, 7], 20, temperature=0) != before
+        assert written(model, ONE, 20, temperature=0) != before
         norm.neg_()
-    assert written(model, [5, 6, 7], 20, temperature=0) == before
+    assert written(model, ONE, 20, temperature=0) == before
     assert set(steps) == {3}
 
 
 @pytest.mark.slow
-def test_several_prompts_and_other_dtypes_pass_through_the_model(model: Transformer, steps: list[int]) -> None:
-    assert len(list(generate_ids(model, [[5, 6, 7], [8]], 5, temperature=0))) == 5
+def test_another_number_of_texts_is_compiled_apart(model: Transformer, steps: list[int]) -> None:
+    assert len(written(model, [[5, 6, 7], [8]], 5, temperature=0)) == 5
     assert steps == [3, 1, 1, 1, 1]
+
+
+def test_what_is_not_compiled_passes_through_the_model() -> None:
     assert not decode.prepare(tiny_model().double())
+    small = int8_weights(tiny_model())
+    assert decode._kind(small, 1) and not decode._kind(small, quantize.FEW_ROWS)
 
 
 def test_where_nothing_compiles_the_model_writes(
@@ -124,9 +133,9 @@ def test_where_nothing_compiles_the_model_writes(
     model = tiny_model(n_layers=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(written(model, [5, 6], 40)) == 40 and not started  # too small to be worth it
+        assert len(written(model, [[5, 6]], 40)) == 40 and not started  # too small to be worth it
         monkeypatch.setattr(decode, "ENOUGH_WEIGHTS", 0)
-        assert len(written(model, [5, 6], 100)) == 100
+        assert len(written(model, [[5, 6]], 100)) == 100
     assert len(started) == 1 and steps.count(1) > 100
     assert not decode.prepare(model)
 
@@ -142,7 +151,7 @@ def test_compiled_code_that_is_damaged_is_not_used(
     folder.mkdir(parents=True)
     for name in decode.FILES:
         (folder / name).write_bytes(b"PK\x03\x04 and no more")
-    assert len(written(model, [5, 6], 9)) == 9
+    assert len(written(model, [[5, 6]], 9)) == 9
     assert steps.count(1) == 8
 
 
