@@ -33,6 +33,7 @@ top_k: int = None  # only the k likeliest tokens
 top_p: float = 0.95  # only the likeliest tokens that together have this probability
 min_p: float = None  # only tokens at least this share as likely as the likeliest
 repetition_penalty: float = 1.0  # above 1: avoids tokens of the text so far
+llama2c_run: str = None  # path of llama2.c's compiled program, for a bar with its speed
 device: str = "auto"  # auto, cpu, cuda, mps
 seed: int = 0  # the same seed writes the same text
 
@@ -56,7 +57,7 @@ from llmcore.device import pick_device
 from llmcore.files import display_path, resolve
 from llmcore.formats.gguf import to_gguf
 from llmcore.formats.huggingface import from_hf, to_hf
-from llmcore.formats.llama2c import to_llama2c
+from llmcore.formats.llama2c import check_run, speed_of_run, to_llama2c
 from llmcore.generate import generate, next_token_probabilities, prompt_ids, stream, surprise
 from llmcore.measure.compare_runs import find_runs, read_events
 from llmcore.measure.memorised import (
@@ -80,6 +81,8 @@ from llmcore.notebook.story import open_story
 from llmcore.quantize import int8_weights
 
 device = str(pick_device(device))
+if llama2c_run:
+    check_run(llama2c_run)
 
 # %%
 checkpoint = load_checkpoint(output_dir, checkpoint_dir or "latest", device=device)
@@ -410,8 +413,9 @@ print("with and without the cache, the likeliest token is the same at each step"
 # We write one text, then sixteen at once. In both cases the computer reads all weights once for each step, and reading
 # them is most of the work. On a CPU we can also round the weights to int8. Then it reads a quarter of the bytes.
 #
-# A model of a million weights or more is compiled first, which takes about half a minute, once for each shape. Without
-# that, the start of some 150 small operations per token takes longer than the reading.
+# A model of a million weights or more is compiled first. This takes about half a minute, once for each shape and each
+# number of texts. Without it, the start of some 150 small operations per step takes longer than the reading. llama2.c's
+# C program needs no Python: if you have compiled it, give its path as `llama2c_run`.
 
 # %%
 small = int8_weights(model) if device == "cpu" else model
@@ -425,8 +429,10 @@ for name, (writer, count) in writers.items():
     started = time.perf_counter()
     generate(writer, tok, [prompt] * count, 64, seed=seed)
     rates[name] = count * 64 / (time.perf_counter() - started)
+if llama2c_run:
+    rates["one text, llama2.c"] = speed_of_run(llama2c_run, checkpoint)
 speedup = rates["sixteen texts"] / rates["one text"]
-print("one text is written by compiled code" if compiled else "nothing is compiled here")
+print("compiled code writes" if compiled else "nothing is compiled here")
 plots.bars(rates, f"Sixteen texts at once: {speedup:.1f} times the tokens per second", "tokens per second")
 
 # %%

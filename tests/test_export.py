@@ -46,7 +46,7 @@ from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
 from llmcore.formats.gguf import to_gguf
 from llmcore.formats.huggingface import _hf_config, _model_config, from_hf, to_hf
-from llmcore.formats.llama2c import to_llama2c
+from llmcore.formats.llama2c import check_run, speed_of_run, to_llama2c
 from llmcore.formats.meta import from_meta
 from llmcore.formats.shared import FormatError
 from llmcore.generate import generate_ids
@@ -988,6 +988,28 @@ def run_c(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run_c_program(tmp_path_factory.mktemp("llama2c"), "-O2")
     except OSError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_llama2c_itself_says_its_speed(english: Path, run_c: Path, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(sorted(english.glob("*.txt")), tmp_path / "english", 400, character_coverage=1.0)
+    small, large = made(tokenizer), made(tokenizer, dim=512, n_layers=6, hidden_dim=2048)
+    assert speed_of_run(run_c, small) > 10 * speed_of_run(run_c, large)
+    with pytest.raises(FormatError, match="qk_norm"):
+        speed_of_run(run_c, made(tokenizer, qk_norm=True))
+
+
+def test_another_program_is_not_taken_for_llama2c(tmp_path: Path) -> None:
+    """As a program of today's options, it is called with them; what says no speed is refused."""
+    (tmp_path / "text").write_text("no program")
+    for name in ("text", "absent"):
+        with pytest.raises(FormatError, match=f"{name} is not a program"):
+            check_run(tmp_path / name)
+    program = tmp_path / "run"
+    program.write_text('#!/bin/sh\necho "options: -t -n -z"; echo "called with $@"\n')
+    program.chmod(0o755)
+    with pytest.raises(FormatError, match=r"called with model.bin -t 0 -n 9 -z tokenizer.bin"):
+        speed_of_run(program, made(None), 9)
 
 
 @pytest.mark.slow

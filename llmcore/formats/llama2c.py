@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import struct
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +79,46 @@ def to_llama2c(checkpoint: AnyCheckpoint, file: str | os.PathLike[str], adapt: b
             tokenizer_file = stack.enter_context(replacing(file.with_name("tokenizer.bin")))
             tokenizer_file.write_bytes(_llama2c_tokenizer(tokenizer, ids))
     return file
+
+
+def speed_of_run(program: str | os.PathLike[str], checkpoint: AnyCheckpoint, tokens: int = 256) -> float:
+    """Tokens per second that llama2.c's own program says it writes with this model, after the first token.
+
+    Args:
+        program: llama2.c's `run`, compiled.
+        checkpoint: a `Checkpoint`, or what `load_checkpoint` takes.
+        tokens: to write; as many as the context holds at most.
+
+    Raises:
+        FormatError: for a program that is not llama2.c's `run`, or a model that its format cannot hold.
+    """
+    program = check_run(program)
+    usage = _said_by([program])
+    with tempfile.TemporaryDirectory() as folder:
+        file = to_llama2c(checkpoint, Path(folder) / "model.bin", adapt=True)
+        # since August 2023 it has options; before, it took the tokenizer from the folder in which it was started
+        options = ["-t", "0", "-n", str(tokens), "-z", "tokenizer.bin"] if "-z" in usage else ["0", str(tokens)]
+        said = _said_by([program, file.name, *options], folder)
+    found = re.search(r"achieved tok/s: ([0-9.]+)", said)
+    if found is None:
+        raise FormatError(f"{program} does not say how fast it wrote, as llama2.c's run does. It said: {said[-200:]!r}")
+    return float(found[1])
+
+
+def check_run(program: str | os.PathLike[str]) -> Path:
+    """The path of a program; FormatError if there is none."""
+    path = resolve(program)
+    if not path.is_file() or not os.access(path, os.X_OK):
+        raise FormatError(f"{path} is not a program; give the path of llama2.c's compiled `run`")
+    return path
+
+
+def _said_by(command: list[str | Path], folder: str | None = None) -> str:
+    try:
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FormatError(f"{command[0]} cannot be run: {error}") from None
+    return done.stdout.decode(errors="replace")
 
 
 def _with_other_eps(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
