@@ -1,4 +1,7 @@
-"""Decoding beside llama2.c, transformers and the memory's speed: `python -m tests.benchmarks.decode [15M] [117M]`."""
+"""Decoding beside llama2.c, transformers and the memory's speed: `python -m tests.benchmarks.decode [15M] [117M]`.
+
+All are timed as llama2.c's program times itself: from the first new token to the last.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from llmcore import config, decode
 from llmcore.config import ModelConfig
@@ -42,8 +47,8 @@ def read_bandwidth() -> float:
     return source.nbytes / min(times)
 
 
-def our_decoding(shape: ModelConfig, weights: str, count: int, compiled: bool = True) -> Callable[[], object]:
-    """Greedy tokens after `count` prompts."""
+def our_decoding(shape: ModelConfig, weights: str, count: int, compiled: bool = True) -> Callable[[], float]:
+    """Seconds of greedy tokens after `count` prompts."""
     model = Transformer(shape).eval()
     if weights != "float32":
         model = int8_weights(model) if weights == "int8" else model.bfloat16()
@@ -53,7 +58,15 @@ def our_decoding(shape: ModelConfig, weights: str, count: int, compiled: bool = 
         decode.ENOUGH_TOKENS = 10**9  # never while this is measured
         decode.CACHE = "llmcore_decode_none"  # where nothing was compiled before
     prompts = torch.randint(4, shape.vocab_size, (count, PROMPT)).tolist()
-    return lambda: list(generate_ids(model, prompts, NEW, temperature=0))
+
+    def write() -> float:
+        steps = generate_ids(model, prompts, NEW + 1, temperature=0)
+        next(steps)
+        started = time.perf_counter()
+        assert len(list(steps)) == NEW
+        return time.perf_counter() - started
+
+    return write
 
 
 def c_decoding(shape: ModelConfig, program: str) -> Callable[[], float]:
@@ -78,12 +91,33 @@ def c_decoding(shape: ModelConfig, program: str) -> Callable[[], float]:
     return write
 
 
-def their_decoding(shape: ModelConfig) -> Callable[[], object]:
-    """Greedy tokens after one prompt, by transformers' `generate` with its cache."""
+class Clock(BaseStreamer):
+    """When transformers' `generate` gave each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Take a token, or at first the prompt."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
+def their_decoding(shape: ModelConfig) -> Callable[[], float]:
+    """Seconds of greedy tokens after one prompt, by transformers' `generate` with its cache."""
     model = transformers_llama(shape).eval()
     prompt = torch.randint(4, shape.vocab_size, (1, PROMPT))
-    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    options = {"max_new_tokens": NEW + 1, "min_new_tokens": NEW + 1, "do_sample": False, "pad_token_id": 0}
+
+    def write() -> float:
+        clock = Clock()
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock, **options)
+        _, first, *_, last = clock.times
+        return last - first
+
+    return write
 
 
 def measure(size: str, program: str | None, rounds: int = 5) -> tuple[list[str], list[str]]:
