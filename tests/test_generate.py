@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from llmcore.checkpoint import load_checkpoint, save_checkpoint
 from llmcore.config import ModelConfig
-from llmcore.generate import generate, generate_ids, next_token_probabilities, prompt_ids, stream, surprise
+from llmcore.generate import _draw, generate, generate_ids, next_token_probabilities, prompt_ids, stream, surprise
 from llmcore.model import Transformer
 from llmcore.tokenizer import Tokenizer
 
@@ -174,6 +174,34 @@ def test_probabilities_are_never_nan_and_add_up(logits: list[float], temperature
     found = next_token_probabilities(torch.tensor([logits]), temperature=temperature, **filters)
     assert abs(found.sum().item() - 1) < 1e-5 and (found >= 0).all()
     assert found[0].argmax() in [i for i, v in enumerate(logits) if v == max(logits)] or temperature > 1
+
+
+def test_of_tokens_as_likely_as_the_last_of_top_p_the_first_ids_stay() -> None:
+    logits = torch.tensor([[0.0] * 8, [1.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0]])
+    kept = [next_token_probabilities(logits, top_p=p) > 0 for p in (0.124, 0.376, 0.9)]
+    assert [[row.nonzero().flatten().tolist() for row in each] for each in kept] == [
+        [[0], [1]],
+        [[0, 1, 2, 3], [1, 3]],
+        [[*range(8)], [*range(7)]],
+    ]
+
+
+def test_an_id_without_probability_is_never_drawn() -> None:
+    probabilities, generator = torch.zeros(4000, 9), torch.Generator().manual_seed(0)
+    probabilities[:, 3], probabilities[:, 6] = 1e-3, 0.999
+    drawn = _draw(probabilities, generator).bincount(minlength=9)
+    assert drawn.nonzero().flatten().tolist() == [3, 6] and drawn[3] < 20
+    # a row draws the same, whatever its probabilities add up to, and the id at the end may be the only one
+    assert torch.equal(_draw(torch.eye(9) * 3e-5, generator), torch.arange(9))
+
+
+def test_logits_that_are_not_numbers_end_the_text_with_an_error() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    for top_p in (None, 0.9):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            list(generate_ids(model, [[1]], 1, top_p=top_p))
 
 
 def test_temperature_0_is_argmax_after_the_penalty() -> None:
