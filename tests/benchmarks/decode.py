@@ -33,6 +33,7 @@ STORIES = ModelConfig(
 )
 SIZES = {"15M": STORIES, "117M": config.preset("scifi-117M")[0]}
 PROMPT, NEW, TOGETHER = 16, 64, 16  # tokens, tokens, prompts
+TOP_P = 0.95  # of notebook 5
 BYTES = {"float32": 4, **({"bfloat16": 2} if FAST == "bf16" else {}), "int8": 1}  # of a weight
 
 
@@ -47,8 +48,10 @@ def read_bandwidth() -> float:
     return source.nbytes / min(times)
 
 
-def our_decoding(shape: ModelConfig, weights: str, count: int, compiled: bool = True) -> Callable[[], float]:
-    """Seconds of greedy tokens after `count` prompts."""
+def our_decoding(
+    shape: ModelConfig, weights: str, count: int, compiled: bool = True, temperature: float = 0
+) -> Callable[[], float]:
+    """Seconds of tokens after `count` prompts."""
     model = Transformer(shape).eval()
     if weights != "float32":
         model = int8_weights(model) if weights == "int8" else model.bfloat16()
@@ -60,7 +63,7 @@ def our_decoding(shape: ModelConfig, weights: str, count: int, compiled: bool = 
     prompts = torch.randint(4, shape.vocab_size, (count, PROMPT)).tolist()
 
     def write() -> float:
-        steps = generate_ids(model, prompts, NEW + 1, temperature=0)
+        steps = generate_ids(model, prompts, NEW + 1, temperature=temperature, top_p=TOP_P)
         next(steps)
         started = time.perf_counter()
         assert len(list(steps)) == NEW
@@ -105,11 +108,12 @@ class Clock(BaseStreamer):
         """Nothing more comes."""
 
 
-def their_decoding(shape: ModelConfig) -> Callable[[], float]:
-    """Seconds of greedy tokens after one prompt, by transformers' `generate` with its cache."""
+def their_decoding(shape: ModelConfig, sampled: bool = False) -> Callable[[], float]:
+    """Seconds of tokens after one prompt, by transformers' `generate` with its cache."""
     model = transformers_llama(shape).eval()
     prompt = torch.randint(4, shape.vocab_size, (1, PROMPT))
-    options = {"max_new_tokens": NEW + 1, "min_new_tokens": NEW + 1, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": NEW + 1, "min_new_tokens": NEW + 1, "pad_token_id": 0}
+    options |= {"do_sample": True, "top_p": TOP_P, "top_k": 0} if sampled else {"do_sample": False}
 
     def write() -> float:
         clock = Clock()
@@ -130,6 +134,9 @@ def measure(size: str, program: str | None, rounds: int = 5) -> tuple[list[str],
         contestants[f"{weights}, not compiled"] = (our_decoding, shape, weights, 1, False)
         contestants[weights] = (our_decoding, shape, weights, 1)
         contestants[f"{weights}, together"] = (our_decoding, shape, weights, TOGETHER)
+    contestants["transformers, drawn"] = (their_decoding, shape, True)
+    contestants["float32, drawn"] = (our_decoding, shape, "float32", 1, True, 1.0)
+    contestants["float32, drawn together"] = (our_decoding, shape, "float32", TOGETHER, True, 1.0)
     seconds = take_turns(contestants, rounds)
     rate = {name: NEW / statistics.median(times) for name, times in seconds.items()}
     matrices = shape.n_params() - (not shape.tie_embeddings) * shape.vocab_size * shape.dim  # one row is looked up
@@ -154,6 +161,12 @@ def measure(size: str, program: str | None, rounds: int = 5) -> tuple[list[str],
             f"{size}, {weights}: {against}, {than:.2f} × float32 (target {wanted}); {TOGETHER} prompts at once "
             f"{batch:.1f} × the tokens of one (target 6)"
         )
+    drawn, together = rate["float32, drawn"], rate["float32, drawn together"] * TOGETHER
+    than = ratio(seconds, "float32, drawn", "transformers, drawn")
+    targets.append(
+        f"{size}, float32, drawn with top_p={TOP_P}: {drawn:.0f} tokens/s, {drawn / rate['float32']:.2f} × greedy, "
+        f"{than:.1f} × transformers; {TOGETHER} prompts {together:.0f} tokens/s"
+    )
     return rows, targets
 
 
