@@ -193,6 +193,7 @@ PARAMETERS: dict[str, Kind] = {
     "init_from": Kind(str, optional=True),
     "init_step": Kind(int, 0, 1e9, optional=True),
     "learning_rate": Kind(float, 1e-8, 10, optional=True),
+    "llama2c_run": Kind(Path, optional=True, must_exist=True),
     "max_new_tokens": Kind(int, 0, 1_000_000),
     "max_steps": Kind(int, 1, 1e9, optional=True),
     "min_steps": Kind(int, 1, 1e9),
