@@ -124,6 +124,7 @@ print(*(warning.message for warning in said if "compiled" in str(warning.message
 def real_run(folder: Path, compile: str, **environment: str) -> str:
     """What a run of two steps in a fresh process warns of."""
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    cache["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # which vector instructions there are takes half a minute to find out
     done = subprocess.run(
         [sys.executable, "-c", RUN, folder / "run", compile],
         cwd=ROOT,
@@ -196,5 +197,4 @@ def test_a_project_folder_with_spaces_and_chinese_compiles(tmp_path: Path) -> No
     packages.mkdir(parents=True)
     (packages / "torch").symlink_to(Path(torch.__file__).parent)
     environment = {"PYTHONPATH": f"{packages}:{ROOT}", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    environment["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # which vector instructions there are takes half a minute to find out
     assert real_run(tmp_path / "my novels 小说", "on", **environment) == ""
