@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Container, Iterator, Mapping
@@ -127,7 +128,14 @@ def check_json(content: Any, schema: Mapping[str, Any], source: str) -> None:
 @functools.cache
 def _validator() -> Any:
     """jsonschema's validator with two more types of numbers."""
-    from jsonschema import Draft4Validator, validators  # here, because the import is slow and most runs do without
+    # Jupyter brings a grammar of web addresses, which jsonschema would compile for a second at its import
+    grammar = "rfc3987_syntax"
+    hidden = sys.modules.setdefault(grammar, None) is None  # type: ignore[arg-type]
+    try:
+        from jsonschema import Draft4Validator, validators  # here, because most runs do without
+    finally:
+        if hidden:
+            del sys.modules[grammar]
 
     def finite(checker: Any, value: Any) -> bool:
         return checker.is_type(value, "number") and (isinstance(value, int) or math.isfinite(value))

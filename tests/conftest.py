@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from llmcore.corpus.texts import find_texts
 from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
 from llmcore.tokenizer import Tokenizer
+
+# For the processes that tests start, pytest's workers among them: without what only costs time
+LEAN = str(Path(__file__).parent / "lean")
+if LEAN not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join([LEAN, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def pytest_collection_finish() -> None:

@@ -25,6 +25,7 @@ from llmcore.train import Event, Trainer
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
+FIND_TESTS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for a process in another folder
 
 
 def examples(number: int) -> int:

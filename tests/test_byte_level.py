@@ -548,6 +548,7 @@ def test_the_tokenizer_that_fits_the_model_is_taken(
         assert from_hf(tmp_path, device="cpu").tokenizer.fingerprint == ours.fingerprint  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_its_library_is_loaded_only_where_it_is_needed() -> None:
     code = "import sys, llmcore.checkpoint, llmcore.generate; print('tokenizers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -25,7 +25,7 @@ from papermill.execute import execute_notebook as papermill_in_process
 from llmcore.checkpoint import find_checkpoint, load_checkpoint
 from llmcore.runs import read_metrics
 
-from .helpers import ROOT, quick, trainer
+from .helpers import FIND_TESTS, ROOT, quick, trainer
 
 TRAIN = """
 import os, time
@@ -61,7 +61,7 @@ def notebook(tmp_path: Path) -> Path:
 def papermill(notebook: Path, **parameters: float) -> subprocess.Popen[str]:
     options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     command = [sys.executable, "-m", "papermill", "--engine", "llmcore", "in.ipynb", "out.ipynb", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": FIND_TESTS}
     return subprocess.Popen(command, cwd=notebook.parent, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -105,7 +105,7 @@ one = trainer(Path("run").absolute(), quick(max_steps=10**6, schedule="plateau")
 def test_jupyters_interrupt_button_saves_and_ends_the_cell_normally(
     cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", FIND_TESTS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     kernel, client = start_new_kernel(cwd=str(tmp_path))
     try:
@@ -137,7 +137,7 @@ class Kernel:
     """A real kernel, and what it answered to each cell."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("PYTHONPATH", FIND_TESTS)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         self.folder = folder
         self.manager, self.client = start_new_kernel(cwd=str(folder))

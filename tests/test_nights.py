@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import llmcore.files
 from llmcore.checkpoint import CheckpointError, checkpoints, find_checkpoint, has_state, load_checkpoint
 from llmcore.config import PRESETS, preset
+from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.measure.disk import check_disk
 from llmcore.measure.planner import plan
 from llmcore.notebook.dashboard import run_status
@@ -413,7 +414,9 @@ def test_auto_killed_three_times_ends_as_never_killed(lost: bool, tmp_path: Path
 def notebook_4(root: Path, project: str, backup: Path) -> subprocess.Popen[str]:
     """Notebook 4 at a tiny size, through papermill, with auto."""
     tiny = {"max_steps": 60, "context_size": 16, "batch_size": 1, "dim": 12, "n_layers": 1, "thorough": False}
+    tiny |= {"tokens_per_step": 256}  # a step of some 20 ms, so that a kill comes before the last one
     given = {"checkpoint_dir": "auto", "checkpoint_interval": 10, "device": "cpu", "backup_dir": backup}
+    given |= {"data_dir": root / "texts", "tokenizer_model_file": root / "tokenizer.model", "prompt": "The "}
     options = [word for key, value in {**tiny, **given, "project": project}.items() for word in ("-p", key, str(value))]
     notebook, made = ROOT / "notebooks" / "04_scifi_train.ipynb", root / f"{project}.ipynb"
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(made), *options]
@@ -431,19 +434,11 @@ def kill_with_kernel(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_notebook_4_killed_three_times_ends_as_never_killed(tmp_path: Path, sanguo: Path) -> None:
+def test_notebook_4_killed_three_times_ends_as_never_killed(tmp_path: Path, english: Path) -> None:
     drive = tmp_path / "drive"
-    (tmp_path / "data").mkdir(), drive.mkdir()
-    (tmp_path / "data" / "sanguo").symlink_to(sanguo)
-    papermill = [sys.executable, "-m", "papermill", "--no-progress-bar"]
-    made = subprocess.run(
-        [*papermill, "notebooks/01_tokenize.ipynb", str(tmp_path / "1.ipynb"), "-p", "vocab_size", "2800"],
-        cwd=ROOT,
-        env={**os.environ, "LLM_WORKBOOK_ROOT": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert not made.returncode, made.stderr
+    drive.mkdir()
+    shutil.copytree(english, tmp_path / "texts")
+    train_tokenizer(sorted(english.glob("*.txt")), tmp_path / "tokenizer", 400, character_coverage=1.0)
     straight = notebook_4(tmp_path, "straight", drive)
     assert not straight.wait(1800), straight.communicate()[1]
     runs = tmp_path / "outputs" / "runs"

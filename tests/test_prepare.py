@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import random
 import re
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from llmcore.dataset import DatasetError, TokenDataset, verify_dataset
 from llmcore.tokenizer import Tokenizer
 
 from .helpers import ROOT, examples
+from .kill import kill_at
 
 KILLS = int(os.environ.get("KILL_ROUNDS", "8"))
 
@@ -234,44 +238,48 @@ def test_a_file_that_changes_while_it_is_read_is_named(tokenizer: Tokenizer, san
     assert fresh(texts, tokenizer, tmp_path / "d") == fresh(texts, tokenizer, tmp_path / "e")
 
 
-# Prepares with small blocks and a journal line for every few, and says how much it encoded. Given a number, it kills
-# itself at that file operation or encoded block.
-PREPARE = """
-import os, sys
-from pathlib import Path
-from llmcore.corpus import prepare
-from llmcore.tokenizer import Tokenizer
-from tests.kill import kill_at
-
-texts, model, folder, at = *map(Path, sys.argv[1:4]), int(sys.argv[4])
-prepare.BLOCK, prepare.SAVED_EVERY = 200, 2000
-encoded = 0
-
-class Counting(Tokenizer):
-    def encode_array(self, text):
-        global encoded
-        count("block")
-        encoded += len(text)
-        return super().encode_array(text)
-
-tokenizer = Counting(model)
-count = kill_at(at, {"os.truncate", "block"})
-prepare.prepare_dataset(texts, tokenizer, folder, 0.2, progress=False)
-print(encoded, flush=True)
-os._exit(0)  # nothing is counted any more
-"""
+# One process imports torch and this file. Each preparation is a copy of it, which starts in no time.
+COPIES = multiprocessing.get_context("forkserver")
+COPIES.set_forkserver_preload([__name__])
 
 
-def prepare_elsewhere(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PREPARE, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+def prepare_and_tell(texts: Path, model: Path, folder: Path, at: int, told: Connection) -> None:
+    """Prepare with small blocks and a journal line for every few, and say how many characters were encoded.
+
+    Given a number, this process kills itself at that file operation or encoded block.
+    """
+    prepare.BLOCK, prepare.SAVED_EVERY = 200, 2000
+    encoded = 0
+
+    class Counting(Tokenizer):
+        def encode_array(self, text: str):  # type: ignore[no-untyped-def]
+            nonlocal encoded
+            count("block")
+            encoded += len(text)
+            return super().encode_array(text)
+
+    tokenizer = Counting(model)
+    count = kill_at(at, {"os.truncate", "block"})
+    prepare_dataset(texts, tokenizer, folder, 0.2, progress=False)
+    told.send(encoded)
+    os._exit(0)  # nothing is counted any more
 
 
-def outcome(process: subprocess.Popen[str]) -> int | None:
+def prepare_elsewhere(texts: Path, model: Path, folder: Path, at: int = 0) -> tuple[ForkServerProcess, Connection]:
+    """Begin in a process of its own; returns it, and where it will say how many characters it encoded."""
+    answer, told = COPIES.Pipe(duplex=False)
+    process = COPIES.Process(target=prepare_and_tell, args=(texts, model, folder, at, told))
+    process.start()
+    told.close()
+    return process, answer
+
+
+def outcome(begun: tuple[ForkServerProcess, Connection]) -> int | None:
     """Characters encoded; None if it was killed."""
-    said, error = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), error
-    return int(said) if process.returncode == 0 else None
+    process, answer = begun
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return int(answer.recv()) if process.exitcode == 0 else None
 
 
 @pytest.mark.slow
@@ -283,7 +291,7 @@ def test_killed_anywhere_it_goes_on_and_ends_as_if_never_killed(
     for file in find_texts(sanguo)[:6]:
         (texts / file.name).write_bytes(file.read_bytes())
     (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
-    whole = outcome(prepare_elsewhere(texts, tmp_path / "t.model", tmp_path / "straight", 0))
+    whole = outcome(prepare_elsewhere(texts, tmp_path / "t.model", tmp_path / "straight"))
     straight = content(tmp_path / "straight")
     assert whole == sum(len(read_text(file)) for file in find_texts(texts))
     chance = random.Random(0)
@@ -303,7 +311,7 @@ def test_killed_anywhere_it_goes_on_and_ends_as_if_never_killed(
     # in the last stretch of a long preparation
     folder = tmp_path / "late"
     assert outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder, 160)) is None
-    encoded = outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder, 0))
+    encoded = outcome(prepare_elsewhere(texts, tmp_path / "t.model", folder))
     assert encoded is not None and 0 < encoded < whole / 2
     assert content(folder) == straight
 
@@ -311,7 +319,7 @@ def test_killed_anywhere_it_goes_on_and_ends_as_if_never_killed(
 @pytest.mark.slow
 def test_two_that_prepare_one_folder_wait_for_each_other(tokenizer: Tokenizer, sanguo: Path, tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(tokenizer.model_bytes)
-    both = [prepare_elsewhere(sanguo, tmp_path / "t.model", tmp_path / "d", 0) for _ in range(2)]
+    both = [prepare_elsewhere(sanguo, tmp_path / "t.model", tmp_path / "d") for _ in range(2)]
     encoded = sorted(outcome(process) or 0 for process in both)
     assert encoded == [0, sum(len(read_text(file)) for file in find_texts(sanguo))]
     verify_dataset(tmp_path / "d")

@@ -26,6 +26,7 @@ from .helpers import (
     assert_same_tensors,
     examples,
     numbers,
+    printed_by,
     quick,
     read_until,
     start,
@@ -144,28 +145,27 @@ from tests.helpers import Batches, quick, tiny_model
 from llmcore.train import Trainer
 
 torch.set_num_threads(4)
-run, stop = Path(sys.argv[1]), int(sys.argv[2])
 config = quick(max_steps=12, batch_size=64, compile="on", precision="bf16", optimizer="muon")
-resume = {"resume": "latest"} if run.exists() else {}
-model = tiny_model(dim=64, n_layers=1, max_seq_len=64)
-one = Trainer(model, Batches(time=64), None, config, run, device="cpu", **resume)
-one.callbacks.append(lambda event: one.request_stop() if event["step"] == stop else None)
-one.fit()
-print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in one.model.parameters())).hexdigest())
+for folder, stop in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
+    run = Path(folder)
+    resume = {"resume": "latest"} if run.exists() else {}
+    model = tiny_model(dim=64, n_layers=1, max_seq_len=64)
+    one = Trainer(model, Batches(time=64), None, config, run, device="cpu", **resume)
+    one.callbacks.append(lambda event: one.request_stop() if event["step"] == stop else None)
+    one.fit()
+    print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in one.model.parameters())).hexdigest())
 """
 
 
 @pytest.mark.slow
 def test_compiled_on_many_threads_a_stopped_run_gives_the_same_result(tmp_path: Path) -> None:
-    def run(folder: str, stop: int = 0) -> str:
-        with start(SEEDED, tmp_path / folder, stop) as process:
-            return process.communicate()[0]
-
-    straight = run("straight")
-    assert len(straight) == 65
-    assert run("again") == straight
-    assert run("stopped", stop=5) != straight
-    assert run("stopped") == straight
+    folders = {name: tmp_path / name for name in ("straight", "again", "stopped")}
+    first = printed_by(SEEDED, folders["straight"], 0, folders["again"], 0, folders["stopped"], 5)
+    straight, again, stopped = first.split()
+    assert len(straight) == 64
+    assert again == straight
+    assert stopped != straight
+    assert printed_by(SEEDED, folders["stopped"], 0).strip() == straight
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight") == numbers(tmp_path / "again")
 
 

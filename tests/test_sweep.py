@@ -29,7 +29,7 @@ from llmcore.measure.sweep import (
 from llmcore.runs import read_metrics
 from llmcore.tokenizer import Tokenizer
 
-from .helpers import quick, tiny_config, trainer
+from .helpers import FIND_TESTS, quick, tiny_config, trainer
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 TRAINS = """
@@ -56,6 +56,7 @@ def test_the_sweep_runs_every_point_of_its_grid_and_sorts_them(english: Path, tm
     (tmp_path / "notebooks").symlink_to(PROJECT_ROOT / "notebooks")
     program = re.sub(r"GRID = .*", 'GRID = {"learning_rate": [1e-5, 1e-3]}', example())
     fixed = {"preset": "scifi-mini", "max_steps": 8, "context_size": 32, "data_dir": str(english), "device": "cpu"}
+    fixed |= {"dim": 24, "n_layers": 1, "tokens_per_step": 256}
     fixed["thorough"] = False  # another test lets the notebook measure all that it can
     program = re.sub(r"FIXED = .*", lambda _: f"FIXED = {fixed}", program)
     (tmp_path / "sweep.py").write_text(program, encoding="utf-8")
@@ -193,7 +194,7 @@ def test_a_sweep_deletes_nothing_that_is_not_its_own(what: str, tmp_path: Path) 
 def test_a_sweep_skips_finished_runs_resumes_stopped_names_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", FIND_TESTS)
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
     set_there = nbformat.v4.new_code_cell("checkpoint_dir = None", metadata={"tags": ["parameters"]})
     notebook.cells = [set_there, nbformat.v4.new_code_cell(TRAINS)]

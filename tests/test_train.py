@@ -50,8 +50,11 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path: Path) -> None:
         assert one["tokens"] == other["tokens"]
 
 
+LONG = [name for name, (shape, _) in PRESETS.items() if shape.max_seq_len >= 512]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("preset", [name for name, (shape, _) in PRESETS.items() if shape.max_seq_len >= 512])
+@pytest.mark.parametrize("preset", [LONG[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LONG[1:])])
 def test_presets_train_the_same_without_torchs_loss(
     preset: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -554,10 +554,8 @@ while True:
 """
 
 
-@pytest.mark.parametrize(
-    ("which", "keep"),
-    [("latest", 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in (("latest", 2), ("best", 1)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "keep"), [("latest", 1), ("latest", 2), ("best", 1)])
 def test_reading_beside_a_trainer_that_saves_and_deletes(which: str, keep: int, tmp_path: Path) -> None:
     writer = subprocess.Popen(
         [sys.executable, "-c", SAVING, str(tmp_path / "run"), str(keep)],
