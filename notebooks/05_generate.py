@@ -412,6 +412,7 @@ print("with and without the cache, the likeliest token is the same at each step"
 # ## How fast
 # We write one text, then sixteen at once. In both cases the computer reads all weights once for each step, and reading
 # them is most of the work. On a CPU we can also round the weights to int8. Then it reads a quarter of the bytes.
+# A small model fits into the processor's cache, and gains little by that.
 #
 # A model of a million weights or more is compiled first. This takes about half a minute, once for each shape and each
 # number of texts. Without it, the start of some 150 small operations per step takes longer than the reading. llama2.c's
