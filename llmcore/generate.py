@@ -77,9 +77,8 @@ class Sampling:
             count = (before < self.top_p).sum(1, keepdim=True).clamp(min=1)
             least = ordered.gather(1, count - 1)
             above, tied = probabilities > least, probabilities == least
-            tied &= tied.cumsum(1) <= count - above.sum(
-                1, keepdim=True
-            )  # of those as likely as the last, the first ids
+            # of those as likely as the last, the first ids
+            tied &= tied.cumsum(1) <= count - above.sum(1, keepdim=True)
             probabilities = probabilities.masked_fill(~(above | tied), 0.0)
 
         if self.min_p:
@@ -91,7 +90,7 @@ class Sampling:
 def _descending(values: Tensor) -> Tensor:
     """Each row (batch, vocab) in descending order. On a CPU, NumPy's sort takes a tenth of the time of torch's."""
     if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy(), axis=1)).flip(1)
+        return torch.from_numpy(np.sort(values.detach().numpy(), axis=1)).flip(1)
     return values.sort(1, descending=True).values
 
 
@@ -108,9 +107,7 @@ def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
     sums = probabilities.cumsum(1, dtype=torch.float64)
     if not sums[:, -1].isfinite().all():
-        raise ValueError(
-            "the model's logits are NaN or infinite, so that no token can be drawn; its weights may be damaged"
-        )
+        raise ValueError("no token can be drawn: the model's logits are NaN or infinite. Its weights may be damaged")
     places = torch.rand(len(sums), 1, dtype=torch.float64, generator=generator) * sums[:, -1:]
     ids = torch.searchsorted(sums, places, right=True)[:, 0]
     return ids.clamp(max=sums.shape[1] - 1)  # a place may be rounded up to the whole sum
