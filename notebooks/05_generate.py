@@ -236,8 +236,8 @@ if prompts:
 
 # %% [markdown]
 # From this figure we took the default of this notebook: `top_p = 0.95` at temperature 1. The points near the star
-# differ by chance: `top_p = 0.9` and `0.95` are the nearest in turns, by the seed, and `temperature = 0.9` is not far.
-# Some readers like colder text better, since it makes fewer mistakes.
+# differ by chance: with another seed, another of them is the nearest. Some readers like colder text better, since it
+# makes fewer mistakes.
 #
 # The table has the same texts, and the other measures of repetition. *Repeated lines* are lines or sentences that stood
 # before in the same text.
