@@ -27,7 +27,7 @@ from llmcore.config import ModelConfig
 from llmcore.device import quote_library_folder, settle_cache_folder
 from llmcore.files import replacing_folder
 from llmcore.model import Attention, Block, KVCache, Transformer
-from llmcore.quantize import FEW_ROWS, HAS_VNNI, Int8Linear, int8_weights
+from llmcore.quantize import Int8Linear, int8_weights, rounds_inputs
 
 ENOUGH_TOKENS = 256  # in each text, written with one shape before it is compiled
 ENOUGH_WEIGHTS = 1_000_000  # below, a model writes fast enough
@@ -93,7 +93,7 @@ def _kind(model: Transformer, count: int) -> dict[str, Any] | None:
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     int8 = isinstance(model.output, Int8Linear)
-    if int8 and count > 1 and (count <= FEW_ROWS or not HAS_VNNI):
+    if int8 and count > 1 and not rounds_inputs(count):
         return None  # torch 2.13's compiler cannot place the product that is used here
     blocks, head = _arguments(model)
     block, *others = map(_layout, blocks)
@@ -245,7 +245,7 @@ class Decoder:
     """
 
     def __init__(self, model: Transformer, count: int) -> None:
-        self.model, self.count = model, count
+        self.model, self.no_padding = model, torch.zeros(count, dtype=torch.int64)
         kind = _kind(model, count)
         self.kind, self.folder = kind, _folder(kind) if kind else None
         self.functions: list[Any] | None = None
@@ -258,10 +258,10 @@ class Decoder:
 
         `padding`, (batch, held + time) bool, is True where a token is only padding on the left.
         """
-        if tokens.shape[1] > 1 or cache.length < 2 or self.kind is None:
-            return self.model.output(self.model.hidden_states(tokens, cache, padding)[:, -1])
-        if self.functions is None:
+        compilable = tokens.shape[1] == 1 and cache.length >= 2 and self.kind is not None
+        if compilable and self.functions is None:
             self._wait_or_start()
+        if not compilable or self.functions is None:
             return self.model.output(self.model.hidden_states(tokens, cache, padding)[:, -1])
 
         assert cache.length < cache.keys.shape[3]  # compiled code does not look
@@ -284,7 +284,6 @@ class Decoder:
             self.kind = None
         self.weights, self.head = _arguments(self.model)
         self.places = torch.empty(self.model.config.max_seq_len)  # its first ones tell how many tokens are held
-        self.no_padding = torch.zeros(self.count, dtype=torch.int64)
 
     def _wait_or_start(self) -> None:
         """Count a token; have the shape compiled when there are enough, and use it when it is there."""

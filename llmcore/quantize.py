@@ -16,6 +16,11 @@ BLOCK = 16  # inputs: torch's kernels are wrong for some other numbers of them
 HAS_VNNI = torch.cpu._is_vnni_supported()
 
 
+def rounds_inputs(rows: int) -> bool:
+    """Whether the inputs too are in int8, where a product has this number of rows."""
+    return rows > FEW_ROWS and HAS_VNNI
+
+
 class Int8Linear(nn.Module):
     """A linear layer with weights in int8 and one scale for each row of them.
 
@@ -45,7 +50,7 @@ class Int8Linear(nn.Module):
         rows = x.flatten(0, -2)
         if rows.shape[1] % BLOCK:
             y = F.linear(rows.float(), self.weight * self.scale[:, None])
-        elif len(rows) <= FEW_ROWS or not HAS_VNNI:
+        elif not rounds_inputs(len(rows)):
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
         else:
             step = (rows.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)

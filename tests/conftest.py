@@ -15,10 +15,10 @@ from llmcore.corpus.train_tokenizer import train_tokenizer
 from llmcore.files import PROJECT_ROOT
 from llmcore.tokenizer import Tokenizer
 
-# For the processes that tests start, pytest's workers among them: without what only costs time
-LEAN = str(Path(__file__).parent / "lean")
-if LEAN not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-    os.environ["PYTHONPATH"] = os.pathsep.join([LEAN, *filter(None, [os.environ.get("PYTHONPATH")])])
+from . import LEAN, first_on_path
+
+if str(LEAN) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # pytest's workers have it already
+    os.environ["PYTHONPATH"] = first_on_path(LEAN)
 
 
 def pytest_collection_finish() -> None:

@@ -22,10 +22,12 @@ from llmcore.model import Transformer
 from llmcore.runs import read_metrics
 from llmcore.train import Event, Trainer
 
+from . import first_on_path
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
-FIND_TESTS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # for a process in another folder
+FIND_TESTS = first_on_path(ROOT)  # for a process in another folder
 
 
 def examples(number: int) -> int:

@@ -17,6 +17,7 @@ from papermill.parameterize import parameterize_notebook
 
 from llmcore.corpus.sources import fetch
 from llmcore.files import PROJECT_ROOT
+from tests import LEAN, first_on_path
 from tests.tools.render import NOTEBOOKS
 
 ROOT = PROJECT_ROOT / "build" / "nbval"
@@ -56,9 +57,9 @@ def main() -> int:
     wanted = [path for path in notebooks if path.stem.startswith(tuple(sys.argv[1:]))] or notebooks
     copies = [str(at_its_size(path)) for path in wanted]
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800", "-p", "no:cacheprovider"]
-    lean = str(PROJECT_ROOT / "tests" / "lean")  # notebook 6 starts thirteen processes, each a second earlier with it
-    found = os.pathsep.join([lean, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": found, "LLM_WORKBOOK_ROOT": str(ROOT), "LLM_WORKBOOK_WATCHED": "0"}
+    # each process that notebook 6 starts, starts a second earlier
+    environment = {**os.environ, "PYTHONPATH": first_on_path(LEAN)}
+    environment |= {"LLM_WORKBOOK_ROOT": str(ROOT), "LLM_WORKBOOK_WATCHED": "0"}
     return subprocess.run([sys.executable, "-m", "pytest", *options, *copies], env=environment).returncode
 
 
