@@ -1,20 +1,23 @@
-"""The decode step as compiled code: new tokens pass through each block, and through the last matrix, in one call.
+"""The decode step as compiled code: from new tokens to the logits of the next ones in one call.
 
 The step of `model.py` is some 150 small operations, and to start each takes longer than to compute it. Here torch's
-ahead-of-time compiler (AOTInductor) makes one function of a block and one of what follows the blocks, for a number of
-texts that are written together. The weights are arguments, so one compilation serves every model of the same shape. It
-stays in the compiler's cache folder, for other processes too. A process of low priority makes it, once enough was
-written to show that it pays; meanwhile, and where there is no compiler, the model itself writes.
+ahead-of-time compiler (AOTInductor) makes one function of it, for a number of texts that are written together. Of a
+model of many blocks it makes two: one for a block, and one for what follows the blocks. The weights are arguments, so
+one compilation serves every model of the same shape. It stays in the compiler's cache folder, for other processes too.
+A process of low priority makes it, once enough was written to show that it pays; meanwhile, and where there is no
+compiler, the model itself writes.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcore.config import ModelConfig
-from llmcore.device import quote_library_folder, settle_cache_folder
+from llmcore.device import quote_library_folder, settle_cache_folder, use_huge_pages
 from llmcore.files import replacing_folder
 from llmcore.model import Attention, Block, KVCache, Transformer
 from llmcore.quantize import Int8Linear, int8_weights, rounds_inputs
@@ -32,7 +35,8 @@ from llmcore.quantize import Int8Linear, int8_weights, rounds_inputs
 ENOUGH_TOKENS = 256  # in each text, written with one shape before it is compiled
 ENOUGH_WEIGHTS = 1_000_000  # below, a model writes fast enough
 CACHE = "llmcore_decode"  # a folder beside the compiler's own
-FILES = ("block.pt2", "head.pt2")
+FEW_BLOCKS = 6  # each takes some seconds to compile, and in a larger model a call takes little of the time
+WHOLE, APART = ["step.pt2"], ["block.pt2", "head.pt2"]  # files
 _written: dict[str, int] = {}  # tokens of each text by shape, in this process
 _makers: dict[str, subprocess.Popen[bytes]] = {}  # by shape
 
@@ -100,12 +104,13 @@ def _kind(model: Transformer, count: int) -> dict[str, Any] | None:
     if any(other != block for other in others):
         return None
     return {
-        "config": model.config.to_dict() | {"n_layers": 1},
+        "config": model.config.to_dict() | {"n_layers": len(blocks) if len(blocks) <= FEW_BLOCKS else 1},
+        "files": WHOLE if len(blocks) <= FEW_BLOCKS else APART,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "int8": int8,
         "block": block,
         "head": _layout(head),
-        "rope": _layout([model.rope_cos, model.rope_sin]),
+        "tables": _layout([weight, model.rope_cos, model.rope_sin]),
         "count": count,
         "threads": torch.get_num_threads(),
     }
@@ -132,7 +137,7 @@ def _arguments(model: Transformer) -> tuple[list[list[Tensor]], list[Tensor]]:
 
 
 def compile_step(kind: dict[str, Any], folder: Path) -> None:
-    """Compile for a `_kind` and put `block.pt2` and `head.pt2` into a folder, both or none.
+    """Compile for a `_kind` and put its files into a folder, all or none.
 
     Raises:
         ValueError: for weights of other dtypes than `Transformer` and `int8_weights` make.
@@ -141,9 +146,9 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
     model = Transformer(config).to(getattr(torch, kind["dtype"])).eval().requires_grad_(False)
     if kind["int8"]:
         model = int8_weights(model)
-    if kind["rope"][0][0] == "float32":  # as in a model that was loaded
+    if kind["tables"][1][0] == "float32":  # as in a model that was loaded
         model.reset_rope()
-    if {**(_kind(model, kind["count"]) or {}), "threads": kind["threads"]} != kind:
+    if (_kind(model, kind["count"]) or {}) | {each: kind[each] for each in ("files", "threads")} != kind:
         raise ValueError("a model of unusual weights, such as of several dtypes, is not compiled")
     blocks, head_weights = _arguments(model)
     block = model.layers[0]
@@ -155,9 +160,8 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
                 setattr(module, name, _Row(child))
     block.attention.__class__ = _StepAttention
 
-    def through_block(x: Tensor, held: Tensor, padding: Tensor, *others: Tensor) -> Tensor:
-        past = held.shape[0]
-        cos, sin, keys, values, *weights = others
+    def through_block(x: Tensor, held: Tensor, padding: Tensor, cos: Tensor, sin: Tensor, *others: Tensor) -> Tensor:
+        past, (keys, values, *weights) = held.shape[0], others
         mask = padding if kind["count"] > 1 else None
         inputs = (x, cos[past : past + 1], sin[past : past + 1], mask, (keys, values, past))
         return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), inputs)
@@ -167,21 +171,36 @@ def compile_step(kind: dict[str, Any], folder: Path) -> None:
         normed = F.rms_norm(x, (config.dim,), norm, config.norm_eps)
         return torch.func.functional_call(model.output, output, (normed,))[:, -1]
 
+    def through_all(tokens: Tensor, held: Tensor, padding: Tensor, *others: Tensor) -> Tensor:
+        cos, sin, embeddings, *weights = others
+        head, layers = weights[: len(head_weights)], weights[len(head_weights) :]
+        x, size = embeddings[tokens], 2 + len(names)
+        for start in range(0, len(layers), size):
+            x = through_block(x, held, padding, cos, sin, *layers[start : start + size])
+        return through_head(x, *head)
+
     # examples of the inputs, and the sizes that vary: how many tokens are held, and for how many there is room
-    weight = model.tok_embeddings.weight
-    cache = KVCache(config, kind["count"], dtype=weight.dtype)
-    x = torch.zeros(kind["count"], 1, config.dim, dtype=weight.dtype)
+    count, embeddings = kind["count"], model.tok_embeddings.weight
+    cache = KVCache(config, count, dtype=embeddings.dtype)
+    tokens, padding = torch.zeros(count, 1, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
     held = torch.empty(max(2, config.max_seq_len // 2))  # by this the compiler judges whether threads are worth it
-    padding = torch.zeros(kind["count"], dtype=torch.int64)
-    step = (x, held, padding, model.rope_cos, model.rope_sin, cache.keys[0], cache.values[0])
     length = torch.export.Dim("length", min=2, max=config.max_seq_len - 1)
     room = torch.export.Dim("room", min=3, max=config.max_seq_len)
-    sizes = (None, {0: length}, None, None, None, {2: room}, {2: room}, *[None] * len(names))
+    step, sizes = (held, padding, model.rope_cos, model.rope_sin), ({0: length}, None, None, None)
+    layers = [(*own, *weights) for *own, weights in zip(cache.keys, cache.values, blocks, strict=True)]
+    layer_sizes, head_sizes = ({2: room}, {2: room}, *[None] * len(names)), [None] * len(head_weights)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_folder(folder, FILES) as new:
-        _compile(through_block, (*step, *blocks[0]), sizes, kind["threads"], new / FILES[0])
-        _compile(through_head, (x, *head_weights), (None,) * (1 + len(head_weights)), kind["threads"], new / FILES[1])
+    with replacing_folder(folder, kind["files"]) as new:
+        files = [new / name for name in kind["files"]]
+        if len(files) == 1:
+            inputs = (tokens, *step, embeddings, *head_weights, *itertools.chain(*layers))
+            all_sizes = (None, *sizes, None, *head_sizes, *layer_sizes * len(layers))
+            _compile(through_all, inputs, all_sizes, kind["threads"], files[0])
+        else:
+            x = embeddings[tokens]
+            _compile(through_block, (x, *step, *layers[0]), (None, *sizes, *layer_sizes), kind["threads"], files[0])
+            _compile(through_head, (x, *head_weights), (None, *head_sizes), kind["threads"], files[1])
 
 
 def _compile(function: Callable[..., Any], inputs: Any, sizes: Any, threads: int, file: Path) -> None:
@@ -206,11 +225,11 @@ def _compile(function: Callable[..., Any], inputs: Any, sizes: Any, threads: int
 
 
 @functools.lru_cache(8)
-def _load(folder: Path) -> list[Any]:
-    """The two compiled functions: each takes a list of tensors, which it empties, and returns a list."""
+def _load(folder: Path, files: tuple[str, ...]) -> list[Any]:
+    """The compiled functions: each takes a list of tensors, which it empties, and returns a list."""
     # what torch._inductor.aoti_load_package wraps, without the seconds that it takes to import the compiler
     load = torch._C._aoti.AOTIModelPackageLoader
-    return [load(str(folder / name), "model", False, 1, -1) for name in FILES]
+    return [load(str(folder / name), "model", False, 1, -1) for name in files]
 
 
 def prepare(model: Transformer, count: int = 1) -> bool:
@@ -249,7 +268,7 @@ class Decoder:
         kind = _kind(model, count)
         self.kind, self.folder = kind, _folder(kind) if kind else None
         self.functions: list[Any] | None = None
-        self.seen: KVCache | None = None  # the cache that `blocks`, the arguments for each block, are made for
+        self.seen: KVCache | None = None  # the cache that `layers`, the arguments for each block, are made for
         if self.folder is not None and self.folder.is_dir():
             self._take(self.folder)
 
@@ -262,28 +281,40 @@ class Decoder:
         if compilable and self.functions is None:
             self._wait_or_start()
         if not compilable or self.functions is None:
-            return self.model.output(self.model.hidden_states(tokens, cache, padding)[:, -1])
+            with torch.inference_mode():
+                return self.model.output(self.model.hidden_states(tokens, cache, padding)[:, -1])
 
         assert cache.length < cache.keys.shape[3]  # compiled code does not look
-        block, head = self.functions
         if cache is not self.seen:
-            self.seen, layers = cache, zip(cache.keys.unbind(), cache.values.unbind(), self.weights, strict=True)
-            rope = (self.model.rope_cos, self.model.rope_sin)
-            self.blocks = [[*rope, *keys_and_values, *weights] for *keys_and_values, weights in layers]
-        x, held = self.model.tok_embeddings(tokens), self.places[: cache.length]
+            self.seen = cache
+            layers = zip(cache.keys, cache.values, self.weights, strict=True)
+            self.layers = [[keys, values, *weights] for keys, values, weights in layers]
+            self.all = [self.embeddings, *self.head, *itertools.chain(*self.layers)]
         first = self.no_padding if padding is None else padding.sum(1)
-        for arguments in self.blocks:
-            [x] = block.boxed_run([x, held, first, *arguments])
+        step = (self.places[: cache.length], first, *self.rope)
         cache.length += 1
+        if len(self.functions) == 1:
+            return self.functions[0].boxed_run([tokens.contiguous(), *step, *self.all])[0]
+        block, head = self.functions
+        x = F.embedding(tokens, self.embeddings)
+        for layer in self.layers:
+            [x] = block.boxed_run([x, *step, *layer])
         return head.boxed_run([x, *self.head])[0]
 
     def _take(self, folder: Path) -> None:
+        assert self.kind is not None
         try:
-            self.functions = _load(folder)
+            self.functions = _load(folder, tuple(self.kind["files"]))
         except Exception:  # of many kinds; the model itself can always write
             self.kind = None
+            return
         self.weights, self.head = _arguments(self.model)
+        self.embeddings = self.model.tok_embeddings.weight.detach()
+        self.rope = self.model.rope_cos, self.model.rope_sin
         self.places = torch.empty(self.model.config.max_seq_len)  # its first ones tell how many tokens are held
+        # in a large model this takes a second, in which the first tokens can be written
+        weights = [self.embeddings, *self.head, *itertools.chain(*self.weights)]
+        threading.Thread(target=use_huge_pages, args=(weights,), daemon=True).start()
 
     def _wait_or_start(self) -> None:
         """Count a token; have the shape compiled when there are enough, and use it when it is there."""

@@ -11,7 +11,7 @@ import re
 import shlex
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,27 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(m_mmap_threshold, 2**25)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def use_huge_pages(tensors: Iterable[Tensor]) -> None:
+    """Let Linux hold tensors of a CPU in pages of 2 MiB: with fewer addresses to look up, they are read a tenth faster.
+
+    Their memory is moved once, in about a second a gigabyte; values and addresses stay as they are. Nothing is done on
+    other systems, before Linux 6.1, and where such pages are not to be had.
+    """
+    page, collapse = 2**21, 25  # MADV_COLLAPSE of linux/mman.h
+    spans: list[list[int]] = []  # of addresses; tensors that share a page are taken together
+    for start, end in sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in tensors):
+        if spans and start < spans[-1][1] + page:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([start, end])
+    with contextlib.suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL("libc.so.6").madvise
+        for start, end in spans:
+            start, end = -(-start // page) * page, end // page * page
+            if start < end:
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), collapse)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmcore.decode import Decoder
@@ -185,9 +186,10 @@ def _generate_ids(
 
     device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
     length = longest = max(map(len, prompts))
-    seen, padding = _padded(prompts, longest + min(max_new_tokens, context), device)
+    seen, padding = _padded(prompts, longest + min(max_new_tokens, context))
     is_padded = bool(padding.any())
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    finished = [False] * len(prompts)
+    every_id = vocab_size is None or vocab_size >= model.config.vocab_size
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
@@ -202,44 +204,45 @@ def _generate_ids(
         if cache.length + length - start > context:  # the window slides
             cache.length, start = 0, length - max(1, context // 2)
         if length == seen.shape[1]:  # twice the room, so that few tokens need new memory
-            seen, padding = (F.pad(each, (0, length)) for each in (seen, padding))
+            seen, padding = np.pad(seen, ((0, 0), (0, length))), np.pad(padding, ((0, 0), (0, length)))
 
-        # Not a decorator: inference mode must not leak into the caller between two yields.
-        with torch.inference_mode():
-            mask = padding[:, start - cache.length : length] if is_padded else None
-            logits = decoder.logits(seen[:, start:length], cache, mask)[:, :vocab_size]
-            if sampling.temperature == 0 and sampling.repetition_penalty == 1:
-                # on a CPU, NumPy's argmax is many times as fast as torch's
-                on_cpu = device.type == "cpu"
-                new = torch.from_numpy(logits.float().numpy().argmax(1)) if on_cpu else logits.argmax(1)
-            else:
-                probabilities = sampling.probabilities(logits, seen[:, :length])
-                new = _draw(probabilities, generator)
-            if eos_id is not None:
-                new = torch.where(finished, eos_id, new)
-                finished |= new == eos_id
-            seen[:, length] = new
+        tokens = torch.from_numpy(seen[:, start:length]).to(device)
+        mask = torch.from_numpy(padding[:, start - cache.length : length]).to(device) if is_padded else None
+        logits = decoder.logits(tokens, cache, mask)
+        if not every_id:
+            logits = logits[:, :vocab_size]
+        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+            # on a CPU, NumPy's argmax is many times as fast as torch's
+            new = (logits.float().numpy() if device.type == "cpu" else logits).argmax(1).tolist()
+        else:
+            with torch.inference_mode():
+                before = torch.from_numpy(seen[:, :length]).to(device)
+                new = _draw(sampling.probabilities(logits, before), generator).tolist()
+        if eos_id is not None:
+            new = [eos_id if ended else id for id, ended in zip(new, finished, strict=True)]
+            finished = [id == eos_id for id in new]
+        seen[:, length] = new
 
         start, length = length, length + 1
-        yield new.tolist()
-        if finished.all():
+        yield new
+        if all(finished):
             return
 
 
-def _padded(prompts: Sequence[Sequence[int]], time: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _padded(prompts: Sequence[Sequence[int]], time: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Ids (batch, time) that begin with the prompts, padded on the left, and where they are padded.
 
     They have room for the next tokens, so that not each of them needs new memory.
     """
     longest = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), time), dtype=torch.int64)
-    padding = torch.zeros_like(ids, dtype=torch.bool)
+    ids = np.zeros((len(prompts), time), dtype=np.int64)
+    padding = np.zeros_like(ids, dtype=np.bool_)
     for row, prompt in enumerate(prompts):
         missing = longest - len(prompt)
         # padding repeats the prompt's first token, so that the repetition penalty sees no other ids
-        ids[row, :longest] = torch.as_tensor([*[prompt[0]] * missing, *prompt])
+        ids[row, :longest] = [*[prompt[0]] * missing, *prompt]
         padding[row, :missing] = True
-    return ids.to(device), padding.to(device)
+    return ids, padding
 
 
 def prompt_ids(model: Transformer, tokenizer: Tokenizer | None, prompt: str) -> list[int]:

@@ -98,6 +98,21 @@ def test_the_text_is_the_same_on_both_paths_past_the_context(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prompts", [ONE, SEVERAL], ids=["one", "several"])
+def test_a_model_of_many_blocks_is_compiled_by_the_block(
+    folder: Path, prompts: list[list[int]], steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here more than one block is many: one function is called for each."""
+    monkeypatch.setattr(decode, "FEW_BLOCKS", 1)
+    deep = tiny_model(std=0.2, n_layers=3)
+    assert decode.prepare(deep, len(prompts))
+    compiled = written(deep, prompts, 60, temperature=0)
+    assert steps.count(1) == 0
+    monkeypatch.setattr(decode, "_kind", lambda *_: None)
+    assert written(deep, prompts, 60, temperature=0) == compiled
+
+
+@pytest.mark.slow
 def test_weights_that_change_are_read_anew(model: Transformer, steps: list[int]) -> None:
     before = written(model, ONE, 20, temperature=0)
     norm: Any = model.layers[0].attention_norm.weight
@@ -149,7 +164,7 @@ def test_compiled_code_that_is_damaged_is_not_used(
     assert kind is not None
     folder = decode._folder(kind)
     folder.mkdir(parents=True)
-    for name in decode.FILES:
+    for name in kind["files"]:
         (folder / name).write_bytes(b"PK\x03\x04 and no more")
     assert len(written(model, [[5, 6]], 9)) == 9
     assert steps.count(1) == 8
@@ -168,4 +183,6 @@ def test_another_shape_thread_count_or_source_is_compiled_anew(monkeypatch: pyte
     mixed.layers[0].bfloat16()
     with pytest.raises(ValueError, match="several dtypes"):
         decode.compile_step(decode._kind(mixed, 1) or {}, tmp_path / "mixed")
-    assert decode._kind(tiny_model(seed=1, n_layers=3), 1) == kinds[0]  # weights are arguments; all blocks are alike
+    assert decode._kind(tiny_model(seed=1), 1) == kinds[0]  # weights are arguments
+    deep = [decode._kind(tiny_model(n_layers=decode.FEW_BLOCKS + more), 1) for more in (0, 1, 2)]
+    assert deep[0] != deep[1] == deep[2] != kinds[0]  # of many blocks one is compiled, and all are alike
