@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from llmcore.device import DeviceError, pick_device, pick_precision
+from llmcore.device import DeviceError, pick_device, pick_precision, use_huge_pages
 
 
 def test_devices_are_checked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +61,24 @@ def test_each_device_gets_a_precision_that_it_computes_in(
         else:
             with pytest.raises(DeviceError, match=f"precision='{precision}' .* {device}"):
                 pick_precision(precision, torch.device(device))
+
+
+def memory_in_huge_pages() -> int:
+    """Kilobytes of this process; -1 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return -1
+    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+
+def test_tensors_in_huge_pages_keep_their_values_and_places() -> None:
+    tensors = [torch.randn(3, 2**20), torch.arange(2**21), torch.randn(5), torch.empty(0)]
+    copies, places = [each.clone() for each in tensors], [each.data_ptr() for each in tensors]
+    before = memory_in_huge_pages()
+    use_huge_pages([*tensors, tensors[0][1:]])
+    assert all(map(torch.equal, tensors, copies)) and [each.data_ptr() for each in tensors] == places
+    release = re.match(r"(\d+)\.(\d+)", platform.release())
+    if before < 0 or not release or (int(release[1]), int(release[2])) < (6, 1):
+        pytest.skip("this system does not move memory into huge pages")
+    assert memory_in_huge_pages() - before >= 2**14  # of 28 MB: what is left at the ends is in small pages
