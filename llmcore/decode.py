@@ -296,7 +296,7 @@ class Decoder:
         if len(self.functions) == 1:
             return self.functions[0].boxed_run([tokens.contiguous(), *step, *self.all])[0]
         block, head = self.functions
-        x = F.embedding(tokens, self.embeddings)
+        x = F.embedding(tokens, self.embeddings)  # in half the time of the module
         for layer in self.layers:
             [x] = block.boxed_run([x, *step, *layer])
         return head.boxed_run([x, *self.head])[0]

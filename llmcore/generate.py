@@ -206,6 +206,7 @@ def _generate_ids(
         if length == seen.shape[1]:  # twice the room, so that few tokens need new memory
             seen, padding = np.pad(seen, ((0, 0), (0, length))), np.pad(padding, ((0, 0), (0, length)))
 
+        # few calls of torch: the weights went through the processor's caches, so that each takes tens of microseconds
         tokens = torch.from_numpy(seen[:, start:length]).to(device)
         mask = torch.from_numpy(padding[:, start - cache.length : length]).to(device) if is_padded else None
         logits = decoder.logits(tokens, cache, mask)
@@ -215,8 +216,9 @@ def _generate_ids(
             # on a CPU, NumPy's argmax is many times as fast as torch's
             new = (logits.float().numpy() if device.type == "cpu" else logits).argmax(1).tolist()
         else:
+            has_penalty = sampling.repetition_penalty != 1
+            before = torch.from_numpy(seen[:, :length]).to(device) if has_penalty else None
             with torch.inference_mode():
-                before = torch.from_numpy(seen[:, :length]).to(device)
                 new = _draw(sampling.probabilities(logits, before), generator).tolist()
         if eos_id is not None:
             new = [eos_id if ended else id for id, ended in zip(new, finished, strict=True)]

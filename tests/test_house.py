@@ -39,7 +39,7 @@ DRAWING = {"ipywidgets", "IPython", "matplotlib"}
 SCREEN = 50  # lines of a function's body that need no paragraphs
 PARAGRAPH = 30  # lines of a longer body without a blank one
 # The limits that are in force: the code is never to grow past them without a word.
-CORE_LINES, ALL_LINES, MODEL_LINES, TRAIN_LINES = 5_235, 19_000, 350, 420
+CORE_LINES, ALL_LINES, MODEL_LINES, TRAIN_LINES = 5_240, 19_000, 350, 420
 
 
 def modules(folder: Path) -> list[Path]:
