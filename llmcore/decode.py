@@ -103,9 +103,10 @@ def _kind(model: Transformer, count: int) -> dict[str, Any] | None:
     block, *others = map(_layout, blocks)
     if any(other != block for other in others):
         return None
+    files, n_layers = (WHOLE, len(blocks)) if len(blocks) <= FEW_BLOCKS else (APART, 1)
     return {
-        "config": model.config.to_dict() | {"n_layers": len(blocks) if len(blocks) <= FEW_BLOCKS else 1},
-        "files": WHOLE if len(blocks) <= FEW_BLOCKS else APART,
+        "config": model.config.to_dict() | {"n_layers": n_layers},
+        "files": files,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "int8": int8,
         "block": block,

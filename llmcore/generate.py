@@ -186,10 +186,11 @@ def _generate_ids(
 
     device, context = model.tok_embeddings.weight.device, model.config.max_seq_len
     length = longest = max(map(len, prompts))
-    seen, padding = _padded(prompts, longest + min(max_new_tokens, context))
+    seen, padding = _padded(prompts, longest + min(max_new_tokens, context), device)
     is_padded = bool(padding.any())
     finished = [False] * len(prompts)
     every_id = vocab_size is None or vocab_size >= model.config.vocab_size
+    has_penalty = sampling.repetition_penalty != 1
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
@@ -204,19 +205,18 @@ def _generate_ids(
         if cache.length + length - start > context:  # the window slides
             cache.length, start = 0, length - max(1, context // 2)
         if length == seen.shape[1]:  # twice the room, so that few tokens need new memory
-            seen, padding = np.pad(seen, ((0, 0), (0, length))), np.pad(padding, ((0, 0), (0, length)))
+            seen, padding = np.pad(seen, ((0, 0), (0, length))), F.pad(padding, (0, length))
 
         # few calls of torch: the weights went through the processor's caches, so that each takes tens of microseconds
         tokens = torch.from_numpy(seen[:, start:length]).to(device)
-        mask = torch.from_numpy(padding[:, start - cache.length : length]).to(device) if is_padded else None
+        mask = padding[:, start - cache.length : length] if is_padded else None
         logits = decoder.logits(tokens, cache, mask)
         if not every_id:
             logits = logits[:, :vocab_size]
-        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        if sampling.temperature == 0 and not has_penalty:
             # on a CPU, NumPy's argmax is many times as fast as torch's
             new = (logits.float().numpy() if device.type == "cpu" else logits).argmax(1).tolist()
         else:
-            has_penalty = sampling.repetition_penalty != 1
             before = torch.from_numpy(seen[:, :length]).to(device) if has_penalty else None
             with torch.inference_mode():
                 new = _draw(sampling.probabilities(logits, before), generator).tolist()
@@ -231,20 +231,20 @@ def _generate_ids(
             return
 
 
-def _padded(prompts: Sequence[Sequence[int]], time: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Ids (batch, time) that begin with the prompts, padded on the left, and where they are padded.
+def _padded(prompts: Sequence[Sequence[int]], time: int, device: torch.device) -> tuple[NDArray[np.int64], Tensor]:
+    """Ids (batch, time) that begin with the prompts, padded on the left; on the device, where they are padded.
 
     They have room for the next tokens, so that not each of them needs new memory.
     """
     longest = max(map(len, prompts))
     ids = np.zeros((len(prompts), time), dtype=np.int64)
-    padding = np.zeros_like(ids, dtype=np.bool_)
+    padding = torch.zeros(ids.shape, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         missing = longest - len(prompt)
         # padding repeats the prompt's first token, so that the repetition penalty sees no other ids
         ids[row, :longest] = [*[prompt[0]] * missing, *prompt]
         padding[row, :missing] = True
-    return ids, padding
+    return ids, padding.to(device)
 
 
 def prompt_ids(model: Transformer, tokenizer: Tokenizer | None, prompt: str) -> list[int]:
